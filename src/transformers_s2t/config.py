@@ -1,0 +1,293 @@
+"""What a decoding run and a trained selector are made of: frozen, validated, no I/O beyond `s2t_config.json`.
+
+This file knows nothing of torch or of models; every other file may import it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+S2T_CONFIG_NAME = "s2t_config.json"
+
+#: Triggers, what makes each fire, and whether it needs the teacher at every step.
+TRIGGERS = ("always", "never", "entropy", "margin", "kl", "random")
+#: Triggers that compare a value with a threshold.
+THRESHOLD_TRIGGERS = ("entropy", "margin", "kl", "random")
+ADAPTER_SCOPES = ("candidate", "sequence")
+PROPOSALS = ("base", "adapted")
+SCORE_HEADS = ("bins", "linear")
+
+MAX_CANDIDATES = 64
+
+
+def _check_choice(name: str, value: Any, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
+
+
+def _check_range(name: str, value: Any, low: float, high: float, *, integer: bool = False) -> None:
+    kind = int if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not (low <= value <= high):
+        what = "an integer in" if integer else "in"
+        raise ValueError(f"`{name}` must be {what} [{low}, {high}], got {value!r}.")
+
+
+@dataclass(frozen=True)
+class FusionWeights:
+    """Weights of the fused score that decides between candidates.
+
+    `selector * selector_score + logprob * student_log_probability + [not the first candidate] * switch`
+
+    The default, (1, 0, 0), is the paper's rule: the selector's score alone decides (arXiv 2604.26940, section 3).
+
+    Args:
+        selector (`float`): weight of the selector's score (S2T-Local: in [0, 1]; S2T: the teacher's log-probability).
+        logprob (`float`): weight of the student's own log-probability of the candidate, in nats.
+        switch (`float`): added to every candidate but the student's first. Negative values make the selector abstain
+            unless another candidate clearly beats the first one.
+    """
+
+    selector: float = 1.0
+    logprob: float = 0.0
+    switch: float = 0.0
+
+    def __post_init__(self):
+        for name in ("selector", "logprob", "switch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"`fusion.{name}` must be a finite number, got {value!r}.")
+
+    @classmethod
+    def from_any(cls, value: FusionWeights | Mapping[str, float] | tuple | list) -> FusionWeights:
+        """Accepts an instance, a mapping of field names, or up to three numbers in the order of the fields."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            unknown = set(value) - {f.name for f in fields(cls)}
+            if unknown:
+                raise ValueError(f"`fusion` has unknown keys {sorted(unknown)}; legal: selector, logprob, switch.")
+            return cls(**value)
+        if isinstance(value, (tuple, list)) and 1 <= len(value) <= 3:
+            return cls(*value)
+        raise ValueError(
+            f"`fusion` must be FusionWeights, a mapping or 1 to 3 numbers (selector, logprob, switch), got {value!r}."
+        )
+
+
+@dataclass(frozen=True)
+class S2TDecodingConfig:
+    """How one `generate` call selects.
+
+    Args:
+        trigger (`str`): which steps ask the selector. "always": every step with two or more candidates above the
+            floor (needs no threshold); "entropy": student entropy over its renormalised top `trigger_top_k`, in nats;
+            "margin": minus the difference of the two best log-probabilities, in nats; "kl": KL(teacher || student)
+            over the shared vocabulary, in nats (the paper's oracle, it runs the teacher at every step); "random":
+            a uniform number in [0, 1), the control; "never": plain decoding.
+        num_candidates (`int`): K, the number of the student's top tokens that are offered. 8 is where the paper's
+            curves saturate (arXiv 2604.26940, ablation over K).
+        min_prob_ratio (`float`): the candidate floor: candidates with less than this share of the best candidate's
+            probability are not offered. 0 offers all K.
+        target_rate (`float`, *optional*): the share of generated tokens that should trigger, in (0, 1]. Looked up in
+            the thresholds that `recipes/calibrate.py` stored with the selector.
+        threshold (`float`, *optional*): fires at values at or above it; wins over `target_rate`.
+        trigger_top_k (`int`): over how many tokens the entropy is taken. 64 in the paper.
+        warmup_tokens (`int`): the first new tokens never trigger. 3 in the paper.
+        fusion ([`FusionWeights`], mapping or numbers, *optional*): `None` takes the weights stored with the selector,
+            or (1, 0, 0) where there are none.
+        seed (`int`): of the "random" trigger.
+
+    Raises:
+        ValueError: naming the argument, its legal values and the value given.
+    """
+
+    trigger: str = "always"
+    num_candidates: int = 8
+    min_prob_ratio: float = 0.05
+    target_rate: float | None = None
+    threshold: float | None = None
+    trigger_top_k: int = 64
+    warmup_tokens: int = 3
+    fusion: FusionWeights | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        _check_choice("trigger", self.trigger, TRIGGERS)
+        _check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
+        _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
+        _check_range("trigger_top_k", self.trigger_top_k, 2, 1 << 20, integer=True)
+        _check_range("warmup_tokens", self.warmup_tokens, 0, 1 << 20, integer=True)
+        if self.target_rate is not None:
+            _check_range("target_rate", self.target_rate, 0.0, 1.0)
+            if self.target_rate == 0:
+                raise ValueError("`target_rate` must be in (0, 1], got 0; use trigger='never' for plain decoding.")
+        if self.threshold is not None:
+            if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+                raise ValueError(f"`threshold` must be a number, got {self.threshold!r}.")
+            if math.isnan(self.threshold):
+                raise ValueError("`threshold` must be a number, got nan.")
+        if self.trigger not in THRESHOLD_TRIGGERS and (self.threshold is not None or self.target_rate is not None):
+            raise ValueError(
+                f"`threshold` and `target_rate` belong to the triggers {', '.join(THRESHOLD_TRIGGERS)}; "
+                f"trigger={self.trigger!r} takes neither."
+            )
+        if self.fusion is not None:
+            object.__setattr__(self, "fusion", FusionWeights.from_any(self.fusion))
+
+    def resolve_threshold(self, thresholds: Mapping[str, Mapping[float, float]] | None) -> float | None:
+        """The threshold to use: the one given, else the calibrated one for `target_rate`, else an error.
+
+        Args:
+            thresholds: trigger -> {target rate: threshold}, as stored in `s2t_config.json`.
+
+        Returns:
+            `float`, or `None` for triggers that have no threshold.
+
+        Raises:
+            ValueError: where the trigger was never calibrated (for this rate), naming the command that does it.
+        """
+        if self.trigger not in THRESHOLD_TRIGGERS:
+            return None
+        if self.threshold is not None:
+            return float(self.threshold)
+        if self.trigger == "random" and self.target_rate is not None:
+            return 1.0 - self.target_rate  # uniform values need no calibration
+        table = (thresholds or {}).get(self.trigger, {})
+        how = (
+            "Run `python recipes/calibrate.py --adapter DIR --labels LABELS` to calibrate it on held-out training "
+            "problems, or pass `threshold=` yourself."
+        )
+        if self.target_rate is None:
+            rates = ", ".join(f"{rate:g}" for rate in sorted(table)) or "none"
+            raise ValueError(
+                f"trigger={self.trigger!r} needs `target_rate` (calibrated here: {rates}) or `threshold`. {how}"
+            )
+        for rate, threshold in table.items():
+            if math.isclose(rate, self.target_rate, rel_tol=1e-6):
+                return float(threshold)
+        rates = ", ".join(f"{rate:g}" for rate in sorted(table)) or "none"
+        raise ValueError(
+            f"trigger={self.trigger!r} has no calibrated threshold for target_rate={self.target_rate:g} "
+            f"(calibrated: {rates}). {how}"
+        )
+
+
+@dataclass(frozen=True)
+class SelectorConfig:
+    """What travels with a trained S2T-Local adapter, as `s2t_config.json` beside it.
+
+    Args:
+        reserved_token_ids (`tuple[int, ...]`): R token ids whose logits carry the score; never generated.
+        adapter_scope (`str`): which tokens see the adapter. "candidate": only the appended candidate, on the base
+            model's prefix; "sequence": prefix and candidate (the paper).
+        proposals (`str`): who writes the text. "base": the model without the adapter; "adapted": with it (the
+            paper's S2T-Local; only with adapter_scope="sequence").
+        score_head (`str`): "bins": softmax(z[reserved]) . linspace(0, 1, R), in [0, 1] (the paper); "linear": the mean
+            of z over the upper half of the reserved tokens minus the mean over the lower half.
+        num_candidates (`int`): default K at inference.
+        min_prob_ratio (`float`): default candidate floor at inference.
+        thresholds: trigger -> {target rate: threshold}, written by `recipes/calibrate.py`.
+        fusion ([`FusionWeights`], *optional*): fitted by calibration.
+        base_model (`str`): name or path of the model that the adapter was trained on.
+        teacher_model (`str`): of the labels.
+        vocab_hash (`str`): fingerprint of the tokenizer that the labels were made with.
+        metrics (`dict`): held-out figures, for the model card.
+    """
+
+    reserved_token_ids: tuple[int, ...]
+    adapter_scope: str = "candidate"
+    proposals: str = "base"
+    score_head: str = "bins"
+    num_candidates: int = 8
+    min_prob_ratio: float = 0.05
+    thresholds: dict[str, dict[float, float]] = field(default_factory=dict)
+    fusion: FusionWeights | None = None
+    base_model: str = ""
+    teacher_model: str = ""
+    vocab_hash: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        ids = tuple(int(i) for i in self.reserved_token_ids)
+        object.__setattr__(self, "reserved_token_ids", ids)
+        if len(ids) < 2 or len(set(ids)) != len(ids) or min(ids) < 0:
+            raise ValueError(f"`reserved_token_ids` must hold two or more different token ids, got {ids}.")
+        _check_choice("adapter_scope", self.adapter_scope, ADAPTER_SCOPES)
+        _check_choice("proposals", self.proposals, PROPOSALS)
+        _check_choice("score_head", self.score_head, SCORE_HEADS)
+        _check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
+        _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
+        if self.proposals == "adapted" and self.adapter_scope != "sequence":
+            raise ValueError("`proposals='adapted'` needs `adapter_scope='sequence'`, got adapter_scope='candidate'.")
+        if self.fusion is not None:
+            object.__setattr__(self, "fusion", FusionWeights.from_any(self.fusion))
+        table = {
+            trigger: {float(rate): float(value) for rate, value in by_rate.items()}
+            for trigger, by_rate in self.thresholds.items()
+        }
+        object.__setattr__(self, "thresholds", table)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+        """Writes `s2t_config.json` into `folder` (atomically) and returns its path."""
+        data = asdict(self)
+        data["reserved_token_ids"] = list(self.reserved_token_ids)
+        data["thresholds"] = {
+            trigger: {f"{rate:g}": value for rate, value in sorted(by_rate.items())}
+            for trigger, by_rate in self.thresholds.items()
+        }
+        return write_json(Path(folder) / S2T_CONFIG_NAME, data)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **hub_kwargs) -> SelectorConfig:
+        """Reads `s2t_config.json` from a local folder or a Hub repository.
+
+        Raises:
+            FileNotFoundError: where the folder or repository has none.
+            ValueError: where it holds unknown or illegal fields.
+        """
+        folder = Path(path)
+        file = folder / S2T_CONFIG_NAME
+        if folder.is_dir() and not file.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {S2T_CONFIG_NAME}: it is not an S2T-Local adapter (recipes/train.py makes one)."
+            )
+        if not folder.is_dir():
+            from transformers.utils import cached_file
+
+            try:
+                file = Path(cached_file(str(path), S2T_CONFIG_NAME, **hub_kwargs))
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"{str(path)!r} is neither a local folder nor a Hub repository with a {S2T_CONFIG_NAME}: {error}"
+                ) from error
+        data = json.loads(file.read_text(encoding="utf-8"))
+        unknown = set(data) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"{file} has unknown fields {sorted(unknown)}; it was written by a newer version.")
+        return cls(**data)
+
+
+def write_json(file: Path, data: Any) -> Path:
+    """Writes `data` as JSON through a temporary file and a rename, so that a kill never leaves half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(data, out, indent=2, ensure_ascii=False)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return file

@@ -1,0 +1,206 @@
+"""`s2t_generate`: the fast road, `model.generate(..., custom_generate=s2t_generate, selector=...)`.
+
+Owns the decoding loop and the KV cache, so that candidates are scored on the cache that decoding keeps anyway.
+Same tokens as the logits processor; does not know how a selector scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerateDecoderOnlyOutput,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from .config import S2TDecodingConfig
+from .logits_process import fix_tokens, resolve_selector
+from .selection import S2TSession, S2TTrace, Selector
+
+
+_WARPERS = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+)
+
+
+def s2t_generate(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    selector: Selector | None = None,
+    teacher_model: PreTrainedModel | None = None,
+    decoding_config: S2TDecodingConfig | None = None,
+    trace: S2TTrace | None = None,
+    text_streamer=None,
+    **model_kwargs,
+) -> torch.LongTensor | GenerateDecoderOnlyOutput:
+    """Decoding strategy for `model.generate(**inputs, custom_generate=s2t_generate, selector=selector)`.
+
+    Greedy and sampled decoding as `generate` does them, except that a triggered step emits the selected token.
+
+    Args:
+        model: the small model (passed by `generate`, as are `input_ids` (B, T), `logits_processor`,
+            `stopping_criteria`, `generation_config` and `model_kwargs`).
+        selector: [`LocalSelector`] (S2T-Local) or [`TeacherSelector`] (S2T).
+        teacher_model: without a selector, the teacher selects; with a local one, the oracle of the "kl" trigger.
+        decoding_config: how; `None` for the selector's defaults.
+        trace: filled with what happened in this call.
+        text_streamer: a `TextStreamer` or `TextIteratorStreamer`. (`generate` swallows its own `streamer` argument on
+            the way to a custom strategy.)
+
+    Returns:
+        Token ids (B, T + new), or `GenerateDecoderOnlyOutput` with `return_dict_in_generate=True`.
+
+    Raises:
+        ValueError: for generation modes that selection has no meaning for (beams, assisted decoding), static caches,
+            `use_cache=False`, and for thresholds that were never calibrated.
+    """
+    selector = resolve_selector(selector, teacher_model)
+    _refuse_unsupported(model, selector, generation_config, model_kwargs)
+    session = S2TSession(selector, decoding_config, input_ids.shape[1], teacher_model=teacher_model, trace=trace)
+    with torch.no_grad(), selector.generating():
+        return _decode(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            session,
+            text_streamer,
+        )
+
+
+def _decode(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    model_kwargs: dict,
+    session: S2TSession,
+    text_streamer,
+) -> torch.LongTensor | GenerateDecoderOnlyOutput:
+    """The loop: the same order of operations as `GenerationMixin._sample`, with [`S2TSession.step`] in the middle."""
+    selector = session.selector
+    pad_token_id = generation_config._pad_token_tensor
+    if pad_token_id is not None:
+        pad_token_id = pad_token_id.to(input_ids.device)
+    has_eos = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+    do_sample = generation_config.do_sample
+    as_dict = generation_config.return_dict_in_generate
+    all_scores = () if as_dict and generation_config.output_scores else None
+    all_logits = () if as_dict and generation_config.output_logits else None
+
+    # the user's processors shape the proposals, warpers only the sampling of steps that did not trigger
+    first_warper = next((i for i, p in enumerate(logits_processor) if isinstance(p, _WARPERS)), len(logits_processor))
+    processors = LogitsProcessorList(logits_processor[:first_warper])
+    warpers = LogitsProcessorList(logits_processor[first_warper:])
+    excluded_ids = None if selector.excluded_ids is None else selector.excluded_ids.to(input_ids.device)
+
+    mask_BT = model_kwargs.get("attention_mask")
+    mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+
+    unfinished_B = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+    if text_streamer is not None:
+        text_streamer.put(input_ids.cpu())
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    logits_BV = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"s2t_generate needs a key/value cache to score candidates on, but {type(model).__name__} returned "
+            f"{type(cache)}. Use logits_processor=S2T(...) with a teacher, or another model."
+        )
+    session.student_cache = cache
+    del outputs
+
+    while True:
+        scores_BV = processors(input_ids, logits_BV)
+        if excluded_ids is not None:
+            scores_BV = scores_BV.index_fill(-1, excluded_ids, float("-inf"))
+
+        # what rows decode to that are not asked
+        warped_BV = warpers(input_ids, scores_BV)
+        if do_sample:
+            default_B = torch.multinomial(nn.functional.softmax(warped_BV, dim=-1), num_samples=1).squeeze(1)
+        else:
+            default_B = warped_BV.argmax(-1)
+        active_B = unfinished_B.bool()
+        if has_eos:
+            default_B = default_B * unfinished_B + pad_token_id * (1 - unfinished_B)
+
+        result = session.step(input_ids, mask_BT, scores_BV, active_B=active_B, default_B=default_B)
+        token_B = torch.where(result.asked_B, result.token_B, default_B)
+        if as_dict and all_scores is not None:
+            all_scores += (fix_tokens(warped_BV, result.token_B, result.asked_B),)
+        if as_dict and all_logits is not None:
+            all_logits += (logits_BV,)
+
+        input_ids = torch.cat([input_ids, token_B[:, None]], dim=-1)
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=-1)
+        if text_streamer is not None:
+            text_streamer.put(token_B.cpu())
+        unfinished_B = unfinished_B & ~stopping_criteria(input_ids, all_scores)
+        if not bool(unfinished_B.any()):
+            break
+
+        if result.next_logits_BV is not None:  # scoring was the next forward: only the bookkeeping is left to do
+            logits_BV = result.next_logits_BV
+            model_kwargs = model._update_model_kwargs_for_generation({}, model_kwargs)
+            continue
+        model_inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+        outputs = model(**model_inputs, return_dict=True)
+        logits_BV = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        del outputs
+
+    if text_streamer is not None:
+        text_streamer.end()
+    if as_dict:
+        return GenerateDecoderOnlyOutput(
+            sequences=input_ids, scores=all_scores, logits=all_logits, past_key_values=cache
+        )
+    return input_ids
+
+
+def _refuse_unsupported(
+    model: PreTrainedModel, selector: Selector, generation_config: GenerationConfig, model_kwargs: dict
+) -> None:
+    """Errors before the prefill for what this loop would silently do wrong."""
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"S2T is defined for decoder-only models, got {type(model).__name__}.")
+    mode = generation_config.get_generation_mode()
+    if generation_config.num_beams and generation_config.num_beams > 1:
+        raise ValueError(f"s2t_generate selects one token per row: `num_beams` must be 1 (mode: {mode.value}).")
+    if not generation_config.use_cache:
+        raise ValueError("s2t_generate scores candidates on the key/value cache: `use_cache` must be True.")
+    if generation_config.prompt_lookup_num_tokens:
+        raise ValueError("s2t_generate cannot be combined with assisted decoding (`prompt_lookup_num_tokens`).")
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, Cache) and any(getattr(layer, "is_compileable", False) for layer in cache.layers):
+        raise ValueError(
+            "s2t_generate needs a cache that grows (cache_implementation='dynamic'); static caches are not supported."
+        )
+    scored = getattr(selector, "model", None)
+    if scored is not None and scored is not model:
+        raise ValueError(
+            "`selector` was loaded into another model object than the one that generates; pass the same `model` to "
+            "LocalSelector.from_pretrained(path, model) and call its `generate`."
+        )

@@ -1,0 +1,160 @@
+"""S2T as a `LogitsProcessor`: works with everything `model.generate` does, from `input_ids` and scores alone.
+
+Thin: finds out where a new call starts and which columns are padding, and lets [`S2TSession.step`] decide.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from .config import S2TDecodingConfig
+from .selection import S2TSession, S2TTrace, Selector, TeacherSelector, check_teacher
+
+
+class S2TLogitsProcessor(LogitsProcessor):
+    """Replaces the scores of a triggered step by the selected token; other steps pass through.
+
+    It keeps its own key/value cache of the scoring model, one per `generate` call, fed lazily with the tokens since
+    the last trigger. A call is recognised as going on where its `input_ids` are the last ones and one more column;
+    anything else starts afresh, so one object serves call after call and any batch.
+
+    Args:
+        selector: who chooses: [`LocalSelector`] or [`TeacherSelector`].
+        teacher_model: with `selector=None`, short for `TeacherSelector(teacher_model)`; with a local selector, the
+            oracle of the "kl" trigger.
+        config: how; `None` for the selector's defaults.
+        pad_token_id: marks left padding. `None` takes it from the scoring model's generation config. A processor
+            never sees the attention mask: a run of this token at the start of a row counts as padding.
+        trace: filled during each call.
+
+    Raises:
+        ValueError: for a threshold that was never calibrated, or where neither selector nor teacher is given.
+    """
+
+    def __init__(
+        self,
+        selector: Selector | None = None,
+        *,
+        teacher_model: PreTrainedModel | None = None,
+        config: S2TDecodingConfig | None = None,
+        pad_token_id: int | None = None,
+        trace: S2TTrace | None = None,
+    ):
+        self.selector = resolve_selector(selector, teacher_model)
+        self.teacher_model = teacher_model
+        self.config = self.selector.config if config is None else config
+        self.config.resolve_threshold(self.selector.thresholds)  # an uncalibrated threshold fails here, not mid-run
+        check_teacher(self.config, self.selector, teacher_model)
+        self.trace = trace
+        scorer = getattr(self.selector, "model", None) or getattr(self.selector, "teacher_model", None)
+        self._padding = _padding_token(scorer, pad_token_id)
+        self._session: S2TSession | None = None
+        self._seen_BT: torch.Tensor | None = None
+        self._num_padding_B: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores (B, V) with every triggered row fixed to its selected token."""
+        if not self._goes_on(input_ids):
+            self._session = S2TSession(
+                self.selector, self.config, input_ids.shape[1], teacher_model=self.teacher_model, trace=self.trace
+            )
+            self._num_padding_B = self._count_padding(input_ids)
+        self._seen_BT = input_ids
+        columns_T = torch.arange(input_ids.shape[1], device=input_ids.device)
+        mask_BT = columns_T >= self._num_padding_B[:, None]
+        with torch.no_grad():
+            result = self._session.step(input_ids, mask_BT, scores)
+        scores = scores.clone()
+        if self.selector.excluded_ids is not None:
+            scores[:, self.selector.excluded_ids.to(scores.device)] = float("-inf")
+        return fix_tokens(scores, result.token_B, result.asked_B)
+
+    def _goes_on(self, input_ids: torch.Tensor) -> bool:
+        seen = self._seen_BT
+        return (
+            seen is not None
+            and input_ids.shape == (seen.shape[0], seen.shape[1] + 1)
+            and input_ids.device == seen.device
+            and torch.equal(input_ids[:, :-1], seen)
+        )
+
+    def _count_padding(self, input_ids: torch.Tensor) -> torch.Tensor:
+        pad_token_id, may_be_text = self._padding
+        if pad_token_id is None:
+            return torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        is_pad_BT = input_ids == pad_token_id
+        num_padding_B = is_pad_BT.long().cumprod(-1).sum(-1)
+        if may_be_text:  # a text may begin with this token (pad = bos or eos): what all rows share is text
+            num_padding_B = num_padding_B - num_padding_B.min()
+        return num_padding_B.clamp_max(input_ids.shape[1] - 1)
+
+
+class S2T(LogitsProcessorList):
+    """What a user passes: `model.generate(**inputs, logits_processor=S2T(selector))`.
+
+    A `LogitsProcessorList` that holds one [`S2TLogitsProcessor`] (`generate` takes lists only); arguments as there.
+
+    Example:
+        >>> model.generate(**inputs, logits_processor=S2T(teacher_model=teacher))  # the larger model selects
+        >>> selector = LocalSelector.from_pretrained("you/qwen2.5-1.5b-s2t-local", model)
+        >>> model.generate(**inputs, logits_processor=S2T(selector))  # the small model selects by itself
+    """
+
+    def __init__(
+        self,
+        selector: Selector | None = None,
+        *,
+        teacher_model: PreTrainedModel | None = None,
+        config: S2TDecodingConfig | None = None,
+        pad_token_id: int | None = None,
+        trace: S2TTrace | None = None,
+    ):
+        super().__init__(
+            [
+                S2TLogitsProcessor(
+                    selector, teacher_model=teacher_model, config=config, pad_token_id=pad_token_id, trace=trace
+                )
+            ]
+        )
+
+
+def resolve_selector(selector: Selector | None, teacher_model: PreTrainedModel | None) -> Selector:
+    """The selector given, or a [`TeacherSelector`] of the teacher given."""
+    if selector is None and teacher_model is None:
+        raise ValueError("Pass `selector` (S2T-Local) or `teacher_model` (S2T), got neither.")
+    if selector is None:
+        return TeacherSelector(teacher_model)
+    if not isinstance(selector, Selector):
+        raise TypeError(
+            f"`selector` must be a LocalSelector or TeacherSelector, got {type(selector)}; a larger model goes into "
+            "`teacher_model=`."
+        )
+    return selector
+
+
+def fix_tokens(scores_BV: torch.Tensor, token_B: torch.Tensor, asked_B: torch.Tensor) -> torch.Tensor:
+    """Scores in which every asked row has 0 at its token and -inf elsewhere, so that argmax and sampling take it."""
+    fixed_BV = torch.full_like(scores_BV, float("-inf")).scatter(-1, token_B[:, None], 0.0)
+    return torch.where(asked_B[:, None], fixed_BV, scores_BV)
+
+
+def _padding_token(scorer: PreTrainedModel | None, pad_token_id: int | None) -> tuple[int | None, bool]:
+    """The padding token, and whether a text may begin with it (then only what rows do not share is padding)."""
+    configs = (getattr(scorer, "generation_config", None), getattr(scorer, "config", None))
+
+    def look_up(name: str) -> set[int]:
+        found: set[int] = set()
+        for config in configs:
+            value = getattr(config, name, None)
+            found |= set(value) if isinstance(value, (list, tuple)) else set() if value is None else {value}
+        return found
+
+    starts = look_up("bos_token_id") | look_up("eos_token_id")
+    if pad_token_id is None:
+        pads = [p for c in configs if (p := getattr(c, "pad_token_id", None)) is not None]
+        # `generate` pads with the first end-of-sequence token where no padding token is set
+        ends = next((e for c in configs if (e := getattr(c, "eos_token_id", None)) is not None), None)
+        ends = ends[0] if isinstance(ends, (list, tuple)) else ends
+        pad_token_id = pads[0] if pads else ends
+    return pad_token_id, pad_token_id in starts

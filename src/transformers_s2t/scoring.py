@@ -1,0 +1,281 @@
+"""How a model scores candidates: K appended tokens on one shared prefix, read at the reserved tokens.
+
+The trainer and the decoder call the same functions, so a training score is a decoding score. Two exact ways lead from
+a cached prefix to the hidden states of M appended candidates:
+
+- *tree*: one forward of M tokens per row; a 4D mask lets each see its prefix and itself;
+- *repeat*: every row of the cache repeated once per candidate, one ordinary token each. Slower, for attention
+  kernels and cache layers that a tree mask does not describe (flash attention, sliding windows, linear attention).
+
+Legend: B rows, T cached prefix tokens, M appended candidates per row, R reserved tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def candidate_scores(bin_logits_R: torch.Tensor, score_head: str = "bins") -> torch.Tensor:
+    """Score of each candidate from its R reserved logits; any leading shape.
+
+    "bins" is the paper's expected value, softmax(z) . linspace(0, 1, R), in [0, 1] (arXiv 2604.26940, section 3);
+    "linear" is mean(z[R/2:]) - mean(z[:R/2]), without bounds.
+    """
+    bin_logits_R = bin_logits_R.float()
+    num_bins = bin_logits_R.shape[-1]
+    if score_head == "linear":
+        return bin_logits_R[..., num_bins // 2 :].mean(-1) - bin_logits_R[..., : num_bins // 2].mean(-1)
+    bins_R = torch.linspace(0.0, 1.0, num_bins, device=bin_logits_R.device)
+    return torch.softmax(bin_logits_R, dim=-1) @ bins_R
+
+
+def positions_from_mask(attention_mask_BT: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its own text, as `generate` numbers them: padding on the left counts as 1."""
+    positions_BT = attention_mask_BT.long().cumsum(-1) - 1
+    return positions_BT.masked_fill(attention_mask_BT == 0, 1)
+
+
+def tree_mask(
+    prefix_mask_BT: torch.Tensor, limits_BM: torch.Tensor, attn_implementation: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """4D attention mask of M candidates on T cached tokens.
+
+    Candidate m of a row sees the real tokens among the first `limits_BM[b, m]` cached ones, and itself.
+
+    Args:
+        prefix_mask_BT: bool, False where the cache holds padding.
+        limits_BM: int, how many cached columns each candidate may see.
+        attn_implementation: "sdpa" gets a bool mask, "eager" an additive one (a bool mask is silently wrong there).
+        dtype: of the additive mask.
+
+    Returns:
+        (B, 1, M, T + M).
+    """
+    batch_size, num_cached = prefix_mask_BT.shape
+    num_new = limits_BM.shape[1]
+    columns_T = torch.arange(num_cached, device=prefix_mask_BT.device)
+    prefix_BMT = prefix_mask_BT[:, None, :].bool() & (columns_T < limits_BM[..., None])
+    itself_BMM = torch.eye(num_new, dtype=torch.bool, device=prefix_mask_BT.device).expand(batch_size, -1, -1)
+    allowed_B1MN = torch.cat([prefix_BMT, itself_BMM], dim=-1)[:, None]
+    if attn_implementation == "eager":
+        return torch.zeros_like(allowed_B1MN, dtype=dtype).masked_fill(~allowed_B1MN, torch.finfo(dtype).min)
+    return allowed_B1MN
+
+
+def supports_tree(model: PreTrainedModel, cache: Cache) -> bool:
+    """Whether a tree mask is exact: plain growing cache layers only, and attention that takes a 4D mask.
+
+    Decided by what the cache is made of after the prefill, never by the model's name: hybrid models accept a tree
+    mask and silently ignore it in their recurrent layers.
+    """
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def fork_cache(cache: Cache, row_index: torch.Tensor | None = None) -> Cache:
+    """A cache that can be fed without touching `cache`, with rows picked by `row_index` (all rows if `None`).
+
+    Plain layers are forked without a copy: they grow by concatenation, which leaves the original tensors alone.
+    """
+    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        fork = copy.copy(cache)
+        fork.layers = [copy.copy(layer) for layer in cache.layers]
+    else:
+        fork = copy.deepcopy(cache)
+    if row_index is not None:
+        fork.reorder_cache(row_index)
+    return fork
+
+
+def get_decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model that ends in hidden states, without the output head."""
+    return getattr(model, model.base_model_prefix)
+
+
+def append_candidates(
+    model: PreTrainedModel,
+    cache: Cache,
+    prefix_mask_BT: torch.Tensor,
+    candidate_ids_BM: torch.Tensor,
+    positions_BM: torch.Tensor,
+    limits_BM: torch.Tensor | None = None,
+    row_index: torch.Tensor | None = None,
+    tree: bool | None = None,
+) -> tuple[torch.Tensor, Cache, bool]:
+    """Hidden states of candidates, each appended to its prefix on its own.
+
+    Args:
+        model: causal language model (adapters on or off as the caller has set them).
+        cache: holds T tokens per row; it is left as it was.
+        prefix_mask_BT: bool, False where the cache holds padding.
+        candidate_ids_BM: the tokens to append.
+        positions_BM: position of each candidate in its own text.
+        limits_BM: how many cached columns each candidate sees; `None` for all T.
+        row_index: which rows of the cache the B rows are, `None` for all of them in order.
+        tree: `None` chooses by [`supports_tree`].
+
+    Returns:
+        hidden_BMD, the fed cache (tree: M more columns per row; repeat: B * M rows), and whether it was the tree.
+
+    Raises:
+        ValueError: where limits differ and only repeated rows would be exact.
+    """
+    batch_size, num_new = candidate_ids_BM.shape
+    num_cached = prefix_mask_BT.shape[1]
+    if tree is None:
+        tree = supports_tree(model, cache)
+    if tree:
+        fed = fork_cache(cache, row_index)
+        if limits_BM is None:
+            limits_BM = torch.full_like(candidate_ids_BM, num_cached)
+        mask = tree_mask(prefix_mask_BT, limits_BM, model.config._attn_implementation, model.dtype)
+        output = get_decoder(model)(
+            input_ids=candidate_ids_BM,
+            attention_mask=mask,
+            position_ids=positions_BM,
+            past_key_values=fed,
+            use_cache=True,
+        )
+        return output.last_hidden_state, fed, True
+    if limits_BM is not None and bool((limits_BM != num_cached).any()):
+        raise ValueError(
+            "Candidates at different places of one cached prefix need a tree mask, which this model's attention "
+            f"({model.config._attn_implementation!r}) or cache layers do not support exactly."
+        )
+    repeats = torch.arange(batch_size, device=candidate_ids_BM.device).repeat_interleave(num_new)
+    fed = fork_cache(cache, repeats if row_index is None else row_index[repeats])
+    mask_BT = torch.cat([prefix_mask_BT, prefix_mask_BT.new_ones(batch_size, 1)], dim=1)[repeats]
+    output = get_decoder(model)(
+        input_ids=candidate_ids_BM.reshape(-1, 1),
+        attention_mask=mask_BT.long(),
+        position_ids=positions_BM.reshape(-1, 1),
+        past_key_values=fed,
+        use_cache=True,
+    )
+    return output.last_hidden_state.reshape(batch_size, num_new, -1), fed, False
+
+
+def keep_candidate(fed: Cache, chosen_B: torch.Tensor, num_new: int, tree: bool) -> Cache:
+    """Turns the fed cache of [`append_candidates`] into that of the chosen candidate: T + 1 tokens, B rows."""
+    if not tree:
+        rows = torch.arange(len(chosen_B), device=chosen_B.device) * num_new + chosen_B
+        fed.reorder_cache(rows)
+        return fed
+    for layer in fed.layers:
+        for name in ("keys", "values"):
+            states = getattr(layer, name)  # (B, heads, T + M, head size)
+            num_cached = states.shape[-2] - num_new
+            index = chosen_B.to(states.device).view(-1, 1, 1, 1).expand(-1, states.shape[1], 1, states.shape[3])
+            picked = states[..., num_cached:, :].gather(2, index)
+            setattr(layer, name, torch.cat([states[..., :num_cached, :], picked], dim=-2))
+    return fed
+
+
+class PrefixCache:
+    """The cache of one model over one batch of growing texts, fed lazily.
+
+    Args:
+        model: causal language model.
+        cache: a cache to go on with (a `generate` call's own), or `None` for a new one.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache | None = None):
+        self.model = model
+        self.cache = DynamicCache(config=model.config) if cache is None else cache
+
+    @property
+    def num_cached(self) -> int:
+        return self.cache.get_seq_length()
+
+    def feed(
+        self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, with_logits: bool = False
+    ) -> torch.Tensor | None:
+        """Runs the tokens that the cache does not hold yet; returns the last position's logits (B, V) on request."""
+        start = self.num_cached
+        device = self.model.device
+        new_ids = input_ids_BT[:, start:].to(device)
+        if new_ids.shape[1] == 0:
+            if with_logits:
+                raise AssertionError("the cache already holds this prefix; its logits were returned before")
+            return None
+        inputs = {
+            "input_ids": new_ids,
+            "attention_mask": mask_BT.long().to(device),
+            "position_ids": positions_from_mask(mask_BT)[:, start:].to(device),
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        if with_logits:
+            return self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
+        get_decoder(self.model)(**inputs)
+        return None
+
+
+class AdapterSwitch:
+    """Turns the LoRA layers of a model on and off in microseconds, leaving `requires_grad` alone.
+
+    PEFT's own `disable_adapter()` walks every parameter (tens of milliseconds on a real model): too slow for once
+    per token, and it drops `requires_grad`, which a trainer must keep.
+    """
+
+    def __init__(self, model: nn.Module):
+        wrappers = [module for module in model.modules() if isinstance(module, TrainableTokensWrapper)]
+        head = {id(inner) for wrapper in wrappers for inner in wrapper.modules()}
+        adapters = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        self.layers = [layer for layer in adapters if id(layer) not in head]
+        for layer in adapters:
+            if id(layer) in head:  # scores read the trained rows directly; text never needs them
+                layer._disable_adapters = True
+
+    def set(self, enabled: bool) -> None:
+        for layer in self.layers:
+            layer._disable_adapters = not enabled
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.layers) and not self.layers[0]._disable_adapters
+
+    @contextmanager
+    def __call__(self, enabled: bool) -> Iterator[None]:
+        before = [layer._disable_adapters for layer in self.layers]
+        self.set(enabled)
+        try:
+            yield
+        finally:
+            for layer, disabled in zip(self.layers, before):
+                layer._disable_adapters = disabled
+
+
+def reserved_rows(model: PreTrainedModel, reserved_token_ids: tuple[int, ...], adapter_name: str) -> torch.Tensor:
+    """The trained rows (R, D) of the output head, in the order of `reserved_token_ids`.
+
+    Raises:
+        ValueError: where the adapter holds no such rows, so that untrained logits are never read as scores.
+    """
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            layer = module.token_adapter
+            if adapter_name in layer.trainable_tokens_delta:
+                order = {id: row for row, id in enumerate(layer.token_indices[adapter_name])}
+                if all(id in order for id in reserved_token_ids):
+                    rows = layer.trainable_tokens_delta[adapter_name]
+                    return rows[torch.tensor([order[id] for id in reserved_token_ids], device=rows.device)]
+    raise ValueError(
+        f"Adapter {adapter_name!r} holds no trained rows for the reserved tokens {list(reserved_token_ids)}: its "
+        "LoraConfig needs `trainable_token_indices={'lm_head': reserved_token_ids}` (S2TTrainer sets it)."
+    )
+
+
+def bin_logits(hidden_D: torch.Tensor, rows_RD: torch.Tensor) -> torch.Tensor:
+    """Reserved logits z = h W[reserved]^T, float32; any leading shape. Reads R rows, never the whole head."""
+    return hidden_D.float() @ rows_RD.float().T

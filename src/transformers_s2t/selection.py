@@ -1,0 +1,502 @@
+"""Who chooses between the candidates, and one decoding step on one screen ([`S2TSession.step`]).
+
+Knows prefixes and caches; does not know whether a logits processor or `s2t_generate` drives it.
+
+Legend: B rows, A asked rows, K candidates, T tokens so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import Cache, PreTrainedModel
+
+from . import triggers
+from .config import FusionWeights, S2TDecodingConfig, SelectorConfig
+from .proposals import Proposals, propose
+from .reserved_tokens import resize_for_reserved_tokens
+from .scoring import (
+    AdapterSwitch,
+    PrefixCache,
+    append_candidates,
+    bin_logits,
+    candidate_scores,
+    keep_candidate,
+    reserved_rows,
+)
+
+
+ADAPTER_NAME = "s2t"
+_IMPOSSIBLE = -1e4  # a score for candidates that a teacher with a smaller head cannot emit
+
+
+class Selector:
+    """What scores candidates. Subclasses implement [`score`]; everything per-call lives in the session.
+
+    Attributes:
+        excluded_ids: token ids that are never generated, `None` for none.
+        takeover: the teacher's own token replaces the student's, candidates or not (the Takeover baseline).
+        thresholds: trigger -> {target rate: threshold}.
+        fusion: weights of the fused score, `None` for the selector's score alone.
+        config: defaults of a decoding run with this selector.
+    """
+
+    excluded_ids: torch.Tensor | None = None
+    takeover: bool = False
+    thresholds: Mapping[str, Mapping[float, float]] = {}
+    fusion: FusionWeights | None = None
+
+    @property
+    def config(self) -> S2TDecodingConfig:
+        return S2TDecodingConfig()
+
+    def generating(self) -> AbstractContextManager:
+        """Entered by `s2t_generate` for the length of a call: puts the model into the state that writes the text."""
+        return nullcontext()
+
+    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor:
+        """Scores (A, K) of the proposals of the rows `rows_A`, bigger = better."""
+        raise NotImplementedError
+
+
+class TeacherSelector(Selector):
+    """S2T: the larger model selects among the small model's proposals (arXiv 2604.26940, section 3).
+
+    Args:
+        teacher_model: causal language model with the same tokenizer (its head may be padded to another size).
+        thresholds: calibrated thresholds, trigger -> {target rate: threshold}; without them `threshold=` of
+            [`S2TDecodingConfig`] must be given for triggers that need one.
+        takeover: emit the teacher's argmax over the whole vocabulary in place of selecting. The paper's baseline.
+
+    The score of a candidate is the teacher's log-probability of it given the same prefix, in nats.
+    """
+
+    def __init__(
+        self,
+        teacher_model: PreTrainedModel,
+        thresholds: Mapping[str, Mapping[float, float]] | None = None,
+        takeover: bool = False,
+    ):
+        if not isinstance(teacher_model, (PreTrainedModel, PeftModel)):
+            raise TypeError(f"`teacher_model` must be a loaded causal language model, got {type(teacher_model)}.")
+        self.teacher_model = teacher_model
+        self.thresholds = dict(thresholds or {})
+        self.takeover = takeover
+
+    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor:
+        logits_AV = session.teacher_logits()[rows_A]
+        known_AK = proposals.ids_BK < logits_AV.shape[-1]
+        logprobs_AV = torch.log_softmax(logits_AV, dim=-1)
+        scores_AK = logprobs_AV.gather(-1, proposals.ids_BK.clamp_max(logits_AV.shape[-1] - 1))
+        return scores_AK.clamp_min(_IMPOSSIBLE).masked_fill(~known_AK, _IMPOSSIBLE)
+
+
+class LocalSelector(Selector):
+    """S2T-Local: the small model selects by itself, with a LoRA adapter and the logits of reserved tokens.
+
+    Args:
+        model: the small model with the adapter in it (a [`PeftModel`], or its base model after PEFT injected it).
+        selector_config: [`SelectorConfig`], stored beside the adapter.
+        adapter_name: of the S2T adapter inside the model.
+
+    Raises:
+        ValueError: where the model holds no trained rows for the reserved tokens.
+
+    The adapter is left off: `model.generate` without S2T is the base model, token for token. (With
+    `proposals="adapted"`, the paper's form, it is left on, because the adapted model writes the text.)
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, selector_config: SelectorConfig, adapter_name: str):
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.selector_config = selector_config
+        self.adapter_name = adapter_name
+        self.thresholds = selector_config.thresholds
+        self.fusion = selector_config.fusion
+        self.switch = AdapterSwitch(self.model)
+        reserved_rows(self.model, selector_config.reserved_token_ids, adapter_name)  # fails early, not at a trigger
+        self.excluded_ids = torch.tensor(selector_config.reserved_token_ids)
+        self.switch.set(selector_config.proposals == "adapted")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        model: PreTrainedModel | PeftModel,
+        *,
+        adapter_name: str = ADAPTER_NAME,
+        **hub_kwargs,
+    ) -> LocalSelector:
+        """Loads an adapter and its `s2t_config.json` into `model`.
+
+        Args:
+            path: local folder or Hub repository.
+            model: the base model that the adapter was trained on; PEFT injects the adapter in place.
+            adapter_name: name inside the model. Loading again under the same name is an error.
+            hub_kwargs: `revision`, `token`, `cache_dir` ... as in `from_pretrained` of transformers.
+
+        Raises:
+            FileNotFoundError: where the folder or repository holds no `s2t_config.json`.
+            ValueError: where the name is taken, or the adapter does not fit the model.
+        """
+        config = SelectorConfig.from_pretrained(path, **hub_kwargs)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(base, PreTrainedModel):
+            raise TypeError(f"`model` must be a loaded causal language model, got {type(model)}.")
+        if adapter_name in _adapter_names(model, base):
+            raise ValueError(
+                f"`model` already holds an adapter named {adapter_name!r}; pass another `adapter_name` or a new model."
+            )
+        resize_for_reserved_tokens(base, max(config.reserved_token_ids) + 1)
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(path), adapter_name=adapter_name, **hub_kwargs)
+            model.set_adapter(adapter_name)
+        else:
+            training = model.training
+            model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, **hub_kwargs)
+            model.train(training)
+        return cls(model, config, adapter_name)
+
+    @property
+    def config(self) -> S2TDecodingConfig:
+        return S2TDecodingConfig(
+            num_candidates=self.selector_config.num_candidates, min_prob_ratio=self.selector_config.min_prob_ratio
+        )
+
+    @property
+    def tree_commits(self) -> bool:
+        """Whether the forward that scores also is the next decoding step (the adapted model writes the text)."""
+        return self.selector_config.proposals == "adapted"
+
+    def generating(self) -> AbstractContextManager:
+        return self.switch(self.tree_commits)
+
+    def read_scores(self, hidden_AKD: torch.Tensor) -> torch.Tensor:
+        """Scores (A, K) from the candidates' last hidden states."""
+        rows_RD = reserved_rows(self.model, self.selector_config.reserved_token_ids, self.adapter_name)
+        return candidate_scores(bin_logits(hidden_AKD, rows_RD), self.selector_config.score_head)
+
+    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor:
+        in_sequence = self.selector_config.adapter_scope == "sequence"
+        prefix = session.student_prefix(self, adapter_on_prefix=in_sequence)
+        mask_AT = session.mask_BT[rows_A].to(self.model.device)
+        ids_AK = proposals.ids_BK.to(self.model.device)
+        positions_AK = mask_AT.long().sum(-1, keepdim=True).expand_as(ids_AK)
+        whole_batch = len(rows_A) == session.mask_BT.shape[0]
+        with self.switch(True):
+            session.count_forward("scorer", ids_AK.numel())
+            hidden_AKD, _, _ = append_candidates(
+                self.model,
+                prefix.cache,
+                mask_AT,
+                ids_AK,
+                positions_AK,
+                row_index=None if whole_batch else rows_A.to(self.model.device),
+            )
+        return self.read_scores(hidden_AKD).to(proposals.logprobs_BK.device)
+
+
+def _adapter_names(model: PreTrainedModel | PeftModel, base: PreTrainedModel) -> set[str]:
+    names = set(model.peft_config) if isinstance(model, PeftModel) else set(getattr(base, "peft_config", {}))
+    for module in base.modules():
+        names |= set(getattr(module, "lora_A", {}))
+    return names
+
+
+class StepResult(NamedTuple):
+    """What a step decided.
+
+    Attributes:
+        token_B: the selected token where `asked_B`, the student's first elsewhere.
+        asked_B: rows whose selector was asked; the others decode as the user asked for.
+        next_logits_BV: logits after the step's tokens where scoring already was the next forward, else `None`.
+    """
+
+    token_B: torch.Tensor
+    asked_B: torch.Tensor
+    next_logits_BV: torch.Tensor | None = None
+
+
+@dataclass
+class S2TTrace:
+    """What happened in one `generate` call. Pass an empty one to `S2T(..., trace=)` or `s2t_generate(trace=)`.
+
+    A new call clears it. Tensors are on the CPU, one entry per generated token, in order.
+
+    Attributes:
+        prompt_length: columns of the prompt.
+        steps: per step a dict with `value_B` (trigger value), `triggered_B`, `asked_B`, `first_B` (the student's first
+            token), `token_B` (the selected one; for rows that were asked), and, where any row was asked, `rows_A`,
+            `candidate_ids_AK`, `scores_AK`, `mask_AK`.
+        forwards: forwards run beyond those of plain decoding, by kind ("teacher", "scorer").
+        tokens: tokens run in them, by kind.
+    """
+
+    prompt_length: int = 0
+    steps: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    forwards: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def clear(self, prompt_length: int) -> None:
+        self.prompt_length = prompt_length
+        self.steps, self.forwards, self.tokens = [], {}, {}
+
+    def rows(self) -> list[list[dict]]:
+        """The same by row: for each a list of steps with `value`, `triggered`, `asked`, `flipped`, `first`, `token`,
+        and, where it was asked, `candidate_ids` and `scores` (candidates above the floor)."""
+        if not self.steps:
+            return []
+        out: list[list[dict]] = [[] for _ in range(len(self.steps[0]["asked_B"]))]
+        for step in self.steps:
+            where = {int(row): a for a, row in enumerate(step.get("rows_A", []))}
+            for row, items in enumerate(out):
+                asked = bool(step["asked_B"][row])
+                item = {
+                    "value": float(step["value_B"][row]),
+                    "triggered": bool(step["triggered_B"][row]),
+                    "asked": asked,
+                    "first": int(step["first_B"][row]),
+                    "token": int(step["token_B"][row]),
+                    "flipped": asked and int(step["first_B"][row]) != int(step["token_B"][row]),
+                }
+                if row in where and "scores_AK" in step:
+                    mask_K = step["mask_AK"][where[row]]
+                    item["candidate_ids"] = step["candidate_ids_AK"][where[row]][mask_K].tolist()
+                    item["scores"] = step["scores_AK"][where[row]][mask_K].tolist()
+                items.append(item)
+        return out
+
+
+class S2TSession:
+    """The state of one `generate` call: caches, trigger threshold, prompt length. Made anew for every call.
+
+    Args:
+        selector: who chooses.
+        config: `None` for the selector's own defaults.
+        prompt_length: columns of the prompt; warm-up counts from there.
+        teacher_model: for the "kl" trigger where the selector is local.
+        student_cache: the cache of the `generate` call that drives this session, where it is at hand (then nothing
+            is computed twice); `None` makes the session keep caches of its own.
+        trace: filled as the call goes on.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        config: S2TDecodingConfig | None,
+        prompt_length: int,
+        teacher_model: PreTrainedModel | None = None,
+        student_cache: Cache | None = None,
+        trace: S2TTrace | None = None,
+    ):
+        self.selector = selector
+        self.config = selector.config if config is None else config
+        self.threshold = self.config.resolve_threshold(selector.thresholds)
+        self.fusion = self.config.fusion or selector.fusion or FusionWeights()
+        self.prompt_length = prompt_length
+        self.teacher_model = check_teacher(self.config, selector, teacher_model)
+        self.student_cache = student_cache
+        self.trace = trace
+        self._random = torch.Generator().manual_seed(self.config.seed)
+        self._teacher_prefix: PrefixCache | None = None
+        self._teacher_logits_BV: torch.Tensor | None = None
+        self._scorer_prefix: PrefixCache | None = None
+        self.input_ids_BT: torch.Tensor | None = None
+        self.mask_BT: torch.Tensor | None = None
+        if trace is not None:
+            trace.clear(prompt_length)
+
+    def step(
+        self,
+        input_ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor,
+        logits_BV: torch.Tensor,
+        active_B: torch.Tensor | None = None,
+        default_B: torch.Tensor | None = None,
+    ) -> StepResult:
+        """One decoding step: trigger, candidates, selection.
+
+        Args:
+            input_ids_BT: everything so far, prompt included.
+            mask_BT: bool, False at padding.
+            logits_BV: the student's next-token logits, after the user's processors, before any sampling warper.
+            active_B: rows that have not finished; `None` for all.
+            default_B: the tokens of rows that are not asked, where they are known already (see `next_logits_BV`).
+        """
+        self.input_ids_BT, self.mask_BT, self._teacher_logits_BV = input_ids_BT, mask_BT, None
+        config, device = self.config, logits_BV.device
+        if active_B is None:
+            active_B = torch.ones(len(logits_BV), dtype=torch.bool, device=device)
+        past_warmup = input_ids_BT.shape[1] - self.prompt_length >= config.warmup_tokens
+
+        # 1. trigger
+        value_B = self._trigger_value(logits_BV)
+        triggered_B = active_B & past_warmup
+        if config.trigger == "never":
+            triggered_B = torch.zeros_like(triggered_B)
+        elif self.threshold is not None:
+            triggered_B = triggered_B & (value_B >= self.threshold)
+
+        # 2. candidates
+        proposals = propose(logits_BV, config.num_candidates, config.min_prob_ratio, self.selector.excluded_ids)
+        token_B = proposals.ids_BK[:, 0].clone()
+        asked_B = triggered_B if self.selector.takeover else triggered_B & (proposals.mask_BK.sum(-1) > 1)
+
+        # 3. selection
+        next_logits_BV, asked = None, None
+        if bool(asked_B.any()):
+            rows_A = asked_B.nonzero()[:, 0]
+            if self.selector.takeover:
+                token_B[rows_A] = self.teacher_logits()[rows_A, : logits_BV.shape[-1]].argmax(-1)
+            else:
+                # the floor keeps a prefix of the candidates, so the widest row tells how many are worth a forward
+                width = int(proposals.mask_BK[rows_A].sum(-1).max())
+                asked = Proposals(*(tensor[rows_A, :width] for tensor in proposals))
+                commits = self.student_cache is not None and getattr(self.selector, "tree_commits", False)
+                if commits and head_is_plain(self.selector.model):
+                    scores_AK, keep = self._score_and_keep(rows_A, asked, token_B if default_B is None else default_B)
+                    choice_A = decide(scores_AK, asked, self.fusion)
+                    next_logits_BV = keep(choice_A)
+                else:
+                    scores_AK = self.selector.score(self, rows_A, asked)
+                    choice_A = decide(scores_AK, asked, self.fusion)
+                token_B[rows_A] = asked.ids_BK.gather(-1, choice_A[:, None])[:, 0]
+
+        if self.trace is not None:
+            entry = {
+                "value_B": value_B,
+                "triggered_B": triggered_B,
+                "asked_B": asked_B,
+                "first_B": proposals.ids_BK[:, 0],
+                "token_B": token_B,
+            }
+            if asked is not None:
+                entry |= {
+                    "rows_A": rows_A,
+                    "candidate_ids_AK": asked.ids_BK,
+                    "scores_AK": scores_AK,
+                    "mask_AK": asked.mask_BK,
+                }
+            self.trace.steps.append({name: tensor.detach().cpu() for name, tensor in entry.items()})
+        return StepResult(token_B, asked_B, next_logits_BV)
+
+    def _trigger_value(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        kind = self.config.trigger
+        if kind == "entropy":
+            return triggers.entropy(logits_BV, self.config.trigger_top_k)
+        if kind == "margin":
+            return triggers.margin(logits_BV)
+        if kind == "kl":
+            return triggers.kl_divergence(self.teacher_logits(), logits_BV)
+        if kind == "random":
+            return torch.rand(len(logits_BV), generator=self._random).to(logits_BV.device)
+        return torch.zeros(len(logits_BV), device=logits_BV.device)
+
+    def teacher_logits(self) -> torch.Tensor:
+        """The teacher's next-token logits (B, V) for the current prefix, float32, run at most once a step.
+
+        Only the tokens since the last time go through the teacher.
+        """
+        if self._teacher_logits_BV is None:
+            if self._teacher_prefix is None:
+                self._teacher_prefix = PrefixCache(self.teacher_model)
+            new_tokens = self.input_ids_BT.shape[1] - self._teacher_prefix.num_cached
+            self.count_forward("teacher", new_tokens * len(self.input_ids_BT))
+            logits_BV = self._teacher_prefix.feed(self.input_ids_BT, self.mask_BT, with_logits=True)
+            self._teacher_logits_BV = logits_BV.to(self.input_ids_BT.device)
+        return self._teacher_logits_BV
+
+    def student_prefix(self, selector: LocalSelector, adapter_on_prefix: bool) -> PrefixCache:
+        """A cache of the small model that holds the whole prefix, computed with the adapter on or off.
+
+        The driving call's own cache serves where it was computed the same way; otherwise one is kept and fed lazily.
+        """
+        own_text = self.student_cache is not None and adapter_on_prefix == selector.tree_commits
+        if own_text:
+            return PrefixCache(selector.model, self.student_cache)
+        if self._scorer_prefix is None:
+            self._scorer_prefix = PrefixCache(selector.model)
+        new_tokens = self.input_ids_BT.shape[1] - self._scorer_prefix.num_cached
+        if new_tokens:
+            self.count_forward("scorer", new_tokens * len(self.input_ids_BT))
+        with selector.switch(adapter_on_prefix):
+            self._scorer_prefix.feed(self.input_ids_BT, self.mask_BT)
+        return self._scorer_prefix
+
+    def _score_and_keep(self, rows_A: torch.Tensor, asked: Proposals, default_B: torch.Tensor):
+        """The tree step: one forward scores the candidates and is the next decoding step of the whole batch.
+
+        Rows that were not asked run their own token in every column. Returns the scores (A, K) and a function from
+        the choices (A,) to the logits after the chosen tokens (B, V), which also leaves the driving cache there.
+        """
+        selector = self.selector
+        width = asked.ids_BK.shape[1]
+        ids_BK = default_B[:, None].repeat(1, width)
+        ids_BK[rows_A] = asked.ids_BK
+        positions_BK = self.mask_BT.long().sum(-1, keepdim=True).expand_as(ids_BK)
+        self.count_forward("tree", 0)
+        with selector.switch(True):
+            hidden_BKD, fed, tree = append_candidates(
+                selector.model, self.student_cache, self.mask_BT, ids_BK, positions_BK
+            )
+        scores_AK = selector.read_scores(hidden_BKD[rows_A])
+
+        def keep(choice_A: torch.Tensor) -> torch.Tensor:
+            chosen_B = torch.zeros(len(ids_BK), dtype=torch.long, device=ids_BK.device)
+            chosen_B[rows_A] = choice_A
+            kept = keep_candidate(fed, chosen_B, width, tree)
+            for layer, new in zip(self.student_cache.layers, kept.layers):
+                layer.__dict__.update(new.__dict__)
+            hidden_BD = hidden_BKD[torch.arange(len(ids_BK), device=ids_BK.device), chosen_B]
+            return selector.model.get_output_embeddings()(hidden_BD).float()
+
+        return scores_AK, keep
+
+    def count_forward(self, kind: str, num_tokens: int) -> None:
+        if self.trace is not None:
+            self.trace.forwards[kind] = self.trace.forwards.get(kind, 0) + 1
+            self.trace.tokens[kind] = self.trace.tokens.get(kind, 0) + num_tokens
+
+
+def decide(scores_AK: torch.Tensor, proposals: Proposals, fusion: FusionWeights) -> torch.Tensor:
+    """Index (A,) of the candidate with the best fused score among those above the floor.
+
+    Ties go to the candidate that the student ranks higher.
+    """
+    fused_AK = fusion.selector * scores_AK.float()
+    if fusion.logprob:
+        fused_AK = fused_AK + fusion.logprob * proposals.logprobs_BK
+    if fusion.switch:
+        others_K = torch.arange(fused_AK.shape[-1], device=fused_AK.device) > 0
+        fused_AK = fused_AK + fusion.switch * others_K
+    return fused_AK.masked_fill(~proposals.mask_BK, float("-inf")).argmax(-1)
+
+
+def check_teacher(
+    config: S2TDecodingConfig, selector: Selector, teacher_model: PreTrainedModel | None
+) -> PreTrainedModel | None:
+    """The teacher that a run uses, if any.
+
+    Raises:
+        ValueError: where the "kl" trigger has no teacher.
+    """
+    teacher_model = getattr(selector, "teacher_model", None) if teacher_model is None else teacher_model
+    if config.trigger == "kl" and teacher_model is None:
+        raise ValueError(
+            "trigger='kl' is the oracle: it needs the teacher at every step. Pass `teacher_model=`, or choose a "
+            "trigger that needs none: 'always', 'entropy', 'margin'."
+        )
+    return teacher_model
+
+
+def head_is_plain(model: PreTrainedModel) -> bool:
+    """Whether logits are the output embedding of the last hidden state and nothing more (no soft-cap, no scaling)."""
+    config = model.config.get_text_config()
+    return not any(
+        getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    )
