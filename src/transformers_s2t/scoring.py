@@ -23,6 +23,8 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .proposals import floor_mask
+
 
 def candidate_scores(bin_logits_R: torch.Tensor, score_head: str = "bins") -> torch.Tensor:
     """Score of each candidate from its R reserved logits; any leading shape.
@@ -279,3 +281,135 @@ def reserved_rows(model: PreTrainedModel, reserved_token_ids: tuple[int, ...], a
 def bin_logits(hidden_D: torch.Tensor, rows_RD: torch.Tensor) -> torch.Tensor:
     """Reserved logits z = h W[reserved]^T, float32; any leading shape. Reads R rows, never the whole head."""
     return hidden_D.float() @ rows_RD.float().T
+
+
+def valid_candidates(
+    student_logprobs_BNK: torch.Tensor, position_mask_BN: torch.Tensor, min_prob_ratio: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which candidates of labelled points compete (B, N, K), and which points have a choice, two or more (B, N).
+
+    The same floor as in decoding; a point without a choice is no decision.
+    """
+    valid_BNK = floor_mask(student_logprobs_BNK, min_prob_ratio) & (student_logprobs_BNK > -1e3)
+    valid_BNK = valid_BNK & position_mask_BN[..., None]
+    point_BN = valid_BNK.sum(-1) > 1
+    return valid_BNK & point_BN[..., None], point_BN
+
+
+class PackedPoints:
+    """The decision points of a batch of trajectories, with every real candidate in one packed row per trajectory.
+
+    Args:
+        positions_BN: index of the token under decision; its prefix is `input_ids[:position]`.
+        candidate_ids_BNK: candidates of each point.
+        valid_BNK: bool, True at candidates that are to be scored. Only these are run.
+    """
+
+    def __init__(self, positions_BN: torch.Tensor, candidate_ids_BNK: torch.Tensor, valid_BNK: torch.Tensor):
+        self.valid_BNK = valid_BNK
+        batch_size, _, num_candidates = candidate_ids_BNK.shape
+        flat_BF = valid_BNK.reshape(batch_size, -1)
+        width = max(int(flat_BF.sum(-1).max()), 1)
+        # a stable sort brings the real candidates to the front of each row, in order
+        self._order_BM = torch.argsort(~flat_BF, dim=-1, stable=True)[:, :width]
+        self.real_BM = flat_BF.gather(-1, self._order_BM)
+        self.candidate_ids_BM = candidate_ids_BNK.reshape(batch_size, -1).gather(-1, self._order_BM)
+        self.positions_BM = (
+            positions_BN[..., None].expand_as(candidate_ids_BNK).reshape(batch_size, -1).gather(-1, self._order_BM)
+        )
+
+    def unpack(self, scores_BM: torch.Tensor) -> torch.Tensor:
+        """Scores (B, N, K) from packed ones (B, M); 0 at candidates that were not run."""
+        flat_BF = scores_BM.new_zeros(len(scores_BM), self.valid_BNK[0].numel())
+        flat_BF = flat_BF.scatter(-1, self._order_BM, scores_BM.masked_fill(~self.real_BM, 0.0))
+        return flat_BF.reshape(self.valid_BNK.shape)
+
+
+def packed_hidden(
+    model: PreTrainedModel,
+    switch: AdapterSwitch,
+    input_ids_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    points: PackedPoints,
+    adapter_scope: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states of all candidates of whole trajectories: T + M tokens per row in place of M prefixes.
+
+    Args:
+        model: causal language model that holds the adapter.
+        switch: of that adapter.
+        input_ids_BT: trajectories, padded on the right.
+        mask_BT: bool, False at padding.
+        points: the candidates.
+        adapter_scope: "candidate": the prefix runs on the base model without gradient, only candidate tokens see the
+            adapter; "sequence": prefix and candidates run with it, with gradient.
+
+    Returns:
+        candidates' hidden states (B, M, D), and the prefix's (B, T, D): with the adapter for "sequence", without it
+        and without gradient for "candidate".
+
+    Raises:
+        ValueError: where a tree mask is not exact for this model.
+    """
+    positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
+    if adapter_scope == "candidate":
+        with torch.no_grad(), switch(False):
+            cache = DynamicCache(config=model.config)
+            prefix = get_decoder(model)(
+                input_ids=input_ids_BT,
+                attention_mask=mask_BT.long(),
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        check_tree_training(model, cache)
+        with switch(True):
+            hidden_BMD, _, _ = append_candidates(
+                model, cache, mask_BT, points.candidate_ids_BM, points.positions_BM, limits_BM=points.positions_BM
+            )
+        return hidden_BMD, prefix.last_hidden_state
+    check_tree_training(model, DynamicCache(config=model.config))
+    num_prefix = input_ids_BT.shape[1]
+    mask = packed_mask(mask_BT, points.positions_BM, model.config._attn_implementation, model.dtype)
+    with switch(True):
+        output = get_decoder(model)(
+            input_ids=torch.cat([input_ids_BT, points.candidate_ids_BM], dim=1),
+            attention_mask=mask,
+            position_ids=torch.cat([positions_BT, points.positions_BM], dim=1),
+            use_cache=False,
+        )
+    hidden = output.last_hidden_state
+    return hidden[:, num_prefix:], hidden[:, :num_prefix]
+
+
+def packed_mask(
+    mask_BT: torch.Tensor, limits_BM: torch.Tensor, attn_implementation: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """4D mask (B, 1, T + M, T + M): causal over the trajectory, then M candidates as in [`tree_mask`]."""
+    batch_size, num_prefix = mask_BT.shape
+    num_new = limits_BM.shape[1]
+    causal_TT = torch.ones(num_prefix, num_prefix, dtype=torch.bool, device=mask_BT.device).tril()
+    prefix_BTN = torch.cat(
+        [mask_BT[:, None, :] & causal_TT, mask_BT.new_zeros(batch_size, num_prefix, num_new)], dim=-1
+    )
+    tree_B1MN = tree_mask(mask_BT, limits_BM, "sdpa", dtype)
+    allowed_B1NN = torch.cat([prefix_BTN[:, None], tree_B1MN], dim=2)
+    if attn_implementation == "eager":
+        return torch.zeros_like(allowed_B1NN, dtype=dtype).masked_fill(~allowed_B1NN, torch.finfo(dtype).min)
+    return allowed_B1NN
+
+
+def check_tree_training(model: PreTrainedModel, cache: Cache) -> None:
+    """Raises a ValueError where packed candidates would not be scored exactly."""
+    if not supports_tree(model, cache):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        raise ValueError(
+            "Packed training needs attention that takes a tree mask (attn_implementation 'sdpa' or 'eager') and plain "
+            f"cache layers (DynamicLayer); this model has {model.config._attn_implementation!r} and {kinds}."
+        )
+    if getattr(model, "is_gradient_checkpointing", False) and model.training:
+        raise ValueError(
+            "`gradient_checkpointing=True` drops the key/value cache that packed training shares between candidates; "
+            "turn it off (with adapter_scope='candidate' the prefix holds no activations anyway) and bound memory "
+            "with `max_packed_tokens`."
+        )

@@ -42,7 +42,8 @@ def calibrate_threshold(values: torch.Tensor, target_rate: float) -> float:
     """The threshold at which `values >= threshold` holds for the share `target_rate` of `values`.
 
     Args:
-        values: trigger values at every generated position of held-out rollouts, shape (N,), finite.
+        values: trigger values at every generated position of held-out rollouts, shape (N,). -inf marks positions
+            that can never trigger (warm-up): they count in the rate.
         target_rate: in (0, 1].
 
     Returns:
@@ -55,11 +56,14 @@ def calibrate_threshold(values: torch.Tensor, target_rate: float) -> float:
     if not 0 < target_rate <= 1:
         raise ValueError(f"`target_rate` must be in (0, 1], got {target_rate!r}.")
     values = values.flatten().double()
+    if torch.isnan(values).any():
+        raise ValueError("`values` holds nan.")
+    total = values.numel()
     values = values[torch.isfinite(values)]
     if values.numel() == 0:
         raise ValueError("`values` holds no finite trigger value: there is nothing to calibrate on.")
     levels, counts = torch.unique(values, return_counts=True)  # ascending
-    rates = counts.flip(0).cumsum(0).flip(0) / values.numel()  # share of values >= levels[i]
+    rates = counts.flip(0).cumsum(0).flip(0) / total  # share of values >= levels[i]
     best = int((rates - target_rate).abs().argmin())
     if best == 0:
         return float(levels[0]) - 1e-6

@@ -1,0 +1,148 @@
+"""How often a selector agrees with the teacher at labelled, held-out decision points, beside the controls.
+
+    python recipes/agreement.py --labels runs/babyllama/labels/test --adapters runs/babyllama/adapter-seed0 \
+        --train_labels runs/babyllama/labels/train --output runs/babyllama/agreement.json
+
+For models whose answers cannot be checked (story models, say) this is the measure: no text is generated. Hit@K is the
+share of points at which the teacher's token is among the student's first K; Agree@1 the share at which the choice is
+the teacher's best candidate above the floor. "kl" are the points with the label run's top divergence, "choice" those
+with two or more candidates above the floor, the ones at which a deployed selector is asked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import TrlParser
+
+from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
+from transformers_s2t.calibration import ScoredPoints, score_labels
+from transformers_s2t.config import write_json
+from transformers_s2t.trajectories import read_labels
+
+
+@dataclass
+class AgreementArguments:
+    """What is compared with the teacher, and where."""
+
+    labels: str = field(metadata={"help": "Labels of held-out prompts (recipes/label.py)."})
+    adapters: list[str] = field(metadata={"help": "Trained adapters, one per seed; figures are their mean."})
+    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
+    train_labels: str | None = field(
+        default=None, metadata={"help": "The adapters' training labels: for the token prior, and checked disjoint."}
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
+    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type."})
+
+
+def token_prior(labels: Dataset) -> Counter:
+    """How often each token is the teacher's choice in the training labels: a choice without any context."""
+    counts: Counter = Counter()
+    for row in labels:
+        counts.update(row["teacher_top_id"])
+    return counts
+
+
+def interval(hits_SN: np.ndarray, groups_N: np.ndarray, seed: int = 0, num_resamples: int = 2000) -> list[float]:
+    """95 % bootstrap interval in per cent of the mean over seeds; whole blocks of 20 neighbouring points are drawn.
+
+    Points of one trajectory are not independent, so blocks are resampled instead of points.
+    """
+    mean_N = hits_SN.mean(0)
+    names, group_N = np.unique(groups_N, return_inverse=True)
+    totals = np.bincount(group_N, weights=mean_N)
+    sizes = np.bincount(group_N)
+    drawn = np.random.default_rng(seed).integers(0, len(names), (num_resamples, len(names)))
+    means = 100 * totals[drawn].sum(1) / sizes[drawn].sum(1)
+    return [round(float(value), 1) for value in np.percentile(means, [2.5, 97.5])]
+
+
+def compare(runs: list[ScoredPoints], fusions: list[FusionWeights], prior: Counter | None, keep_N: torch.Tensor):
+    """Rows (name, Agree@1 in per cent, interval) at the points in `keep_N`."""
+    first = runs[0].where(keep_N)
+    target_N = first.target_N
+    generator = torch.Generator().manual_seed(0)
+    noise_NK = torch.rand(first.mask_NK.shape, generator=generator).masked_fill(~first.mask_NK, -1.0)
+    picks = {
+        "student first": [torch.zeros_like(target_N)],
+        "second candidate": [torch.ones_like(target_N)],
+        "random candidate": [noise_NK.argmax(-1)],
+    }
+    if prior is not None:
+        counts_NK = torch.tensor([[prior[int(id)] for id in row] for row in first.candidate_ids_NK]).float()
+        picks["token prior"] = [counts_NK.masked_fill(~first.mask_NK, -1.0).argmax(-1)]
+    selected = [run.where(keep_N) for run in runs]
+    picks["s2t-local"] = [points.choice(FusionWeights()) for points in selected]
+    picks["s2t-local, fused"] = [points.choice(fusion) for points, fusion in zip(selected, fusions)]
+    groups_N = np.arange(len(target_N)) // 20
+    rows = []
+    for name, choices in picks.items():
+        hits_SN = np.stack([(choice == target_N).numpy() for choice in choices]).astype(float)
+        rows.append((name, round(100 * float(hits_SN.mean()), 1), interval(hits_SN, groups_N)))
+    return rows
+
+
+def main() -> None:
+    (args,) = TrlParser(AgreementArguments).parse_args_and_config()
+    configs = [SelectorConfig.from_pretrained(adapter) for adapter in args.adapters]
+    labels, header = read_labels(args.labels)
+    prior = None
+    if args.train_labels is not None:
+        train_labels, _ = read_labels(args.train_labels)
+        shared = set(train_labels["problem_id"]) & set(labels["problem_id"])
+        if shared:
+            raise ValueError(
+                f"`labels` and `train_labels` share {len(shared)} problems ({sorted(shared)[:3]} ...): measure on "
+                "prompts that the selector was not trained on."
+            )
+        prior = token_prior(train_labels)
+    runs, fusions = [], []
+    for adapter, config in zip(args.adapters, configs):
+        model = AutoModelForCausalLM.from_pretrained(args.model or config.base_model, dtype=args.dtype).eval()
+        selector = LocalSelector.from_pretrained(adapter, model)
+        runs.append(score_labels(selector, labels, args.batch_size))
+        fusions.append(config.fusion or FusionWeights())
+
+    points = runs[0]
+    at_kl_N = points.divergence_N >= header.divergence_threshold
+    ranks_NK = points.candidate_ids_NK == points.teacher_top_N[:, None]
+    width = ranks_NK.shape[1]
+    hit_at_k = {
+        str(k): round(float(ranks_NK[at_kl_N, :k].any(-1).float().mean()), 4) for k in (1, 2, 4, 8, 16) if k <= width
+    }
+    agree = {}
+    print(f"\n{len(labels)} trajectories, {len(at_kl_N)} labelled points, {int(at_kl_N.sum())} of them top-KL")
+    print("Hit@K at the top-KL points: " + ", ".join(f"@{k} {value:.3f}" for k, value in hit_at_k.items()))
+    for name, keep_N in (("kl", at_kl_N), ("choice", points.mask_NK.sum(-1) > 1)):
+        rows = compare(runs, fusions, prior, keep_N)
+        agree[name] = {row: {"agree_at_1": value, "ci": ci} for row, value, ci in rows}
+        print(f"\nAgree@1 in per cent, {name} points ({int(keep_N.sum())}), mean of {len(runs)} selector seeds")
+        for row, value, (low, high) in rows:
+            print(f"  {row:<18} {value:5.1f}  [{low:.1f}, {high:.1f}]")
+    if args.output:
+        meta = {
+            "labels": args.labels,
+            "adapters": args.adapters,
+            "model": header.model,
+            "teacher_model": header.teacher_model,
+            "points": len(at_kl_N),
+        }
+        print(
+            f"\nwritten to {write_json(Path(args.output), {'meta': meta, 'hit_at_k': hit_at_k, 'agree_at_1': agree})}"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"agreement.py: {error}", file=sys.stderr)
+        sys.exit(2)

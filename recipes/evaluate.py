@@ -1,0 +1,937 @@
+"""Compare ways of decoding on the same problems with the same settings, and print one table with intervals.
+
+    python recipes/evaluate.py --model M --teacher_model T --adapters RUN/adapter-seed0 RUN/adapter-seed1 \
+        --dataset test.jsonl --output_dir RUN
+
+A policy is written `name[:trigger[:rate]]`:
+
+    greedy, maj@8, teacher       without a trigger (maj@8: eight samples vote)
+    takeover                     the teacher's own token replaces the student's
+    s2t                          the teacher selects among the student's candidates (the ceiling of its trigger)
+    s2t-local, s2t-local-bare    an adapter selects; bare: by its score alone, without fusion. Once per adapter
+    second, random               controls: the second candidate, any candidate above the floor
+
+with the triggers always, entropy, margin, kl, random; all but "always" take the share of tokens that should fire.
+
+All policies run through `model.generate` with one clean generation config: nothing is inherited from the checkpoints
+but their end-of-sequence tokens. Every finished policy is kept in OUTPUT_DIR/records; running again with the same
+settings only runs what is missing. This file does not know how a selector scores or how an answer is read.
+
+Legend: B rows, S steps, N problems, P seeds (adapters) of a policy.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from answers import STYLES, extract_answer, is_correct
+from controls import RandomCandidateSelector, SecondCandidateSelector
+from problems import Problem, encode_prompts, left_pad, load_problems
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from transformers_s2t import (
+    FusionWeights,
+    LocalSelector,
+    S2TDecodingConfig,
+    S2TTrace,
+    Selector,
+    SelectorConfig,
+    TeacherSelector,
+    __version__,
+    s2t_generate,
+)
+from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
+from transformers_s2t.reserved_tokens import check_same_vocabulary
+from transformers_s2t.trajectories import read_labels
+
+
+LOCAL_POLICIES = ("s2t-local", "s2t-local-bare")
+TEACHER_POLICIES = ("teacher", "takeover", "s2t")
+SELECTING_POLICIES = ("takeover", "s2t", *LOCAL_POLICIES, "second", "random")
+TRIGGER_CHOICES = ("always", *THRESHOLD_TRIGGERS)
+DEFAULT_POLICIES = (
+    ("greedy", "maj@8", "teacher")
+    + ("takeover:kl:0.05", "s2t:kl:0.05", "s2t-local:kl:0.05", "takeover:kl:0.1", "s2t:kl:0.1", "s2t-local:kl:0.1")
+    + ("second:kl:0.1", "random:kl:0.1")
+    + ("s2t:entropy:0.1", "s2t-local:entropy:0.1", "s2t:margin:0.1", "s2t-local:margin:0.1")
+    + ("s2t:always", "s2t-local:always", "second:always")
+)
+HIT_SIZES = (1, 2, 4, 8, 16)
+NUM_RESAMPLES = 2000
+KINDS = ".tkf"  # plain, triggered with one candidate only, asked and kept, flipped
+DEFINITIONS = {
+    "accuracy": "per cent of problems, mean over the seeds",
+    "accuracy_ci": f"95 % percentile bootstrap over problems, {NUM_RESAMPLES} resamples, of the mean over seeds",
+    "helped, hurt": "problems that greedy has wrong and the policy right, and the reverse; mean over seeds",
+    "achieved_rate": "triggered steps / generated tokens (end-of-sequence included)",
+    "asked_rate": "steps with a trigger and two or more candidates above the floor / generated tokens",
+    "flip_rate": "steps where another token than the student's first was taken / generated tokens",
+    "mcnemar_p": "exact two-sided McNemar test against greedy; with several seeds the largest of their p-values",
+    "seconds_vs_greedy": "time in generate relative to greedy in the same run, at this batch size",
+    "extra_forwards": "batch forwards beyond those of plain decoding, by kind, mean over seeds",
+}
+
+
+@dataclass
+class EvaluateArguments:
+    """Arguments of recipes/evaluate.py.
+
+    Raises:
+        ValueError: naming the argument, its legal values and the value given.
+    """
+
+    model: str = field(metadata={"help": "The small model: a Hub id or a local folder."})
+    dataset: str = field(metadata={"help": "Problems to evaluate: a .jsonl/.json file, a local folder or a Hub id."})
+    output_dir: str = field(metadata={"help": "Where report.json and records/ go."})
+    teacher_model: str | None = field(
+        default=None, metadata={"help": "The large model; needed by teacher, takeover, s2t and the kl trigger."}
+    )
+    adapters: list[str] = field(
+        default_factory=list, metadata={"help": "S2T-Local adapters, one folder (or Hub id) per selector seed."}
+    )
+    thresholds_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder whose s2t_config.json holds the thresholds of the rows without an adapter "
+            "(default: the first adapter)."
+        },
+    )
+    split: str = field(default="test", metadata={"help": "Split of the data set."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt."})
+    answer_column: str = field(default="answer", metadata={"help": "Column with the answer."})
+    answer_style: str = field(
+        default="auto",
+        metadata={"help": "How answers are read: hash (after ####), math (math-verify) or auto."},
+    )
+    policies: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Policies `name[:trigger[:rate]]`, e.g. greedy maj@8 s2t-local:margin:0.1 s2t-local:always. "
+            "Default: the standard table, as far as teacher, adapters and thresholds are given."
+        },
+    )
+    batch_size: int = field(default=128, metadata={"help": "Sequences per generate call."})
+    max_new_tokens: int = field(default=256, metadata={"help": "New tokens at most, for every policy."})
+    temperature: float = field(default=0.7, metadata={"help": "Of maj@n; everything else is greedy."})
+    num_candidates: int = field(default=8, metadata={"help": "K, the candidates offered at a step."})
+    min_prob_ratio: float = field(
+        default=0.05, metadata={"help": "Candidates below this share of the best one's probability are not offered."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of maj@n, the random control and the intervals."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16."},
+    )
+    chat_template: bool = field(default=False, metadata={"help": "Format prompts with the tokenizer's template."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message, with --chat_template."})
+    label_dirs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Label folders the selector saw; sharing a problem with the evaluated ones is an error."},
+    )
+    eval_labels: str | None = field(
+        default=None, metadata={"help": "Held-out label folder for Hit@K and Agree@1 of student and second candidate."}
+    )
+    num_examples: int = field(
+        default=2, metadata={"help": "Examples in the report that greedy has wrong and S2T-Local right."}
+    )
+
+    def __post_init__(self):
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` must be at least 1, got {self.limit!r}.")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be above 0, got {self.temperature!r}.")
+        if self.num_examples < 0:
+            raise ValueError(f"`num_examples` must be at least 0, got {self.num_examples!r}.")
+        for name, legal in (("answer_style", STYLES), ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+            if getattr(self, name) not in legal:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, legal))}, got {getattr(self, name)!r}."
+                )
+        S2TDecodingConfig(num_candidates=self.num_candidates, min_prob_ratio=self.min_prob_ratio)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One row of the table. `num_votes` is the n of maj@n, 0 elsewhere."""
+
+    name: str
+    trigger: str | None = None
+    target_rate: float | None = None
+    num_votes: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Reads `name[:trigger[:rate]]`.
+
+        Raises:
+            ValueError: saying which part is wrong and what is legal.
+        """
+        name, *rest = text.split(":")
+        problem = f"Policy {text!r}: "
+        if name in ("greedy", "teacher") or name.startswith("maj@"):
+            if rest:
+                raise ValueError(f"{problem}{name!r} takes no trigger.")
+            if not name.startswith("maj@"):
+                return cls(name)
+            if not name[4:].isdigit() or not 2 <= int(name[4:]) <= 256:
+                raise ValueError(f"{problem}n of maj@n must be an integer in [2, 256], got {name[4:]!r}.")
+            return cls(f"maj@{int(name[4:])}", num_votes=int(name[4:]))
+        if name not in SELECTING_POLICIES:
+            legal = ", ".join(("greedy", "maj@N", "teacher", *SELECTING_POLICIES))
+            raise ValueError(f"{problem}the name must be one of {legal}, got {name!r}.")
+        if not rest or rest[0] not in TRIGGER_CHOICES:
+            got = f"got {rest[0]!r}" if rest else "got none"
+            raise ValueError(f"{problem}the trigger must be one of {', '.join(TRIGGER_CHOICES)}, {got}.")
+        trigger = rest[0]
+        if trigger == "always":
+            if len(rest) > 1:
+                raise ValueError(f"{problem}the trigger 'always' takes no rate.")
+            return cls(name, trigger)
+        try:
+            (rate,) = map(float, rest[1:])
+        except ValueError:
+            rate = math.nan
+        if not 0 < rate <= 1:
+            raise ValueError(
+                f"{problem}the trigger {trigger!r} needs a rate in (0, 1], e.g. {name}:{trigger}:0.1, "
+                f"got {':'.join(rest[1:]) or 'none'}."
+            )
+        return cls(name, trigger, rate)
+
+    @property
+    def label(self) -> str:
+        rate = [] if self.target_rate is None else [f"{self.target_rate:g}"]
+        return ":".join([self.name, *([self.trigger] if self.trigger else []), *rate])
+
+    @property
+    def is_local(self) -> bool:
+        return self.name in LOCAL_POLICIES
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.name in TEACHER_POLICIES or self.trigger == "kl"
+
+    @property
+    def needs_thresholds(self) -> bool:
+        return self.trigger in THRESHOLD_TRIGGERS and self.trigger != "random"
+
+    def decoding_config(self, args: EvaluateArguments) -> S2TDecodingConfig:
+        """Fusion: the adapter's own for s2t-local, the selector's score alone everywhere else."""
+        return S2TDecodingConfig(
+            trigger=self.trigger,
+            target_rate=self.target_rate,
+            num_candidates=args.num_candidates,
+            min_prob_ratio=args.min_prob_ratio,
+            fusion=None if self.name == "s2t-local" else FusionWeights(),
+            seed=args.seed,
+        )
+
+
+def choose_policies(args: EvaluateArguments, has_thresholds: bool) -> list[Policy]:
+    """The policies asked for, or the default ones that the arguments allow.
+
+    Raises:
+        ValueError: for a policy asked for without the teacher, adapters or thresholds that it needs, or asked twice.
+    """
+
+    def missing(policy: Policy) -> str | None:
+        if policy.needs_teacher and args.teacher_model is None:
+            return "`teacher_model`"
+        if policy.is_local and not args.adapters:
+            return "`adapters`"
+        if policy.needs_thresholds and not policy.is_local and not has_thresholds:
+            return "`thresholds_from` (or `adapters`)"
+        return None
+
+    if args.policies is None:
+        return [policy for policy in map(Policy.parse, DEFAULT_POLICIES) if missing(policy) is None]
+    policies = [Policy.parse(text) for text in args.policies]
+    if not policies:
+        raise ValueError("`policies` must name at least one policy, got none.")
+    for policy in policies:
+        if (what := missing(policy)) is not None:
+            raise ValueError(f"Policy {policy.label!r} needs {what}, got none.")
+    twice = [policy.label for policy, count in Counter(policies).items() if count > 1]
+    if twice:
+        raise ValueError(f"`policies` must not name a policy twice, got {', '.join(twice)} more than once.")
+    return policies
+
+
+def majority_vote(answers: list[str | None]) -> int | None:
+    """Index of the first sample with the winning answer.
+
+    What could not be read does not vote; a tie goes to the answer seen first; `None` where nothing could be read.
+    """
+    counts = Counter(answer for answer in answers if answer is not None)  # most_common keeps the order of first sight
+    return answers.index(counts.most_common(1)[0][0]) if counts else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def bootstrap_interval(values_N: np.ndarray, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> list[float]:
+    """95 % percentile interval of the mean over problems, from resampled problems."""
+    random = np.random.default_rng(seed)
+    values_N = np.asarray(values_N, dtype=np.float64)
+    means, chunk = [], max(1, 4_000_000 // len(values_N))
+    for start in range(0, num_resamples, chunk):
+        index = random.integers(0, len(values_N), (min(chunk, num_resamples - start), len(values_N)))
+        means.append(values_N[index].mean(-1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def mcnemar(helped: int, hurt: int) -> float:
+    """Exact two-sided p-value that `helped` and `hurt` are equally likely."""
+    total = helped + hurt
+    if total == 0:
+        return 1.0
+    logs = [math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) for k in range(total + 1)]
+    tail = sum(math.exp(log - total * math.log(2)) for log in logs[: min(helped, hurt) + 1])
+    return min(1.0, 2 * tail)
+
+
+def summarize(correct_PN: np.ndarray, greedy_N: np.ndarray | None, seed: int = 0) -> dict:
+    """Accuracy, interval and the comparison with greedy of one row of the table; accuracies in per cent."""
+    correct_PN = np.asarray(correct_PN, dtype=bool)
+    summary = {
+        "accuracy": 100 * float(correct_PN.mean()),
+        "accuracy_ci": [100 * edge for edge in bootstrap_interval(correct_PN.mean(0), seed)],
+        "accuracy_by_seed": [100 * float(value) for value in correct_PN.mean(1)],
+        "helped": None,
+        "hurt": None,
+        "mcnemar_p": None,
+    }
+    if greedy_N is not None:
+        greedy_N = np.asarray(greedy_N, dtype=bool)
+        helped_P, hurt_P = (correct_PN & ~greedy_N).sum(1), (~correct_PN & greedy_N).sum(1)
+        summary["helped"], summary["hurt"] = (
+            int(counts_P[0]) if len(counts_P) == 1 else round(float(counts_P.mean()), 1)
+            for counts_P in (helped_P, hurt_P)
+        )
+        summary["mcnemar_p"] = max(mcnemar(int(helped), int(hurt)) for helped, hurt in zip(helped_P, hurt_P))
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def load_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
+    """A causal language model for inference, with a clean generation config: nothing of the checkpoint's is inherited
+    (no repetition penalty, no sampling) but its end-of-sequence tokens."""
+    dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+    own = model.generation_config
+    model.generation_config = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id)
+    return model
+
+
+class Bench:
+    """The problems, encoded, and the one way in which every policy is run on them."""
+
+    def __init__(self, args: EvaluateArguments, problems: list[Problem], tokenizer, device: torch.device):
+        self.args, self.problems, self.tokenizer, self.device = args, problems, tokenizer, device
+        prompts = [problem.prompt for problem in problems]
+        self.prompt_ids = encode_prompts(
+            tokenizer, prompts, chat_template=args.chat_template, system_prompt=args.system_prompt
+        )
+        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if self.pad_token_id is None:
+            raise ValueError(f"The tokenizer of {args.model!r} has neither a padding nor an end-of-sequence token.")
+        # long prompts first: a batch that does not fit into memory fails at once
+        self.order = sorted(range(len(problems)), key=lambda i: -len(self.prompt_ids[i]))
+
+    def check_length(self, max_positions: int | None) -> None:
+        """Refuses prompts that leave no room for `max_new_tokens`."""
+        longest = max(map(len, self.prompt_ids))
+        if max_positions is not None and longest + self.args.max_new_tokens > max_positions:
+            raise ValueError(
+                f"`max_new_tokens` must be at most {max(max_positions - longest, 0)} (context of {max_positions} "
+                f"tokens, longest prompt {longest}), got {self.args.max_new_tokens}."
+            )
+
+    def run(
+        self,
+        policy: Policy,
+        model: PreTrainedModel,
+        selector: Selector | None = None,
+        teacher: PreTrainedModel | None = None,
+        progress=None,
+    ) -> tuple[dict, list[dict]]:
+        """Runs one policy on all problems; returns totals and one record per problem, in the problems' order."""
+        args = self.args
+        kwargs = {"max_new_tokens": args.max_new_tokens, "pad_token_id": self.pad_token_id, "do_sample": False}
+        eos = model.generation_config.eos_token_id
+        kwargs["eos_token_id"] = self.tokenizer.eos_token_id if eos is None else eos
+        trace = None
+        if policy.num_votes:
+            kwargs |= {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+            kwargs["num_return_sequences"] = policy.num_votes
+        elif policy.trigger is not None:
+            trace = S2TTrace()
+            kwargs |= {
+                "custom_generate": s2t_generate,
+                "selector": selector,
+                "decoding_config": policy.decoding_config(args),
+                "trace": trace,
+            }
+            if policy.trigger == "kl":
+                kwargs["teacher_model"] = teacher
+        totals = {"seconds": 0.0, "steps": 0, "generated": 0, "triggered": 0, "asked": 0, "flipped": 0, "forwards": {}}
+        records: list[dict | None] = [None] * len(self.problems)
+        per_batch = max(1, args.batch_size // max(1, policy.num_votes))
+        for number, start in enumerate(range(0, len(self.order), per_batch)):
+            rows = self.order[start : start + per_batch]
+            inputs = left_pad([self.prompt_ids[i] for i in rows], self.pad_token_id)
+            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            torch.manual_seed(args.seed * 1_000_003 + number)
+            began = self._clock()
+            output_BT = model.generate(**inputs, **kwargs)
+            totals["seconds"] += self._clock() - began
+            new_ids_BS = output_BT[:, inputs["input_ids"].shape[1] :].cpu()
+            num_tokens_B = count_tokens(new_ids_BS, kwargs["eos_token_id"])
+            totals["steps"] += new_ids_BS.shape[1]
+            totals["generated"] += int(num_tokens_B.sum())
+            batch_records = self._grade(policy, rows, new_ids_BS, num_tokens_B)
+            if trace is not None:
+                self._read_trace(trace, new_ids_BS, num_tokens_B, totals, batch_records)
+            for i, record in zip(rows, batch_records):
+                records[i] = record
+            if progress is not None:
+                progress.update(len(rows))
+        return totals, records
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _grade(self, policy, rows: list[int], new_ids_BS: torch.Tensor, num_tokens_B: torch.Tensor) -> list[dict]:
+        texts = self.tokenizer.batch_decode(new_ids_BS, skip_special_tokens=True)
+        style = self.args.answer_style
+        answers = [extract_answer(text, style) for text in texts]
+        records = []
+        for place, i in enumerate(rows):
+            problem, record = self.problems[i], {"id": self.problems[i].id}
+            if policy.num_votes:
+                mine = slice(place * policy.num_votes, (place + 1) * policy.num_votes)
+                winner = majority_vote(answers[mine])
+                record["votes"] = answers[mine]
+                chosen = None if winner is None else mine.start + winner
+            else:
+                chosen = place
+                record["num_tokens"] = int(num_tokens_B[place])
+                record["text"] = texts[place]
+            record["answer"] = None if chosen is None else answers[chosen]
+            record["correct"] = record["answer"] is not None and is_correct(texts[chosen], problem.answer, style)
+            records.append(record)
+        return records
+
+    def _read_trace(
+        self, trace: S2TTrace, new_ids_BS: torch.Tensor, num_tokens_B: torch.Tensor, totals: dict, records: list[dict]
+    ) -> None:
+        """Adds the trace of one call to the totals, and to each record its tokens and what happened at each."""
+        triggered_BS, asked_BS, first_BS = (
+            torch.stack([step[name] for step in trace.steps], dim=1) for name in ("triggered_B", "asked_B", "first_B")
+        )
+        flipped_BS = asked_BS & (first_BS != new_ids_BS)
+        for name, flags_BS in (("triggered", triggered_BS), ("asked", asked_BS), ("flipped", flipped_BS)):
+            totals[name] += int(flags_BS.sum())
+        for kind, count in trace.forwards.items():
+            totals["forwards"][kind] = totals["forwards"].get(kind, 0) + count
+        codes = (triggered_BS.to(torch.uint8) + asked_BS + flipped_BS).tolist()
+        ids, firsts, lengths = new_ids_BS.tolist(), first_BS.tolist(), num_tokens_B.tolist()
+        for row, record in enumerate(records):
+            end = lengths[row]
+            record["tokens"] = ids[row][:end]
+            record["kinds"] = "".join(KINDS[code] for code in codes[row][:end])
+            record["student_tokens"] = {step: firsts[row][step] for step in range(end) if codes[row][step] == 3}
+
+
+def count_tokens(new_ids_BS: torch.Tensor, eos_token_id: int | list[int]) -> torch.Tensor:
+    """Generated tokens of each row (B,), up to and including its first end-of-sequence token."""
+    eos = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
+    before_end_BS = (~torch.isin(new_ids_BS, eos)).long().cumprod(-1)
+    return (before_end_BS.sum(-1) + 1).clamp_max(new_ids_BS.shape[1])
+
+
+def make_selector(
+    policy: Policy, args: EvaluateArguments, thresholds: dict, teacher: PreTrainedModel | None
+) -> Selector | None:
+    """The selector of a policy that needs no adapter."""
+    if policy.name in ("takeover", "s2t"):
+        return TeacherSelector(teacher, thresholds, takeover=policy.name == "takeover")
+    if policy.name == "second":
+        return SecondCandidateSelector(thresholds)
+    if policy.name == "random":
+        return RandomCandidateSelector(args.seed, thresholds)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records: finished policies on disk
+
+
+def fingerprint(source: str) -> str:
+    """Name of a model, adapter or data set, and for a local folder a digest of its files: retraining changes it."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin")):
+        digest.update(file.name.encode())
+        stat = file.stat()
+        small = stat.st_size < 64_000_000
+        digest.update(file.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return f"{source} {digest.hexdigest()[:16]}"
+
+
+def record_file(args: EvaluateArguments, policy: Policy, seed: int | None) -> Path:
+    name = policy.label.replace(":", "_") + ("" if seed is None else f"_adapter{seed}")
+    return Path(args.output_dir) / "records" / f"{name}.jsonl"
+
+
+def write_records(file: Path, header: dict, records: list[dict]) -> None:
+    """One JSON line for the header and one per problem, all or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            for line in (header, *records):
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_records(file: Path, settings_hash: str | None = None) -> tuple[dict, list[dict]] | None:
+    """Header and records of a finished policy; `None` where there are none, or of other settings."""
+    if not file.is_file():
+        return None
+    with open(file, encoding="utf-8") as lines:
+        header = json.loads(next(lines, "{}"))
+        if settings_hash is not None and header.get("settings_hash") != settings_hash:
+            return None
+        return header, [json.loads(line) for line in lines]
+
+
+def hash_of(data: object) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels: the leak guard, Hit@K
+
+
+def check_no_leak(problems: list[Problem], label_dirs: list[str]) -> None:
+    """Raises a ValueError where a problem under evaluation was labelled for training or calibration."""
+    ids = {str(problem.id) for problem in problems}
+    for folder in label_dirs:
+        shared = sorted(ids & set(read_labels(folder)[0]["problem_id"]))
+        if shared:
+            raise ValueError(
+                f"`label_dirs`: {folder!r} holds {len(shared)} of the {len(ids)} problems to evaluate (ids "
+                f"{', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}). A selector must not have seen them: "
+                "evaluate on another split, or label one."
+            )
+
+
+def measure_hits(folder: str, num_candidates: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Hit@K and Agree@1 at the top-KL points of a label folder.
+
+    Hit@K: share of points where the teacher's first token is among the student's first K. Agree@1: share where the
+    best of the `num_candidates` by the teacher is the student's first, or second, candidate.
+    """
+    labels, header = read_labels(folder)
+    if header is None or header.divergence_threshold is None:
+        raise ValueError(f"`eval_labels`: {folder!r} has no `divergence_threshold` in its header: label it again.")
+    threshold = header.divergence_threshold
+    columns = ["prompt_length", "divergence", "positions", "candidate_ids", "teacher_logprobs", "teacher_top_id"]
+    hits, agrees, total, depth = Counter(), Counter(), 0, 0
+    for length, divergence, positions, candidates, logprobs, top_ids in zip(*(labels[name] for name in columns)):
+        for position, ids_K, logprobs_K, top_id in zip(positions, candidates, logprobs, top_ids):
+            if divergence[position - length] < threshold:
+                continue
+            total += 1
+            depth = max(depth, len(ids_K))
+            hits[ids_K.index(top_id) if top_id in ids_K else None] += 1
+            agrees[int(np.argmax(logprobs_K[:num_candidates]))] += 1
+    if total == 0:
+        raise ValueError(f"`eval_labels`: {folder!r} holds no position with a divergence of {threshold} or more.")
+    hit_at_k = {
+        str(size): sum(count for rank, count in hits.items() if rank is not None and rank < size) / total
+        for size in HIT_SIZES
+        if size <= depth
+    }
+    return hit_at_k, {"student": agrees[0] / total, "second": agrees[1] / total, "num_points": total}
+
+
+def local_agreement(configs: list[SelectorConfig]) -> dict[str, float]:
+    """Held-out metrics that the trainer stored with the adapters, mean over them."""
+    names = set.intersection(*(set(config.metrics) for config in configs)) if configs else set()
+    numbers = (int, float)
+    return {
+        name: float(np.mean([config.metrics[name] for config in configs]))
+        for name in sorted(names)
+        if all(isinstance(config.metrics[name], numbers) for config in configs)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the decoded text."""
+    texts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
+    return [after[len(before) :] for before, after in zip(texts, texts[1:])]
+
+
+def make_example(tokenizer, problem: Problem, greedy: dict, record: dict, policy: Policy) -> dict:
+    """One generation, token by token: its kind, and at a flip what the student would have written."""
+    tokens = []
+    texts = token_texts(tokenizer, record["tokens"])
+    for step, (text, kind) in enumerate(zip(texts, record["kinds"])):
+        token = {"text": text, "kind": {"k": "kept", "f": "flipped"}.get(kind, "plain")}
+        if record["tokens"][step] in tokenizer.all_special_ids:
+            token["text"] = ""  # the end
+        if kind == "f":
+            first = record["student_tokens"][str(step)]
+            texts_so_far = token_texts(tokenizer, record["tokens"][:step] + [first])
+            token["student"] = "" if first in tokenizer.all_special_ids else texts_so_far[-1]
+        tokens.append(token)
+    return {
+        "id": problem.id,
+        "policy": policy.label,
+        "prompt": problem.prompt,
+        "gold": extract_answer(problem.answer, "hash") or problem.answer,
+        "greedy_text": greedy["text"],
+        "tokens": tokens,
+    }
+
+
+def pick_examples(tokenizer, problems: list[Problem], results: dict, num_examples: int) -> list[dict]:
+    """Problems that greedy has wrong and S2T-Local right, of the first LLM-free local policy if there is one."""
+    greedy = results.get(Policy("greedy"))
+    local = sorted((policy for policy in results if policy.is_local), key=lambda policy: policy.needs_teacher)
+    always = [policy for policy in local if policy.trigger == "always" and policy.name == "s2t-local"]
+    if greedy is None or not local:
+        return []
+    policy = (always or local)[0]
+    pairs = zip(problems, greedy[0][1], results[policy][0][1])
+    found = [(p, before, after) for p, before, after in pairs if after["correct"] and not before["correct"]]
+    found.sort(key=lambda item: "f" not in item[2]["kinds"])  # stable: the data set's order otherwise
+    return [make_example(tokenizer, *item, policy) for item in found[:num_examples]]
+
+
+def make_row(policy: Policy, runs: list[tuple[dict, list[dict]]], greedy, args, configs: list[SelectorConfig]) -> dict:
+    """One row of the table from the runs of its seeds."""
+    headers = [header for header, _ in runs]
+    correct_PN = np.array([[record["correct"] for record in records] for _, records in runs])
+    greedy_N = None if greedy is None else np.array([record["correct"] for record in greedy[1]])
+    generated = sum(header["totals"]["generated"] for header in headers)
+
+    def share(name: str) -> float | None:
+        if policy.trigger is None:
+            return None
+        return sum(header["totals"][name] for header in headers) / generated
+
+    seconds = float(np.mean([header["totals"]["seconds"] for header in headers]))
+    same_run = greedy is not None and all(header["run_id"] == greedy[0]["run_id"] for header in headers)
+    kinds = sorted({kind for header in headers for kind in header["totals"]["forwards"]})
+    no_answer = np.mean([[record["answer"] is None for record in records] for _, records in runs])
+    return {
+        "policy": policy.name,
+        "label": policy.label,
+        "trigger": policy.trigger,
+        "target_rate": policy.target_rate,
+        "achieved_rate": share("triggered"),
+        "asked_rate": share("asked"),
+        "flip_rate": share("flipped"),
+        "uses_teacher": policy.needs_teacher,
+        "num_seeds": len(runs),
+        **summarize(correct_PN, None if policy.name == "greedy" else greedy_N, args.seed),
+        "no_answer": 100 * float(no_answer),
+        "tokens_per_problem": generated / correct_PN.size / max(1, policy.num_votes),
+        "seconds": seconds,
+        "seconds_vs_greedy": seconds / greedy[0]["totals"]["seconds"] if same_run else None,
+        "extra_forwards": {
+            kind: float(np.mean([header["totals"]["forwards"].get(kind, 0) for header in headers])) for kind in kinds
+        },
+        "decoding_steps": float(np.mean([header["totals"]["steps"] for header in headers])),
+        "adapter_scope": "/".join(sorted({config.adapter_scope for config in configs})) if policy.is_local else None,
+    }
+
+
+def format_table(report: dict) -> str:
+    """The rows of a report as aligned plain text."""
+
+    def number(value, form: str, scale: float = 1.0) -> str:
+        return "-" if value is None else format(value * scale, form)
+
+    titles = ("policy", "trigger", "rate", "fired", "flips", "LLM", "accuracy", "95% interval")
+    titles += ("helped", "hurt", "p", "time")
+    lines = [titles]
+    for row in report["rows"]:
+        seeds = f" (x{row['num_seeds']})" if row["num_seeds"] > 1 else ""
+        low, high = row["accuracy_ci"]
+        p = row["mcnemar_p"]
+        lines.append(
+            (
+                row["policy"] + seeds,
+                row["trigger"] or "-",
+                number(row["target_rate"], ".3g", 100),
+                number(row["achieved_rate"], ".1f", 100),
+                number(row["flip_rate"], ".1f", 100),
+                "yes" if row["uses_teacher"] else "-",
+                number(row["accuracy"], ".1f"),
+                f"[{low:.1f}, {high:.1f}]",
+                number(row["helped"], "g"),
+                number(row["hurt"], "g"),
+                "-" if p is None else "<.001" if p < 0.001 else f"{p:.3f}",
+                number(row["seconds_vs_greedy"], ".1f") + ("x" if row["seconds_vs_greedy"] is not None else ""),
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    left = (0, 1)
+    text = [
+        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths)) for line in lines)
+    ]
+    text.insert(1, "-" * len(text[0]))
+    meta = report["meta"]
+    notes = [
+        f"{meta['num_problems']} problems of {meta['dataset']}; model {meta['model']}, "
+        f"teacher {meta['teacher_model']}.",
+        "rate, fired, flips: per cent of generated tokens. LLM: the teacher runs at inference. (xN): mean of N seeds.",
+    ]
+    if report["hit_at_k"]:
+        hits = "  ".join(f"Hit@{size} {value:.3f}" for size, value in report["hit_at_k"].items())
+        notes.append(f"At the top-KL points of {meta['eval_labels']}: {hits}")
+    return "\n".join([*text, "", *notes])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+def check_folder(name: str, value: str | None) -> None:
+    """A path that is not there fails at once; `name` or `owner/name` may be on the Hub."""
+    looks_local = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
+    if looks_local and not Path(value).expanduser().exists():
+        raise FileNotFoundError(f"`{name}`: {value!r} does not exist.")
+
+
+def evaluate(args: EvaluateArguments) -> dict:
+    """Runs what is not on disk yet, writes `report.json` and returns it."""
+    # 1. everything that can be wrong, before a model is loaded
+    sources = [("model", args.model), ("teacher_model", args.teacher_model), ("dataset", args.dataset)]
+    for name, value in sources + [("adapters", path) for path in args.adapters]:
+        check_folder(name, value)
+    thresholds_from = args.thresholds_from or (args.adapters[0] if args.adapters else None)
+    thresholds = SelectorConfig.from_pretrained(thresholds_from).thresholds if thresholds_from else {}
+    configs = [SelectorConfig.from_pretrained(path) for path in args.adapters]
+    policies = choose_policies(args, bool(thresholds))
+    for policy in policies:
+        if policy.trigger is not None:
+            for table in [config.thresholds for config in configs] if policy.is_local else [thresholds]:
+                policy.decoding_config(args).resolve_threshold(table)
+    problems = load_problems(
+        args.dataset,
+        split=args.split,
+        prompt_column=args.prompt_column,
+        answer_column=args.answer_column,
+        limit=args.limit,
+    )
+    if not problems:
+        raise ValueError(f"`dataset`: {args.dataset!r} holds no problems in split {args.split!r}.")
+    if unanswered := [problem.id for problem in problems if problem.answer is None]:
+        raise ValueError(
+            f"`dataset`: {len(unanswered)} of {len(problems)} problems have no answer in column "
+            f"{args.answer_column!r} (first id {unanswered[0]}): there is nothing to check against."
+        )
+    check_no_leak(problems, args.label_dirs)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.teacher_model is not None:
+        check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench = Bench(args, problems, tokenizer, device)
+    for name in filter(None, (args.model, args.teacher_model)):
+        text_config = AutoConfig.from_pretrained(name).get_text_config()
+        bench.check_length(getattr(text_config, "max_position_embeddings", None))
+    hit_at_k, agree_at_1 = measure_hits(args.eval_labels, args.num_candidates) if args.eval_labels else ({}, {})
+
+    # 2. what is on disk already
+    common = {
+        "version": __version__,
+        "model": fingerprint(args.model),
+        "problems": hash_of([asdict(problem) for problem in problems]),
+        "answer_style": args.answer_style,
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "device": device.type,
+        "chat_template": args.chat_template,
+        "system_prompt": args.system_prompt,
+    }
+    teacher_print = None if args.teacher_model is None else fingerprint(args.teacher_model)
+    adapter_prints = [fingerprint(path) for path in args.adapters]
+
+    def settings_of(policy: Policy, seed: int | None) -> dict:
+        settings = common | {"policy": policy.label}
+        if policy.needs_teacher:
+            settings["teacher_model"] = teacher_print
+        if policy.num_votes:
+            settings |= {"temperature": args.temperature, "seed": args.seed}
+        if policy.trigger is not None:
+            config = policy.decoding_config(args)
+            table = thresholds if seed is None else configs[seed].thresholds
+            settings |= asdict(config) | {"threshold": config.resolve_threshold(table)}
+        if seed is not None:
+            settings["adapter"] = adapter_prints[seed]
+        return settings
+
+    jobs = [
+        (policy, seed) for policy in policies for seed in (range(len(args.adapters)) if policy.is_local else (None,))
+    ]
+    settings = {job: settings_of(*job) for job in jobs}
+    done = {job: read_records(record_file(args, *job), hash_of(settings[job])) for job in jobs}
+    todo = [job for job in jobs if done[job] is None]
+
+    # 3. the rest, adapter by adapter: every adapter gets a base model of its own
+    run_id = f"{time.time():.6f}"
+    if todo:
+        teacher = None
+        if any(policy.needs_teacher for policy, _ in todo):
+            teacher = load_model(args.teacher_model, args.dtype, device)
+        bar = tqdm(total=len(todo) * len(problems), unit="problem", desc="load model", smoothing=0.05)
+        for seed in (None, *range(len(args.adapters))):
+            batch = [job for job in todo if job[1] == seed]
+            if not batch:
+                continue
+            model = load_model(args.model, args.dtype, device)
+            local = None
+            if seed is not None:
+                local = LocalSelector.from_pretrained(args.adapters[seed], model, adapter_name=f"s2t_{seed}")
+            warm_up(model, bench)
+            for job in batch:
+                policy = job[0]
+                bar.set_description(policy.label + ("" if seed is None else f" adapter {seed}"))
+                selector = local if policy.is_local else make_selector(policy, args, thresholds, teacher)
+                runner = teacher if policy.name == "teacher" else model
+                totals, records = bench.run(policy, runner, selector, teacher, bar)
+                header = {
+                    "settings_hash": hash_of(settings[job]),
+                    "run_id": run_id,
+                    "settings": settings[job],
+                    "totals": totals,
+                }
+                write_records(record_file(args, *job), header, records)
+                done[job] = read_records(record_file(args, *job))
+            del model, local
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        bar.set_description("evaluate")
+        bar.close()
+
+    # 4. the report
+    results = {
+        policy: [done[job] for job in jobs if job[0] == policy] for policy in policies
+    }  # policy -> [(header, records)] over its seeds
+    greedy = results.get(Policy("greedy"), [None])[0]
+    metrics = local_agreement(configs)
+    report = {
+        "meta": {
+            "model": args.model,
+            "teacher_model": args.teacher_model,
+            "adapters": args.adapters,
+            "dataset": args.dataset,
+            "split": args.split,
+            "num_problems": len(problems),
+            "num_seeds": len(args.adapters),
+            "eval_labels": args.eval_labels,
+            "settings": asdict(args),
+            "thresholds": {
+                trigger: {f"{rate:g}": value for rate, value in table.items()} for trigger, table in thresholds.items()
+            },
+            "fusion": [None if config.fusion is None else asdict(config.fusion) for config in configs],
+            "selector_metrics": metrics,
+            "definitions": DEFINITIONS,
+            "device": str(device),
+            "versions": versions(),
+            "command": shlex.join(["python", *sys.argv]),
+        },
+        "rows": [make_row(policy, results[policy], greedy, args, configs) for policy in policies],
+        "hit_at_k": hit_at_k,
+        # student and second at the top-KL points; the selector's figures at all its held-out decision points
+        "agree_at_1": agree_at_1 | ({"held_out": metrics} if metrics else {}),
+        "examples": pick_examples(tokenizer, problems, results, args.num_examples),
+    }
+    write_json(Path(args.output_dir) / "report.json", report)
+    return report
+
+
+def warm_up(model: PreTrainedModel, bench: Bench) -> None:
+    """A few tokens nobody times: the first call pays for what the process sets up once."""
+    inputs = left_pad([bench.prompt_ids[i] for i in bench.order[:2]], bench.pad_token_id)
+    inputs = {name: tensor.to(bench.device) for name, tensor in inputs.items()}
+    model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=bench.pad_token_id)
+
+
+def versions() -> dict[str, str]:
+    import peft
+    import transformers
+
+    libraries = {"torch": torch, "transformers": transformers, "peft": peft}
+    return {
+        "python": platform.python_version(),
+        "transformers_s2t": __version__,
+        **{name: module.__version__ for name, module in libraries.items()},
+    }
+
+
+def main() -> None:
+    from transformers.utils import logging
+    from trl import TrlParser
+
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's
+    logging.disable_progress_bar()  # of loading weights: it would cut through the one bar of the evaluation
+    (args,) = TrlParser(EvaluateArguments).parse_args_and_config()
+    report = evaluate(args)
+    print()
+    print(format_table(report))
+    print(f"\nReport: {Path(args.output_dir) / 'report.json'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)

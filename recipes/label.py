@@ -1,0 +1,260 @@
+"""Labels problems: the student's rollouts, its candidates at decision points, the teacher's view of them.
+
+    python recipes/label.py --model recipes/embedded/student --teacher_model recipes/embedded/teacher \
+        --dataset data/embedded --split label --output_dir labels/embedded --max_new_tokens 72
+
+Run the same command again after an interruption and it goes on. Label training problems only: calibrate on other
+ones, evaluate on yet others. Everything is checked before weights are loaded and before anything is written.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import tokenizers
+import torch
+import transformers
+from problems import encode_prompts, load_problems
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from trl import TrlParser
+
+import transformers_s2t
+from transformers_s2t.config import write_json
+from transformers_s2t.labeling import (
+    check_lengths,
+    check_num_candidates,
+    find_unfinished,
+    label_problems,
+    label_stats,
+)
+from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
+from transformers_s2t.trajectories import TrajectoryHeader, read_labels
+
+
+STATS_NAME = "label_stats.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class LabelArguments:
+    """Which models label which problems, and how."""
+
+    model: str = field(metadata={"help": "Student: Hub id or local folder."})
+    teacher_model: str = field(metadata={"help": "Teacher, of the same tokenizer: Hub id or local folder."})
+    dataset: str = field(
+        metadata={"help": "Problems: a .jsonl, .json or .parquet file, a folder of such, or a Hub id (id:config)."}
+    )
+    output_dir: str = field(metadata={"help": "Folder of the labels; one that this run began is gone on with."})
+    split: str | None = field(default=None, metadata={"help": "Split on the Hub, or file name in a folder."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
+    answer_column: str | None = field(
+        default=None,
+        metadata={"help": "Not used for labels (the teacher is the judge); checked to be there where it is given."},
+    )
+    limit: int | None = field(default=None, metadata={"help": "Label the first so many problems only."})
+    num_candidates: int = field(default=16, metadata={"help": "K, the student's tokens stored at each point."})
+    target_rate: float = field(
+        default=0.1, metadata={"help": "Share of generated tokens whose divergence reaches the threshold."}
+    )
+    divergence_threshold: float | None = field(
+        default=None,
+        metadata={"help": "In nats; estimated from `target_rate` on the first 200 problems if not given."},
+    )
+    min_prob_ratio: float = field(
+        default=0.05, metadata={"help": "Candidate floor: share of the best candidate's probability."}
+    )
+    points: str = field(
+        default="floor+kl",
+        metadata={"help": "What is stored: 'kl' (paper), 'floor' (two candidates above it), 'floor+kl' or 'all'."},
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Length of a rollout."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample the rollouts; greedy if false."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampling."})
+    batch_size: int = field(default=32, metadata={"help": "Rollouts of one forward."})
+    shard_size: int = field(default=100, metadata={"help": "Problems of one file, and the most a kill can lose."})
+    seed: int = field(default=0, metadata={"help": "Of the sampling."})
+    chat_template: bool = field(default=False, metadata={"help": "Put prompts into the tokenizer's chat template."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Weights' type: 'auto' (the checkpoint's own; float32 on a CPU), 'float32', 'bfloat16', ..."
+        },
+    )
+    device_map: str | None = field(
+        default=None, metadata={"help": "Where weights go, e.g. 'auto' (default with an accelerator) or 'cpu'."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace labels that are in output_dir."})
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}.")
+        for name in ("batch_size", "shard_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        self.header()  # checks the rest
+
+    def header(self) -> TrajectoryHeader:
+        """The settings, without what has to be read from the models."""
+        return TrajectoryHeader(
+            model=self.model,
+            teacher_model=self.teacher_model,
+            vocab_hash="",
+            num_candidates=self.num_candidates,
+            target_rate=self.target_rate,
+            divergence_threshold=self.divergence_threshold,
+            threshold_sample=200 if self.divergence_threshold is None else 0,
+            min_prob_ratio=self.min_prob_ratio,
+            points=self.points,
+            rollout="sample" if self.do_sample else "greedy",
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            prompt_source={
+                "dataset": self.dataset,
+                "split": self.split,
+                "prompt_column": self.prompt_column,
+                "chat_template": self.chat_template,
+                "system_prompt": self.system_prompt,
+            },
+            versions={
+                module.__name__: module.__version__
+                for module in (transformers_s2t, transformers, torch, datasets, tokenizers)
+            },
+        )
+
+
+class Plan(NamedTuple):
+    """All that is known before weights are loaded."""
+
+    prompts: dict[str, list[int]]
+    header: TrajectoryHeader
+    pad_token_id: int
+
+
+def prepare(args: LabelArguments) -> Plan:
+    """Checks everything that can be checked without weights. Writes nothing.
+
+    Raises:
+        ValueError, FileNotFoundError: one clear line about the argument that is wrong.
+    """
+    problems = load_problems(args.dataset, args.split, args.prompt_column, args.answer_column, args.limit)
+    tokenizer = _load("model", args.model, AutoTokenizer)
+    teacher_tokenizer = _load("teacher_model", args.teacher_model, AutoTokenizer)
+    vocab = check_same_vocabulary(tokenizer, teacher_tokenizer)
+    config = _load("model", args.model, AutoConfig)
+    teacher_config = _load("teacher_model", args.teacher_model, AutoConfig)
+
+    num_head_rows = config.get_text_config().vocab_size
+    try:
+        excluded_ids = find_reserved_token_ids(tokenizer, num_head_rows)
+    except ValueError:
+        excluded_ids = []  # training will resize the head: there is nothing yet that could be proposed
+    check_num_candidates(args.num_candidates, num_head_rows, excluded_ids)
+    eos_token_ids = _eos_token_ids(args.model, config, tokenizer.eos_token_id)
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if pad_token_id is None:
+        raise ValueError(f"`model`: the tokenizer of {args.model!r} has neither a padding nor an end-of-text token.")
+
+    encoded = encode_prompts(
+        tokenizer, [problem.prompt for problem in problems], args.chat_template, args.system_prompt
+    )
+    prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
+    longest = max(len(ids) for ids in encoded)
+    check_lengths(longest, args.max_new_tokens, {"model": config, "teacher_model": teacher_config})
+    header = replace(
+        args.header(),
+        vocab_hash=vocab,
+        eos_token_ids=tuple(eos_token_ids),
+        excluded_ids=tuple(excluded_ids),
+        dtype=resolve_dtype(args.dtype, config),
+    )
+    find_unfinished(args.output_dir, header, args.overwrite)
+    return Plan(prompts, header, pad_token_id)
+
+
+def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
+    """What 'auto' stands for: float32 on a CPU, else what the checkpoint is stored in."""
+    if dtype != "auto":
+        return dtype
+    if not torch.accelerator.is_available():
+        return "float32"
+    return str(config.get_text_config().dtype or "float32").removeprefix("torch.")
+
+
+def _load(argument: str, name: str, auto_class: type) -> Any:
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"`{argument}`: there is no folder {name!r}.")
+    try:
+        return auto_class.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"`{argument}` must be a Hub id or a local folder of a model, got {name!r}: {reason}"
+        ) from None
+
+
+def _eos_token_ids(name: str, config: PretrainedConfig, tokenizer_eos: int | None) -> list[int]:
+    """All tokens that end a text: those of the generation config (chat models have several) and the tokenizer's."""
+    try:
+        ids = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        ids = config.get_text_config().eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return sorted({*ids, *([] if tokenizer_eos is None else [tokenizer_eos])})
+
+
+def label(args: LabelArguments, plan: Plan) -> dict[str, Any]:
+    """Loads the weights, labels, writes the statistics and returns them."""
+    dtype = plan.header.dtype
+    device_map = args.device_map or ("auto" if torch.accelerator.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=device_map)
+    teacher_model = AutoModelForCausalLM.from_pretrained(args.teacher_model, dtype=dtype, device_map=device_map)
+    header = label_problems(
+        model,
+        teacher_model,
+        plan.prompts,
+        args.output_dir,
+        plan.header,
+        plan.pad_token_id,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        overwrite=args.overwrite,
+    )
+    labels, _ = read_labels(args.output_dir)
+    stats = {"divergence_threshold": header.divergence_threshold, **label_stats(labels, header.divergence_threshold)}
+    write_json(Path(args.output_dir) / STATS_NAME, stats)
+    return stats
+
+
+def report(args: LabelArguments, stats: dict[str, Any]) -> str:
+    hits = " ".join(f"Hit@{k} {value:.3f}" for k, value in stats["hit_at_k"].items()) or "none stored"
+    return (
+        f"{stats['rows']} trajectories, {stats['tokens']} generated tokens, {stats['points']} decision points in "
+        f"{args.output_dir}\n"
+        f"divergence >= {stats['divergence_threshold']:.4f} nats at {stats['kl_tokens']} tokens "
+        f"({stats['kl_tokens'] / stats['tokens']:.1%}), {stats['kl_points']} of them stored\n"
+        f"teacher's choice among the student's first k there: {hits}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        arguments = sys.argv[1:] if argv is None else list(argv)
+        if arguments and arguments[-1] == "--config":
+            raise ValueError("`--config` must be followed by a YAML file.")
+        (args,) = TrlParser(LabelArguments, description=__doc__.split("\n")[0]).parse_args_and_config(arguments)
+        plan = prepare(args)
+    except (ValueError, OSError) as error:
+        print(f"label.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(report(args, label(args, plan)))
+
+
+if __name__ == "__main__":
+    main()

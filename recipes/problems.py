@@ -1,0 +1,234 @@
+"""Reads problems for every recipe: from a local file or folder, or from the Hub, and turns prompts into token ids.
+
+Knows files, columns and tokenizers; knows nothing of models, labels or what an answer means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from transformers_s2t.labeling import left_pad
+
+
+__all__ = ["Problem", "encode_prompts", "left_pad", "load_problems", "split_by_id"]
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. `id` tells problems apart across files: evaluation refuses ids that were labelled."""
+
+    id: str
+    prompt: str
+    answer: str | None
+
+
+def load_problems(
+    source: str,
+    split: str | None = None,
+    prompt_column: str = "prompt",
+    answer_column: str | None = "answer",
+    limit: int | None = None,
+) -> list[Problem]:
+    """The problems of one split, in the order of the file, without repeated ids (the first one stays).
+
+    Args:
+        source: a `.jsonl`, `.json` (a list of objects) or `.parquet` file; a folder with `{split}` files of these
+            kinds; or a Hub id, with its configuration behind a colon where it has several (`openai/gsm8k:main`).
+        split: which file of a folder, or which split on the Hub.
+        prompt_column: where the prompt's text is.
+        answer_column: where the reference answer is; `None` for problems without answers.
+        limit: at most so many problems, the first ones.
+
+    Returns:
+        Problems; `id` is the column `id` where there is one, else 16 hex digits of the prompt's SHA-256.
+
+    Raises:
+        FileNotFoundError: where there is no such file, folder or data set.
+        ValueError: for a missing column or split, a row without a prompt, an empty data set, a limit below 1.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"`limit` must be an integer of at least 1, or None for all problems, got {limit!r}.")
+    rows = _read_rows(source, split)
+    problems: dict[str, Problem] = {}
+    where = source if split is None else f"{source} ({split})"
+    for number, row in enumerate(rows):
+        _check_columns(row, number, where, prompt_column, answer_column)
+        problem = _to_problem(row, number, where, prompt_column, answer_column)
+        problems.setdefault(problem.id, problem)
+        if limit is not None and len(problems) == limit:
+            break
+    if not problems:
+        raise ValueError(f"`source`: {where} is empty, it holds no problem.")
+    return list(problems.values())
+
+
+def _check_columns(
+    row: Mapping[str, Any], number: int, where: str, prompt_column: str, answer_column: str | None
+) -> None:
+    for argument, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
+        if column is not None and column not in row:
+            raise ValueError(f"`{argument}`={column!r} is not in row {number} of {where}; columns there: {list(row)}.")
+
+
+def _to_problem(
+    row: Mapping[str, Any], number: int, where: str, prompt_column: str, answer_column: str | None
+) -> Problem:
+    prompt = row[prompt_column]
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"column {prompt_column!r} must hold text, got {prompt!r} in row {number} of {where}.")
+    answer = None if answer_column is None else row[answer_column]
+    if answer is not None and (isinstance(answer, bool) or not isinstance(answer, (str, int, float))):
+        raise ValueError(
+            f"column {answer_column!r} must hold text or a number, got {answer!r} in row {number} of {where}."
+        )
+    id = row.get("id")
+    id = hashlib.sha256(prompt.encode()).hexdigest()[:16] if id is None else str(id)
+    return Problem(id, prompt, None if answer is None else str(answer))
+
+
+def _read_rows(source: str, split: str | None) -> Iterable[Mapping[str, Any]]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _file_of_split(path, split)
+    if path.is_file():
+        return _read_file(path)
+    if path.suffix in SUFFIXES or not _HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"`source`: there is no file or folder {source!r}.")
+    return _read_hub(source, split)
+
+
+def _file_of_split(folder: Path, split: str | None) -> Path:
+    there = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES)
+    for suffix in SUFFIXES:
+        file = folder / f"{split}{suffix}"
+        if split is not None and file.is_file():
+            return file
+    names = ", ".join(there) or "none"
+    if split is None:
+        raise ValueError(f"`split` is required for the folder {folder}; its data files: {names}.")
+    raise FileNotFoundError(f"`split`: {folder} holds no {split}.jsonl, .json or .parquet; its data files: {names}.")
+
+
+def _read_file(file: Path) -> list[Mapping[str, Any]]:
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"`source` must be a {', '.join(SUFFIXES)} file or a folder of them, got {str(file)!r}.")
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(file).to_pylist()
+    text = file.read_text(encoding="utf-8")
+    try:
+        if file.suffix == ".json":
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid {file.suffix}: {error}.") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{file} must hold {'a list of' if file.suffix == '.json' else 'one'} JSON objects a row.")
+    return rows
+
+
+def _read_hub(source: str, split: str | None) -> Iterable[Mapping[str, Any]]:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        data = datasets.load_dataset(name, config or None, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"`source`: {source!r} is neither a local file or folder nor a data set that the Hub or its local cache "
+            f"gives: {str(error).splitlines()[0]}"
+        ) from None
+    if isinstance(data, dict):
+        if len(data) != 1:
+            raise ValueError(f"`split` is required for {source!r}; it has: {', '.join(data)}.")
+        data = next(iter(data.values()))
+    return data
+
+
+def split_by_id(
+    problems: Iterable[Problem], fractions: Mapping[str, float], seed: int = 0
+) -> dict[str, list[Problem]]:
+    """Parts of a data set, disjoint by construction: a hash of the id and the seed says where a problem belongs.
+
+    Which other problems there are, and in what order, changes nothing.
+
+    Args:
+        problems: in any order.
+        fractions: part -> share of the problems, each above 0, together at most 1 (the rest belongs to no part).
+        seed: another one gives another division.
+    """
+    shares = list(fractions.values())
+    if not shares or any(not share > 0 for share in shares) or sum(shares) > 1 + 1e-9:
+        raise ValueError(f"`fractions` must be above 0 and sum to at most 1, got {dict(fractions)}.")
+    parts: dict[str, list[Problem]] = {name: [] for name in fractions}
+    for problem in problems:
+        digest = hashlib.sha256(f"{seed}\t{problem.id}".encode()).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64
+        edge = 0.0
+        for name, share in fractions.items():
+            edge += share
+            if place < edge or (math.isclose(edge, 1.0) and place >= edge):
+                parts[name].append(problem)
+                break
+    return parts
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str],
+    chat_template: bool = False,
+    system_prompt: str | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts, ready to be continued.
+
+    Args:
+        tokenizer: of the model that goes on.
+        prompts: their texts.
+        chat_template: put each into the tokenizer's chat template, up to where the assistant begins. Otherwise the
+            text is encoded as it is, less an end-of-sequence token that the tokenizer itself may append.
+        system_prompt: for the template.
+
+    Raises:
+        ValueError: for a tokenizer without a template, a system prompt without one, a prompt without tokens.
+    """
+    if chat_template and tokenizer.chat_template is None:
+        raise ValueError("`chat_template` needs a tokenizer that has one; this one has none: pass false.")
+    if system_prompt is not None and not chat_template:
+        raise ValueError("`system_prompt` needs `chat_template`: without one, write it into the prompts.")
+    encoded = []
+    for prompt in prompts:
+        if chat_template:
+            messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+            messages.append({"role": "user", "content": prompt})
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+            plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            if _trailing(ids, tokenizer.eos_token_id) > _trailing(plain, tokenizer.eos_token_id):
+                ids = ids[:-1]
+        if not ids:
+            raise ValueError(f"`prompts` must have at least one token each, got none for {prompt!r}.")
+        encoded.append(list(ids))
+    return encoded
+
+
+def _trailing(ids: list[int], id: int | None) -> int:
+    """How often `id` stands at the end."""
+    count = 0
+    while count < len(ids) and ids[-1 - count] == id:
+        count += 1
+    return count

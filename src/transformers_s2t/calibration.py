@@ -1,0 +1,182 @@
+"""Thresholds and fusion weights from labelled, held-out training trajectories: what `s2t_config.json` carries.
+
+Knows labels and a selector; never sees evaluation problems. Legend: N decision points, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from .config import FusionWeights
+from .losses import best_candidate
+from .proposals import Proposals
+from .scoring import PackedPoints, packed_hidden, valid_candidates
+from .selection import LocalSelector, decide
+from .trajectories import TrajectoryCollator
+from .triggers import calibrate_threshold
+
+
+#: Target rates that calibration writes thresholds for, as shares of the generated tokens.
+TARGET_RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+_COLUMNS = {"kl": "divergence", "entropy": "entropy", "margin": "margin"}
+
+
+def calibrate_thresholds(
+    labels: Dataset, target_rates: Iterable[float] = TARGET_RATES, warmup_tokens: int = 3
+) -> dict[str, dict[float, float]]:
+    """Thresholds of the "kl", "entropy" and "margin" triggers for each target rate.
+
+    Args:
+        labels: trajectories of held-out training problems, with the trigger values at every generated position.
+        target_rates: shares of the generated tokens, in (0, 1].
+        warmup_tokens: the first new tokens never trigger but count as generated.
+
+    Returns:
+        trigger -> {target rate: threshold}.
+    """
+    table = {}
+    for trigger, column in _COLUMNS.items():
+        rows = []
+        for row in labels[column]:
+            values = torch.tensor(row, dtype=torch.float64)
+            values[:warmup_tokens] = float("-inf")
+            rows.append(values)
+        values = torch.cat(rows)
+        table[trigger] = {float(rate): calibrate_threshold(values, rate) for rate in target_rates}
+    return table
+
+
+class ScoredPoints(NamedTuple):
+    """Labelled decision points, scored by a selector.
+
+    Attributes:
+        scores_NK: the selector's scores; 0 at candidates below the floor.
+        candidate_ids_NK: the student's candidates, best first.
+        logprobs_NK: the student's log-probabilities, nats.
+        teacher_NK: the teacher's log-probabilities, nats.
+        mask_NK: True above the floor. Points with a single True hold no choice.
+        teacher_top_N: the teacher's argmax over the whole vocabulary.
+        divergence_N: KL(teacher || student) there, nats.
+    """
+
+    scores_NK: torch.Tensor
+    candidate_ids_NK: torch.Tensor
+    logprobs_NK: torch.Tensor
+    teacher_NK: torch.Tensor
+    mask_NK: torch.Tensor
+    teacher_top_N: torch.Tensor
+    divergence_N: torch.Tensor
+
+    def where(self, keep_N: torch.Tensor) -> ScoredPoints:
+        """The points for which `keep_N` is True."""
+        return ScoredPoints(*(tensor[keep_N] for tensor in self))
+
+    def with_choice(self) -> ScoredPoints:
+        """The points with two or more candidates above the floor."""
+        return self.where(self.mask_NK.sum(-1) > 1)
+
+    @property
+    def target_N(self) -> torch.Tensor:
+        """Index of the teacher's best candidate above the floor."""
+        return best_candidate(self.teacher_NK, self.mask_NK)
+
+    def choice(self, fusion: FusionWeights) -> torch.Tensor:
+        """Index (N,) of the candidate that the fused score chooses, as in decoding."""
+        return decide(self.scores_NK, Proposals(self.candidate_ids_NK, self.logprobs_NK, self.mask_NK), fusion)
+
+    def agreement(self, fusion: FusionWeights) -> float:
+        """Agree@1: share of points at which the fused decision is the teacher's best candidate."""
+        return float((self.choice(fusion) == self.target_N).float().mean())
+
+
+@torch.no_grad()
+def score_labels(
+    selector: LocalSelector,
+    labels: Dataset,
+    batch_size: int = 32,
+    num_candidates: int | None = None,
+    min_prob_ratio: float | None = None,
+) -> ScoredPoints:
+    """Scores every labelled point as decoding would, with one packed forward per trajectory.
+
+    Args:
+        selector: S2T-Local selector.
+        labels: trajectories.
+        batch_size: trajectories per forward.
+        num_candidates, min_prob_ratio: `None` for the selector's own.
+
+    Raises:
+        ValueError: where the labels hold no point.
+    """
+    config = selector.selector_config
+    num_candidates = config.num_candidates if num_candidates is None else num_candidates
+    min_prob_ratio = config.min_prob_ratio if min_prob_ratio is None else min_prob_ratio
+    collate = TrajectoryCollator(pad_token_id=0, num_candidates=num_candidates)
+    rows = sorted((row for row in labels if row["positions"]), key=lambda row: len(row["input_ids"]))
+    if not rows:
+        raise ValueError("The labels hold no decision point: nothing to score.")
+    parts: list[tuple[torch.Tensor, ...]] = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="Scoring labels", unit="batch"):
+        chunk = rows[start : start + batch_size]
+        batch = {name: tensor.to(selector.model.device) for name, tensor in collate(chunk).items()}
+        mask_BNK, _ = valid_candidates(batch["student_logprobs"], batch["position_mask"], min_prob_ratio)
+        points = PackedPoints(batch["positions"], batch["candidate_ids"], mask_BNK)
+        hidden_BMD, _ = packed_hidden(
+            selector.model,
+            selector.switch,
+            batch["input_ids"],
+            batch["attention_mask"].bool(),
+            points,
+            config.adapter_scope,
+        )
+        scores_BNK = points.unpack(selector.read_scores(hidden_BMD))
+        divergence_N = torch.tensor(
+            [row["divergence"][p - row["prompt_length"]] for row in chunk for p in row["positions"]]
+        )
+        mask_BNK[..., 0] |= batch["position_mask"]  # a point without a choice still has its first candidate
+        names = ("candidate_ids", "student_logprobs", "teacher_logprobs")
+        tensors = [scores_BNK, *(batch[name] for name in names), mask_BNK, batch["teacher_top_id"]]
+        parts.append((*(tensor[batch["position_mask"]].cpu() for tensor in tensors), divergence_N))
+    width = max(part[0].shape[-1] for part in parts)
+    fillers = (0.0, 0, -1e4, -1e4, False)
+    padded = [
+        torch.cat([torch.nn.functional.pad(part[i], (0, width - part[i].shape[-1]), value=filler) for part in parts])
+        for i, filler in enumerate(fillers)
+    ]
+    return ScoredPoints(*padded, *(torch.cat([part[i] for part in parts]) for i in (5, 6)))
+
+
+def fit_fusion(points: ScoredPoints, max_iterations: int = 200) -> FusionWeights:
+    """Weights of the fused score that best predict the teacher's choice: multinomial logistic regression.
+
+    Maximises the likelihood of the teacher's best candidate under softmax(selector * score + logprob * log p_student
+    + [not the first] * switch). Convex, three numbers, so a few hundred points are enough.
+
+    Raises:
+        ValueError: for fewer than ten points with a choice.
+    """
+    points = points.with_choice()
+    target_N = points.target_N
+    if len(target_N) < 10:
+        raise ValueError(f"Fitting fusion weights needs at least 10 decision points, got {len(target_N)}.")
+    logprobs_NK = points.logprobs_NK.double().masked_fill(~points.mask_NK, 0.0)
+    others_K = (torch.arange(points.mask_NK.shape[-1]) > 0).double().expand_as(logprobs_NK)
+    features_NKF = torch.stack([points.scores_NK.double(), logprobs_NK, others_K], dim=-1)
+    weights_F = torch.tensor([1.0, 1.0, 0.0], dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights_F], max_iter=max_iterations, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits_NK = (features_NKF @ weights_F).masked_fill(~points.mask_NK, float("-inf"))
+        loss = torch.nn.functional.cross_entropy(logits_NK, target_N) + 1e-6 * weights_F.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    selector, logprob, switch = (round(value, 6) for value in weights_F.detach().tolist())
+    return FusionWeights(selector=selector, logprob=logprob, switch=switch)

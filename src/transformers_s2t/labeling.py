@@ -1,0 +1,572 @@
+"""Labels: the student writes, the teacher scores the student's candidates, rows go to disk, shard by shard.
+
+Knows two models and token ids; knows nothing of text, of where problems come from, or of training. The teacher never
+generates: one forward per trajectory gives all that is stored.
+
+Legend: B rows, T tokens, S generated positions of a trajectory, K candidates, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PretrainedConfig, PreTrainedModel
+
+from .config import _check_choice, _check_range
+from .proposals import floor_mask, propose
+from .trajectories import (
+    HEADER_NAME,
+    MISSING_LOGPROB,
+    POINTS,
+    TrajectoryHeader,
+    done_problem_ids,
+    next_shard_index,
+    read_header,
+    remove_labels,
+    shard_files,
+    write_header,
+    write_shard,
+)
+from .triggers import calibrate_threshold, entropy, kl_divergence, margin
+
+
+HIT_SIZES = (1, 2, 4, 8, 16)
+_MAX_LOGITS = 1 << 28  # logits of both models alive at one time, in the models' own type
+_MAX_FLOAT_LOGITS = 1 << 24  # logits alive in float32 at one time
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+def left_pad(ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, T), padding on the left, ready for `generate`."""
+    width = max(len(row) for row in ids)
+    input_ids_BT = torch.full((len(ids), width), pad_token_id)
+    mask_BT = torch.zeros((len(ids), width), dtype=torch.long)
+    for b, row in enumerate(ids):
+        input_ids_BT[b, width - len(row) :] = torch.tensor(row)
+        mask_BT[b, width - len(row) :] = 1
+    return {"input_ids": input_ids_BT, "attention_mask": mask_BT}
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Makes argmax a sample from softmax(logits / temperature), each row from a generator of its own.
+
+    So what is sampled for a prompt depends on the seed and that prompt, and not on its neighbours in the batch.
+    """
+
+    def __init__(self, prompt_ids: Sequence[Sequence[int]], temperature: float, seed: int, device: torch.device):
+        self.temperature = temperature
+        self.generators = []
+        for ids in prompt_ids:
+            digest = hashlib.sha256(f"{seed} {list(ids)}".encode()).digest()
+            row_seed = int.from_bytes(digest[:8], "big") >> 1
+            self.generators.append(torch.Generator(device=device).manual_seed(row_seed))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise_BV = torch.empty_like(scores, dtype=torch.float32)
+        for b, generator in enumerate(self.generators):
+            noise_BV[b].exponential_(generator=generator)
+        return scores.float() / self.temperature - noise_BV.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+@torch.no_grad()
+def rollout(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    pad_token_id: int,
+    eos_token_ids: Sequence[int] = (),
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    seed: int = 0,
+    suppressed_ids: Sequence[int] = (),
+) -> list[list[int]]:
+    """What the model writes after each prompt, in one batch.
+
+    The checkpoint's `generation_config` does not apply: no repetition penalty, no top-k, top-p or other setting of it
+    is inherited. Greedy is the argmax, sampling is from the whole softmax at `temperature`.
+
+    Args:
+        model: in eval mode.
+        prompt_ids: token ids, one prompt a row, without padding.
+        max_new_tokens: of each row.
+        pad_token_id: for the left of shorter prompts.
+        eos_token_ids: end a row; the models' defaults are not looked up.
+        do_sample, temperature, seed: see above; a row's samples depend on the seed and its prompt only.
+        suppressed_ids: never generated.
+
+    Returns:
+        New tokens of each row, up to its first end-of-sequence token, which is included: it is a decision too.
+    """
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(eos_token_ids) or None,
+        pad_token_id=pad_token_id,
+        suppress_tokens=list(suppressed_ids) or None,
+    )
+    inputs = {name: tensor.to(model.device) for name, tensor in left_pad(prompt_ids, pad_token_id).items()}
+    processors = LogitsProcessorList()
+    if do_sample:
+        processors.append(_GumbelNoise(prompt_ids, temperature, seed, model.device))
+    # `generate` fills everything that is None from the model's own config, so that one has to be out of the way.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        output_BT = model.generate(**inputs, generation_config=config, logits_processor=processors)
+    finally:
+        model.generation_config = own
+    ends, rows = set(eos_token_ids), []
+    for ids in output_BT[:, inputs["input_ids"].shape[1] :].tolist():
+        end = next((i + 1 for i, id in enumerate(ids) if id in ends), len(ids))
+        rows.append(ids[:end])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+class TrajectoryScores(NamedTuple):
+    """What both models say at every generated position of one trajectory, on the CPU.
+
+    Attributes:
+        divergence_S: KL(teacher || student), nats.
+        entropy_S: of the student over its renormalised top 64, nats.
+        margin_S: minus the difference of the student's two best log-probabilities, nats.
+        candidate_ids_SK: the student's top K, best first.
+        student_logprobs_SK: over the student's full vocabulary less the excluded tokens, nats.
+        teacher_logprobs_SK: over the teacher's full vocabulary, nats; -1e4 at ids that the teacher does not have.
+        teacher_top_id_S: the teacher's argmax among the ids that the student has.
+    """
+
+    divergence_S: torch.Tensor
+    entropy_S: torch.Tensor
+    margin_S: torch.Tensor
+    candidate_ids_SK: torch.Tensor
+    student_logprobs_SK: torch.Tensor
+    teacher_logprobs_SK: torch.Tensor
+    teacher_top_id_S: torch.Tensor
+
+
+def score_positions(
+    logits_SV: torch.Tensor,
+    teacher_logits_SV: torch.Tensor,
+    num_candidates: int,
+    excluded_ids: torch.Tensor | None = None,
+) -> TrajectoryScores:
+    """Scores of some positions from the next-token logits of both models there. The heads may differ in rows."""
+    logits_SV, teacher_logits_SV = logits_SV.float(), teacher_logits_SV.float()
+    num_rows, num_teacher_rows = logits_SV.shape[-1], teacher_logits_SV.shape[-1]
+    proposals = propose(logits_SV, num_candidates, excluded_ids=excluded_ids)
+    teacher_logp_SV = torch.log_softmax(teacher_logits_SV, dim=-1)
+    teacher_logprobs_SK = teacher_logp_SV.gather(-1, proposals.ids_BK.clamp_max(num_teacher_rows - 1))
+    teacher_logprobs_SK = teacher_logprobs_SK.masked_fill(proposals.ids_BK >= num_teacher_rows, MISSING_LOGPROB)
+    return TrajectoryScores(
+        divergence_S=kl_divergence(teacher_logits_SV, logits_SV),
+        entropy_S=entropy(logits_SV),
+        margin_S=margin(logits_SV),
+        candidate_ids_SK=proposals.ids_BK,
+        student_logprobs_SK=proposals.logprobs_BK.clamp_min(MISSING_LOGPROB),
+        teacher_logprobs_SK=teacher_logprobs_SK.clamp_min(MISSING_LOGPROB),
+        teacher_top_id_S=teacher_logits_SV[..., :num_rows].argmax(-1),
+    )
+
+
+@torch.no_grad()
+def score_trajectories(
+    model: PreTrainedModel,
+    teacher_model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    num_candidates: int,
+    excluded_ids: Sequence[int] = (),
+) -> list[TrajectoryScores]:
+    """Scores every generated position of some trajectories: one teacher-forced forward of each model.
+
+    Rows are padded on the right, which no causal model can see. Only logits of generated positions are kept; batches
+    whose logits would not fit into about a gigabyte are run in parts, and float32 copies are made a few positions at a
+    time. The models may be on different devices.
+
+    Args:
+        model: the student, in eval mode.
+        teacher_model: in eval mode, of the same tokenizer.
+        sequences: prompts and rollouts, token ids.
+        prompt_lengths: where each rollout begins; 1 at least.
+        num_candidates: K.
+        excluded_ids: reserved tokens, never proposed.
+
+    Raises:
+        ValueError: for a K above what the head offers, or token ids that one of the models does not have.
+    """
+    num_rows, num_teacher_rows = _head_rows(model), _head_rows(teacher_model)
+    check_num_candidates(num_candidates, num_rows, excluded_ids)
+    largest = max(max(ids) for ids in sequences)
+    for name, one in (("model", model), ("teacher_model", teacher_model)):
+        if largest >= one.get_input_embeddings().weight.shape[0]:
+            raise ValueError(f"`sequences` hold token id {largest}, which `{name}` has no embedding for.")
+    if any(not 1 <= prompt_length < len(ids) for ids, prompt_length in zip(sequences, prompt_lengths)):
+        raise ValueError("`prompt_lengths` must be at least 1 and leave one generated token at least in each row.")
+    width = max(len(ids) for ids in sequences)
+    kept = width - min(prompt_lengths) + 1
+    rows_at_once = max(1, _MAX_LOGITS // (kept * (num_rows + num_teacher_rows)))
+    scores = []
+    for start in range(0, len(sequences), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        scores += _score_batch(
+            model, teacher_model, sequences[part], prompt_lengths[part], num_candidates, excluded_ids
+        )
+    return scores
+
+
+def _score_batch(
+    model: PreTrainedModel,
+    teacher_model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    num_candidates: int,
+    excluded_ids: Sequence[int],
+) -> list[TrajectoryScores]:
+    first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
+    logits_BTV = _logits_from(model, sequences, first)
+    teacher_logits_BTV = _logits_from(teacher_model, sequences, first)
+    device = logits_BTV.device
+    excluded = torch.tensor(list(excluded_ids), dtype=torch.long, device=device)
+    chunk = max(1, _MAX_FLOAT_LOGITS // max(logits_BTV.shape[-1], teacher_logits_BTV.shape[-1]))
+    scores = []
+    for b, (ids, prompt_length) in enumerate(zip(sequences, prompt_lengths)):
+        parts = []
+        for start in range(prompt_length - 1, len(ids) - 1, chunk):
+            where = slice(start - first, min(start + chunk, len(ids) - 1) - first)
+            parts.append(
+                score_positions(
+                    logits_BTV[b, where], teacher_logits_BTV[b, where].to(device), num_candidates, excluded
+                )
+            )
+        scores.append(TrajectoryScores(*(torch.cat(columns).cpu() for columns in zip(*parts))))
+    return scores
+
+
+def _logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> torch.Tensor:
+    """Logits (B, T - first, V) of right-padded rows, in the model's own type."""
+    width = max(len(ids) for ids in sequences)
+    input_ids_BT = torch.zeros((len(sequences), width), dtype=torch.long)
+    mask_BT = torch.zeros_like(input_ids_BT)
+    for b, ids in enumerate(sequences):
+        input_ids_BT[b, : len(ids)] = torch.tensor(ids)
+        mask_BT[b, : len(ids)] = 1
+    keep = {"logits_to_keep": width - first} if "logits_to_keep" in signature(model.forward).parameters else {}
+    output = model(
+        input_ids=input_ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), use_cache=False, **keep
+    )
+    return output.logits[:, -(width - first) :]
+
+
+def _head_rows(model: PreTrainedModel) -> int:
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def choose_positions(
+    divergence_S: torch.Tensor, floor_count_S: torch.Tensor, divergence_threshold: float, points: str = "floor+kl"
+) -> torch.Tensor:
+    """Which generated positions become decision points: their indices (N,), ascending.
+
+    Args:
+        divergence_S: KL(teacher || student), nats.
+        floor_count_S: how many candidates are above the floor.
+        divergence_threshold: nats.
+        points: "kl": the divergence reaches the threshold (the paper's rule, arXiv 2604.26940); "floor": two or more
+            candidates are above the floor, which needs no teacher at inference; "floor+kl": either; "all".
+    """
+    _check_choice("points", points, POINTS)
+    chosen_S = torch.full_like(divergence_S, points == "all", dtype=torch.bool)
+    if "kl" in points:
+        chosen_S |= divergence_S >= divergence_threshold
+    if "floor" in points:
+        chosen_S |= floor_count_S >= 2
+    return chosen_S.nonzero()[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
+def check_num_candidates(num_candidates: int, num_head_rows: int, excluded_ids: Sequence[int]) -> None:
+    """Raises a ValueError where the student has fewer tokens to propose."""
+    offered = num_head_rows - len(excluded_ids)
+    if num_candidates > offered:
+        raise ValueError(f"`num_candidates` must be at most {offered} for this model, got {num_candidates}.")
+
+
+def check_lengths(longest_prompt: int, max_new_tokens: int, configs: Mapping[str, PretrainedConfig]) -> None:
+    """Raises a ValueError where prompt and rollout do not fit into the context of one of the models (by name)."""
+    for name, config in configs.items():
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest_prompt + max_new_tokens > limit:
+            raise ValueError(
+                f"`max_new_tokens` must be at most {max(limit - longest_prompt, 0)}: `{name}` takes {limit} tokens "
+                f"and the longest prompt has {longest_prompt}; got {max_new_tokens}."
+            )
+
+
+def find_unfinished(
+    output_dir: str | os.PathLike, header: TrajectoryHeader, overwrite: bool
+) -> TrajectoryHeader | None:
+    """The header of the labels in `output_dir` that a run with the settings of `header` goes on with.
+
+    `None` where it starts anew: there is nothing yet, or `overwrite` is set. Reads only.
+
+    Raises:
+        ValueError: where the folder holds labels made with other settings, or something else.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output_dir` must be a folder, got the file {str(folder)!r}.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if overwrite and ((folder / HEADER_NAME).is_file() or shard_files(folder)):
+        return None
+    stored = read_header(folder)
+    if stored is None:
+        raise ValueError(
+            f"`output_dir` must be a new or empty folder, or hold labels and their {HEADER_NAME}; {folder} holds "
+            "other files. Choose another folder (--overwrite true replaces labels, never other files)."
+        )
+    differences = header.differences(stored)
+    if differences:
+        listed = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences.items())
+        raise ValueError(
+            f"`output_dir` {folder} holds labels made with other settings ({listed}). Choose another folder, repeat "
+            "the first settings to go on, or pass --overwrite true (overwrite=True) to start anew."
+        )
+    return stored
+
+
+@dataclass
+class _Trajectory:
+    """A rollout and its scores, before points are chosen."""
+
+    ids: list[int]
+    prompt_length: int
+    scores: TrajectoryScores
+
+
+def label_problems(
+    model: PreTrainedModel,
+    teacher_model: PreTrainedModel,
+    prompts: Mapping[str, Sequence[int]],
+    output_dir: str | os.PathLike,
+    header: TrajectoryHeader,
+    pad_token_id: int,
+    batch_size: int = 32,
+    shard_size: int = 100,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> TrajectoryHeader:
+    """Rolls out, scores and writes every problem that `output_dir` does not hold yet.
+
+    A shard is written at once or not at all, so a killed run loses one shard's work at most, and the same call goes on
+    with the rest. In float32 the rows do not depend on `batch_size`, `shard_size` or interruptions.
+
+    Args:
+        model: the student; put into eval mode.
+        teacher_model: put into eval mode.
+        prompts: problem id -> token ids of its prompt, in the order in which they are to be labelled.
+        output_dir: folder of the labels.
+        header: the settings. Where it has no `divergence_threshold`, the one that a share `target_rate` of the
+            generated positions of the first `threshold_sample` problems reaches is taken, and stored before any row.
+        pad_token_id: of the tokenizer.
+        batch_size: rows of one forward.
+        shard_size: problems of one shard.
+        overwrite: start anew where the folder holds labels.
+        show_progress: a bar over problems, with tokens per second and Hit@K at the chosen points.
+
+    Returns:
+        The header as stored, with the threshold and `complete=True`.
+
+    Raises:
+        ValueError: for illegal arguments or a folder with other settings, before anything is written.
+    """
+    _check_range("batch_size", batch_size, 1, 1 << 20, integer=True)
+    _check_range("shard_size", shard_size, 1, 1 << 20, integer=True)
+    if not prompts:
+        raise ValueError("`prompts` must hold one problem at least, got none.")
+    if any(len(ids) == 0 for ids in prompts.values()):
+        raise ValueError("`prompts` must have one token at least each.")
+    check_num_candidates(header.num_candidates, _head_rows(model), header.excluded_ids)
+    longest = max(len(ids) for ids in prompts.values())
+    check_lengths(longest, header.max_new_tokens, {"model": model.config, "teacher_model": teacher_model.config})
+    stored = find_unfinished(output_dir, header, overwrite)
+    done = set() if stored is None else done_problem_ids(output_dir)
+    todo = [id for id in prompts if id not in done]
+    num_problems = len(done.union(prompts))
+    if stored is not None:
+        header = stored
+        if not todo and stored.complete:
+            return stored
+
+    model.eval()
+    teacher_model.eval()
+    with tqdm(total=len(prompts), initial=len(prompts) - len(todo), unit="problem", disable=not show_progress) as bar:
+        worker = _Worker(model, teacher_model, prompts, header, pad_token_id, batch_size, bar)
+        ready: dict[str, _Trajectory] = {}
+        if header.divergence_threshold is None:
+            bar.set_description("Estimating the threshold")
+            ready = worker.run(list(prompts)[: header.threshold_sample])
+            divergences = torch.cat([trajectory.scores.divergence_S for trajectory in ready.values()])
+            threshold = calibrate_threshold(divergences, header.target_rate)
+            header = replace(header, divergence_threshold=threshold)
+        if overwrite:
+            remove_labels(output_dir)
+        _remove_half_written(output_dir)
+        header = replace(header, num_problems=num_problems, complete=False)
+        write_header(output_dir, header)
+        bar.set_description("Labeling")
+        for ids in _chunks(todo, shard_size):
+            ready |= worker.run([id for id in ids if id not in ready])
+            rows = [make_row(id, ready.pop(id), header) for id in ids]
+            write_shard(output_dir, next_shard_index(output_dir), rows)
+            worker.count_hits(rows)
+    header = replace(header, complete=True)
+    write_header(output_dir, header)
+    return header
+
+
+class _Worker:
+    """Rolls out and scores problems in length-sorted batches, and tells the progress bar."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher_model: PreTrainedModel,
+        prompts: Mapping[str, Sequence[int]],
+        header: TrajectoryHeader,
+        pad_token_id: int,
+        batch_size: int,
+        bar: tqdm,
+    ):
+        self.model, self.teacher_model, self.prompts, self.header = model, teacher_model, prompts, header
+        self.pad_token_id, self.batch_size, self.bar = pad_token_id, batch_size, bar
+        # rows that only the student's padded head has cannot be read by the teacher
+        teacher_rows = teacher_model.get_input_embeddings().weight.shape[0]
+        self.suppressed_ids = sorted({*header.excluded_ids, *range(teacher_rows, _head_rows(model))})
+        self.num_tokens = self.num_points = self.num_hits = 0
+        self.began = time.monotonic()
+
+    def run(self, problem_ids: list[str]) -> dict[str, _Trajectory]:
+        header = self.header
+        sequences: dict[str, list[int]] = {}
+        for batch in _chunks(sorted(problem_ids, key=lambda id: len(self.prompts[id])), self.batch_size):
+            new_ids = rollout(
+                self.model,
+                [self.prompts[id] for id in batch],
+                header.max_new_tokens,
+                self.pad_token_id,
+                header.eos_token_ids,
+                do_sample=header.rollout == "sample",
+                temperature=header.temperature,
+                seed=header.seed,
+                suppressed_ids=self.suppressed_ids,
+            )
+            for id, new in zip(batch, new_ids):
+                sequences[id] = [*self.prompts[id], *new]
+                self.num_tokens += len(new)
+            self._tell()
+        done: dict[str, _Trajectory] = {}
+        for batch in _chunks(sorted(problem_ids, key=lambda id: len(sequences[id])), self.batch_size):
+            prompt_lengths = [len(self.prompts[id]) for id in batch]
+            scores = score_trajectories(
+                self.model,
+                self.teacher_model,
+                [sequences[id] for id in batch],
+                prompt_lengths,
+                header.num_candidates,
+                header.excluded_ids,
+            )
+            for id, prompt_length, one in zip(batch, prompt_lengths, scores):
+                done[id] = _Trajectory(sequences[id], prompt_length, one)
+            self.bar.update(len(batch))
+        return done
+
+    def count_hits(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self.num_points += len(row["positions"])
+            self.num_hits += sum(top in ids for top, ids in zip(row["teacher_top_id"], row["candidate_ids"]))
+        self._tell()
+
+    def _tell(self) -> None:
+        rate = self.num_tokens / max(time.monotonic() - self.began, 1e-9)
+        hit = f"{self.num_hits / self.num_points:.3f}" if self.num_points else "-"
+        self.bar.set_postfix({"tokens/s": f"{rate:.0f}", f"Hit@{self.header.num_candidates}": hit})
+
+
+def make_row(problem_id: str, trajectory: _Trajectory, header: TrajectoryHeader) -> dict[str, Any]:
+    """The row of one trajectory, with points chosen by the header's rule and threshold."""
+    scores = trajectory.scores
+    floor_count_S = floor_mask(scores.student_logprobs_SK, header.min_prob_ratio).sum(-1)
+    chosen_N = choose_positions(scores.divergence_S, floor_count_S, header.divergence_threshold, header.points)
+    return {
+        "problem_id": problem_id,
+        "input_ids": trajectory.ids,
+        "prompt_length": trajectory.prompt_length,
+        "divergence": scores.divergence_S.tolist(),
+        "entropy": scores.entropy_S.tolist(),
+        "margin": scores.margin_S.tolist(),
+        "positions": (chosen_N + trajectory.prompt_length).tolist(),
+        "candidate_ids": scores.candidate_ids_SK[chosen_N].tolist(),
+        "student_logprobs": scores.student_logprobs_SK[chosen_N].tolist(),
+        "teacher_logprobs": scores.teacher_logprobs_SK[chosen_N].tolist(),
+        "teacher_top_id": scores.teacher_top_id_S[chosen_N].tolist(),
+    }
+
+
+def label_stats(labels: Dataset, divergence_threshold: float) -> dict[str, Any]:
+    """What a set of labels holds, and its local sufficiency.
+
+    Returns:
+        `rows`, `tokens` (generated), `points` (stored), `kl_tokens` (generated tokens whose divergence reaches the
+        threshold), `kl_points` (those of them that are stored) and `hit_at_k`: at how many of the latter, as a share,
+        the teacher's argmax is among the student's first k candidates.
+    """
+    tokens = points = kl_tokens = kl_points = 0
+    width = 0
+    hits = dict.fromkeys(HIT_SIZES, 0)
+    for row in labels.select_columns(["prompt_length", "divergence", "positions", "candidate_ids", "teacher_top_id"]):
+        tokens += len(row["divergence"])
+        points += len(row["positions"])
+        kl_tokens += sum(value >= divergence_threshold for value in row["divergence"])
+        for position, ids, top in zip(row["positions"], row["candidate_ids"], row["teacher_top_id"]):
+            if row["divergence"][position - row["prompt_length"]] >= divergence_threshold:
+                kl_points += 1
+                width = max(width, len(ids))
+                for k in HIT_SIZES:
+                    hits[k] += top in ids[:k]
+    return {
+        "rows": len(labels),
+        "tokens": tokens,
+        "points": points,
+        "kl_tokens": kl_tokens,
+        "kl_points": kl_points,
+        "hit_at_k": {str(k): hits[k] / kl_points for k in HIT_SIZES if k <= width} if kl_points else {},
+    }
+
+
+def _remove_half_written(folder: str | os.PathLike) -> None:
+    for file in Path(folder).glob(".part-*.parquet.*"):
+        file.unlink()
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,62 @@
+"""The re-ranking objective: tensors in, tensor out. Knows nothing of models, adapters or trainers.
+
+Legend: N decision points, K candidates, V vocabulary. `mask_NK` is True at real candidates above the floor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def best_candidate(teacher_logprobs_NK: torch.Tensor, mask_NK: torch.Tensor) -> torch.Tensor:
+    """Index (N,) of the candidate that the teacher likes best among those in the mask: the target."""
+    return teacher_logprobs_NK.masked_fill(~mask_NK, float("-inf")).argmax(-1)
+
+
+def selection_cross_entropy(
+    scores_NK: torch.Tensor, mask_NK: torch.Tensor, target_N: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """-log softmax(scores / temperature)[target] per point (N,): the paper's loss (arXiv 2604.26940, section 3.3)."""
+    logits_NK = (scores_NK / temperature).masked_fill(~mask_NK, float("-inf"))
+    return F.cross_entropy(logits_NK, target_N, reduction="none")
+
+
+def distribution_kl(
+    scores_NK: torch.Tensor, teacher_logprobs_NK: torch.Tensor, mask_NK: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """KL(teacher over the candidates || softmax(scores / temperature)) per point (N,), nats."""
+    floor = torch.finfo(torch.float32).min
+    teacher_NK = torch.log_softmax(teacher_logprobs_NK.float().masked_fill(~mask_NK, floor), dim=-1)
+    student_NK = torch.log_softmax((scores_NK / temperature).masked_fill(~mask_NK, floor), dim=-1)
+    terms_NK = teacher_NK.exp() * (teacher_NK - student_NK)
+    return terms_NK.masked_fill(~mask_NK, 0.0).sum(-1)
+
+
+def hard_negative_hinge(
+    scores_NK: torch.Tensor, mask_NK: torch.Tensor, target_N: torch.Tensor, margin: float
+) -> torch.Tensor:
+    """max(0, margin - (score of the target - best other score)) per point (N,); 0 where there is no other."""
+    target_score_N = scores_NK.gather(-1, target_N[:, None])[:, 0]
+    others_NK = mask_NK & (torch.arange(scores_NK.shape[-1], device=scores_NK.device) != target_N[:, None])
+    has_other_N = others_NK.any(-1)
+    best_other_N = scores_NK.masked_fill(~others_NK, torch.finfo(scores_NK.dtype).min).amax(-1)
+    gap_N = torch.where(has_other_N, target_score_N - best_other_N, torch.full_like(target_score_N, margin))
+    return (margin - gap_N).clamp_min(0.0)
+
+
+def text_kl(
+    base_logits_NV: torch.Tensor, logits_NV: torch.Tensor, excluded_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """KL(frozen base || tuned) over ordinary text tokens per position (N,), nats; `excluded_ids` are left out.
+
+    The regulariser of the paper's form, where the adapter is on while the prefix is read.
+    """
+    base_NV, tuned_NV = base_logits_NV.float(), logits_NV.float()
+    if excluded_ids is not None and len(excluded_ids) > 0:
+        keep_V = torch.ones(base_NV.shape[-1], dtype=torch.bool, device=base_NV.device)
+        keep_V[excluded_ids.to(base_NV.device)] = False
+        base_NV, tuned_NV = base_NV[..., keep_V], tuned_NV[..., keep_V]
+    base_NV = torch.log_softmax(base_NV, dim=-1)
+    tuned_NV = torch.log_softmax(tuned_NV, dim=-1)
+    return (base_NV.exp() * (base_NV - tuned_NV)).sum(-1)

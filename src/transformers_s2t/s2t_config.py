@@ -1,0 +1,104 @@
+"""`S2TConfig`: what [`S2TTrainer`] can be told, on top of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .config import _check_choice, _check_range
+
+
+@dataclass
+class S2TConfig(TrainingArguments):
+    r"""Configuration of [`S2TTrainer`].
+
+    Changed defaults of [`~transformers.TrainingArguments`]:
+
+    - `learning_rate`: 5e-5 with `num_train_epochs=3` and 4 trajectories a step, as in arXiv 2604.26940, appendix.
+      Models far below 100 M parameters want about 2e-3 (recipes/embedded/train.yaml).
+    - `lr_scheduler_type="linear"` with `warmup_steps=10`; `max_grad_norm=1.0`; `logging_steps=10`.
+    - `eval_strategy="no"`, `remove_unused_columns=False` (the collator reads every column), `report_to="none"`.
+
+    Parameters:
+        adapter_scope: "candidate" or "sequence"; see [`SelectorConfig`]. "candidate" is as good wherever both were
+            trained well, cheapest, and leaves ordinary generation untouched by construction.
+        proposals: "base" or "adapted" (the paper's S2T-Local; only with "sequence").
+        score_head: "bins" (paper) or "linear".
+        temperature: of the cross-entropy over scores. 0.1: scores live in [0, 1], at 1.0 the gradient is weak.
+        cross_entropy_weight, distribution_kl_weight, hinge_weight, hinge_margin: the mix of losses. The authors'
+            script adds 0.1 of the second and a hinge with margin 1; neither is on by default.
+        logprob_weight: adds this times the student's log-probability of the candidate to score / temperature in the
+            cross-entropy, so that the selector learns what the student does not know already.
+        prefix_kl_weight: beta of KL(frozen base || tuned) on the trajectory's text, for adapter_scope="sequence".
+        num_candidates: K used in training; the labels may hold more.
+        min_prob_ratio: candidates below this share of the best one's probability are left out, as in decoding.
+        max_packed_tokens: trajectory plus candidates per row; longer ones are cut into blocks of decision points.
+    """
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Trajectories per device and step."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the labelled trajectories."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: all columns are read."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to log to."})
+
+    adapter_scope: str = field(
+        default="candidate",
+        metadata={"help": "Which tokens see the adapter: 'candidate' (appended ones only) or 'sequence' (paper)."},
+    )
+    proposals: str = field(
+        default="base", metadata={"help": "Who writes the text: 'base', or 'adapted' (paper; 'sequence' only)."}
+    )
+    score_head: str = field(default="bins", metadata={"help": "Read-out of the reserved logits: 'bins' or 'linear'."})
+    temperature: float = field(default=0.1, metadata={"help": "Temperature of the cross-entropy over scores."})
+    cross_entropy_weight: float = field(default=1.0, metadata={"help": "Weight of the top-1 cross-entropy."})
+    distribution_kl_weight: float = field(
+        default=0.0, metadata={"help": "Weight of KL(teacher over the candidates || scores)."}
+    )
+    hinge_weight: float = field(default=0.0, metadata={"help": "Weight of the hard-negative hinge."})
+    hinge_margin: float = field(default=1.0, metadata={"help": "Margin of the hinge, in units of the score."})
+    logprob_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the student's log-probability beside score / temperature."}
+    )
+    prefix_kl_weight: float = field(
+        default=1.0, metadata={"help": "Weight of KL(base || tuned) on the text, for adapter_scope='sequence'."}
+    )
+    num_candidates: int = field(default=8, metadata={"help": "Candidates per decision point."})
+    min_prob_ratio: float = field(default=0.05, metadata={"help": "Candidate floor, as in decoding; 0 keeps all."})
+    max_packed_tokens: int = field(default=8192, metadata={"help": "Trajectory plus candidate tokens per row."})
+    reserved_token_ids: list[int] | None = field(
+        default=None, metadata={"help": "Token ids that carry the score; found in the tokenizer where not given."}
+    )
+    add_reserved_tokens: bool = field(
+        default=False, metadata={"help": "Resize the embeddings of a model that has too few reserved tokens."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained where `model` is a name or path."}
+    )
+
+    def __post_init__(self):
+        _check_choice("adapter_scope", self.adapter_scope, ("candidate", "sequence"))
+        _check_choice("proposals", self.proposals, ("base", "adapted"))
+        _check_choice("score_head", self.score_head, ("bins", "linear"))
+        if self.proposals == "adapted" and self.adapter_scope != "sequence":
+            raise ValueError("`proposals='adapted'` needs `adapter_scope='sequence'`, got adapter_scope='candidate'.")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be above 0, got {self.temperature!r}.")
+        for name in ("cross_entropy_weight", "distribution_kl_weight", "hinge_weight", "prefix_kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)!r}.")
+        if self.cross_entropy_weight + self.distribution_kl_weight + self.hinge_weight == 0:
+            raise ValueError(
+                "One of `cross_entropy_weight`, `distribution_kl_weight`, `hinge_weight` must be above 0."
+            )
+        _check_range("num_candidates", self.num_candidates, 2, 64, integer=True)
+        _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
+        _check_range("max_packed_tokens", self.max_packed_tokens, 16, 1 << 24, integer=True)
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must be False: the collator reads every column of the labels.")
+        super().__post_init__()

@@ -1,0 +1,539 @@
+"""`S2TTrainer`: distils the teacher's ranking of candidates into a LoRA adapter and the reserved rows of the head.
+
+Knows labelled trajectories, losses and scoring; knows nothing of decoding (the two meet in `scoring` and `config`).
+
+Legend: B trajectories, T tokens, N decision points, K candidates, M packed candidates, D hidden size, R reserved.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+
+from . import losses
+from .config import SelectorConfig
+from .proposals import floor_mask
+from .reserved_tokens import find_reserved_token_ids, resize_for_reserved_tokens, vocab_hash
+from .s2t_config import S2TConfig
+from .scoring import (
+    AdapterSwitch,
+    PackedPoints,
+    bin_logits,
+    candidate_scores,
+    get_decoder,
+    packed_hidden,
+    reserved_rows,
+    valid_candidates,
+)
+from .trajectories import TrajectoryCollator, TrajectoryHeader, read_labels
+
+
+_TEXT_KL_CHUNK = 2048  # positions whose (V,) logits are alive at one time
+
+
+class S2TTrainer(Trainer):
+    """Trains S2T-Local: the small model learns to select among its own proposals as the larger model would.
+
+    Args:
+        model: name or path, `PreTrainedModel`, or a `PeftModel` whose LoraConfig trains the reserved rows.
+        args: [`S2TConfig`]; `None` for the defaults.
+        train_dataset: labelled trajectories: a `Dataset`, a folder written by recipes/label.py, or a Hub id.
+        eval_dataset: held-out ones, or a dict of several.
+        processing_class: the model's tokenizer; loaded from the model's name where not given.
+        peft_config: LoRA settings; `None` for r=16, alpha=32, dropout 0.05 on all linear layers (the authors'
+            script). The reserved rows are added to it.
+        quantization_config: passed to `from_pretrained` where `model` is a name or path.
+        label_header: header of `train_dataset` where that is a `Dataset`; checked against the model.
+        callbacks, optimizers: as in `Trainer`.
+
+    Raises:
+        ValueError: labels made with another tokenizer, an empty data set, too few reserved tokens, a model whose
+            attention or layers make packed candidates inexact: all before the first step.
+    """
+
+    _tag_names = ["transformers-s2t", "s2t"]
+    _name = "S2T"
+    _paper = {"title": "Select to Think", "id": "2604.26940"}
+    loss_is_scaled_for_ga = False  # compute_loss returns a per-batch mean
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: S2TConfig | None = None,
+        train_dataset: Dataset | str | os.PathLike | None = None,
+        eval_dataset: Dataset | str | os.PathLike | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any | None = None,
+        label_header: TrajectoryHeader | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = S2TConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-s2t-local")
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: a folder of labels (recipes/label.py) or a Dataset.")
+        train_dataset, header = _load_labels(train_dataset, "train_dataset", label_header)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {key: _load_labels(value, "eval_dataset")[0] for key, value in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset, eval_header = _load_labels(eval_dataset, "eval_dataset")
+            if header and eval_header and header.vocab_hash != eval_header.vocab_hash:
+                raise ValueError("`train_dataset` and `eval_dataset` were labelled with different tokenizers.")
+
+        if isinstance(model, str):
+            init_kwargs = args.model_init_kwargs or {}
+            init_kwargs = json.loads(init_kwargs) if isinstance(init_kwargs, str) else dict(init_kwargs)
+            if quantization_config is not None:
+                init_kwargs["quantization_config"] = quantization_config
+            name_or_path = model
+            if processing_class is None:
+                processing_class = AutoTokenizer.from_pretrained(name_or_path)
+            _check_labels_fit(header, processing_class, name_or_path)
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+        else:
+            name_or_path = model.config._name_or_path
+            if processing_class is None:
+                if not name_or_path:
+                    raise ValueError("`processing_class` is required where the model does not know its own name.")
+                processing_class = AutoTokenizer.from_pretrained(name_or_path)
+            _check_labels_fit(header, processing_class, name_or_path)
+
+        model, self.reserved_token_ids = _with_adapter(model, args, processing_class, peft_config)
+        self.base_model = model.get_base_model()
+        self.adapter_name = model.active_adapter
+        self.switch = AdapterSwitch(self.base_model)
+        self.label_header = header
+        if args.gradient_checkpointing:
+            raise ValueError(
+                "`gradient_checkpointing=True` drops the key/value cache that packed training shares between "
+                "candidates; turn it off and bound memory with `max_packed_tokens`."
+            )
+
+        pad_token_id = processing_class.pad_token_id
+        if pad_token_id is None:
+            pad_token_id = processing_class.eos_token_id or 0
+        with args.main_process_first(desc="preparing labels"):
+            train_dataset = _cut_to_blocks(train_dataset, args, "train_dataset")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {key: _cut_to_blocks(value, args, key) for key, value in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = _cut_to_blocks(eval_dataset, args, "eval_dataset")
+
+        self._row_metrics: dict[str, dict[str, list[float]]] = {
+            "train": defaultdict(lambda: [0.0, 0.0]),
+            "eval": defaultdict(lambda: [0.0, 0.0]),
+        }
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=TrajectoryCollator(pad_token_id=pad_token_id, num_candidates=args.num_candidates),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.can_return_loss = True  # with no label names: evaluation then reports a loss
+        self.label_names = []
+        self.model_accepts_loss_kwargs = False
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(self._tag_names)
+
+    # ---- objective ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ):
+        """Mean loss over the batch's decision points; with `return_outputs` also their scores (B, N, K)."""
+        wrapped = self.accelerator.unwrap_model(model)
+        if wrapped is model:
+            loss, scores_BNK, row_metrics = self._loss(inputs)
+        else:
+            loss, scores_BNK, row_metrics = _call_through(model, wrapped, self._loss, inputs)
+        self._count(row_metrics)
+        return (loss, {"scores": scores_BNK}) if return_outputs else loss
+
+    def _loss(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        args = self.args
+        valid_BNK, point_BN = valid_candidates(
+            inputs["student_logprobs"], inputs["position_mask"], args.min_prob_ratio
+        )
+        points = PackedPoints(inputs["positions"], inputs["candidate_ids"], valid_BNK)
+        mask_BT = inputs["attention_mask"].bool()
+        hidden_BMD, prefix_BTD = packed_hidden(
+            self.base_model, self.switch, inputs["input_ids"], mask_BT, points, args.adapter_scope
+        )
+        rows_RD = reserved_rows(self.base_model, self.reserved_token_ids, self.adapter_name)
+        scores_BNK = points.unpack(candidate_scores(bin_logits(hidden_BMD, rows_RD), args.score_head))
+
+        # flat over the points that have a choice
+        scores_NK, valid_NK = scores_BNK[point_BN], valid_BNK[point_BN]
+        teacher_NK, logprobs_NK = inputs["teacher_logprobs"][point_BN], inputs["student_logprobs"][point_BN]
+        target_N = losses.best_candidate(teacher_NK, valid_NK)
+        total = scores_BNK.sum() * 0.0  # keeps the graph where a batch has no point at all
+        if len(target_N):
+            if args.cross_entropy_weight:
+                prior_NK = args.logprob_weight * args.temperature * logprobs_NK
+                term_N = losses.selection_cross_entropy(scores_NK + prior_NK, valid_NK, target_N, args.temperature)
+                total = total + args.cross_entropy_weight * term_N.mean()
+            if args.distribution_kl_weight:
+                term_N = losses.distribution_kl(scores_NK, teacher_NK, valid_NK, args.temperature)
+                total = total + args.distribution_kl_weight * term_N.mean()
+            if args.hinge_weight:
+                term_N = losses.hard_negative_hinge(scores_NK, valid_NK, target_N, args.hinge_margin)
+                total = total + args.hinge_weight * term_N.mean()
+        metrics = self._agreement(scores_BNK.detach(), inputs, valid_BNK, point_BN)
+        if args.adapter_scope == "sequence" and args.prefix_kl_weight:
+            text_kl = self._text_kl(inputs["input_ids"], mask_BT, prefix_BTD)
+            total = total + args.prefix_kl_weight * text_kl
+            rows = torch.ones(len(mask_BT), device=mask_BT.device)
+            metrics["prefix_kl"] = (text_kl.detach() * rows, rows)
+        return total, scores_BNK.detach(), metrics
+
+    def _text_kl(self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, tuned_BTD: torch.Tensor) -> torch.Tensor:
+        """Mean KL(base || tuned) over the real tokens, with the base model's logits from the adapter switched off."""
+        with torch.no_grad(), self.switch(False):
+            base_BTD = get_decoder(self.base_model)(
+                input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False
+            ).last_hidden_state
+        head = self.base_model.get_output_embeddings()
+        excluded = torch.tensor(self.reserved_token_ids, device=mask_BT.device)
+
+        def chunk_kl(base_PD: torch.Tensor, tuned_PD: torch.Tensor) -> torch.Tensor:
+            return losses.text_kl(head(base_PD), head(tuned_PD), excluded).sum()
+
+        base_PD, tuned_PD = base_BTD[mask_BT], tuned_BTD[mask_BT]
+        total = tuned_PD.new_zeros((), dtype=torch.float32)
+        for base, tuned in zip(base_PD.split(_TEXT_KL_CHUNK), tuned_PD.split(_TEXT_KL_CHUNK)):
+            total = total + checkpoint(chunk_kl, base, tuned, use_reentrant=False)
+        return total / len(base_PD)
+
+    # ---- metrics ----
+
+    def _agreement(
+        self,
+        scores_BNK: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
+        valid_BNK: torch.Tensor,
+        point_BN: torch.Tensor,
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Per trajectory (hits (B,), points (B,)) of: the selector, it with the student's log-probability, the
+        student's own first, the second candidate; each against the teacher's best candidate above the floor."""
+        low = torch.finfo(torch.float32).min
+        target_BN = losses.best_candidate(inputs["teacher_logprobs"], valid_BNK)
+        masked_BNK = scores_BNK.float().masked_fill(~valid_BNK, low)
+        fused_BNK = (scores_BNK.float() / self.args.temperature + inputs["student_logprobs"]).masked_fill(
+            ~valid_BNK, low
+        )
+        picks = {
+            "agree_at_1": masked_BNK.argmax(-1),
+            "fused_agree_at_1": fused_BNK.argmax(-1),
+            "student_first": torch.zeros_like(target_BN),
+            "second_candidate": torch.ones_like(target_BN),
+        }
+        count_B = point_BN.sum(-1).float()
+        return {
+            name: (((pick_BN == target_BN) & point_BN).sum(-1).float(), count_B) for name, pick_BN in picks.items()
+        }
+
+    def _count(self, row_metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        mode = "train" if self.model.training else "eval"
+        stacked_BX2 = torch.stack([torch.stack(pair, dim=-1) for pair in row_metrics.values()], dim=1)
+        sums_X2 = self.accelerator.gather_for_metrics(stacked_BX2).sum(0).tolist()
+        for name, (hits, count) in zip(row_metrics, sums_X2):
+            self._row_metrics[mode][name][0] += hits
+            self._row_metrics[mode][name][1] += count
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log line; evaluation brings its figures in its own metrics
+            for name, (hits, count) in self._row_metrics["train"].items():
+                if count:
+                    logs[name] = round(hits / count, 5)
+            self._row_metrics["train"].clear()
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As in `Trainer`, plus Agree@1 of the selector and of the controls on the held-out trajectories."""
+        self._row_metrics["eval"].clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        for name, (hits, count) in self._row_metrics["eval"].items():
+            if count:
+                output.metrics[f"{metric_key_prefix}_{name}"] = hits / count
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    # ---- saving ----
+
+    def selector_config(self, metrics: dict[str, float] | None = None) -> SelectorConfig:
+        """What is written beside the adapter as `s2t_config.json`."""
+        header = self.label_header
+        return SelectorConfig(
+            reserved_token_ids=self.reserved_token_ids,
+            adapter_scope=self.args.adapter_scope,
+            proposals=self.args.proposals,
+            score_head=self.args.score_head,
+            num_candidates=min(self.args.num_candidates, 8),
+            min_prob_ratio=self.args.min_prob_ratio,
+            base_model=self.base_model.config._name_or_path,
+            teacher_model=header.teacher_model if header else "",
+            vocab_hash=vocab_hash(self.processing_class),
+            metrics=metrics if metrics is not None else self._last_eval_metrics(),
+        )
+
+    def _last_eval_metrics(self) -> dict[str, float]:
+        for entry in reversed(self.state.log_history):
+            if "eval_agree_at_1" in entry:
+                names = ("agree_at_1", "fused_agree_at_1", "student_first", "second_candidate", "loss")
+                return {name: entry[f"eval_{name}"] for name in names if f"eval_{name}" in entry}
+        return {}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Saves the LoRA weights, the reserved rows, `s2t_config.json`, the tokenizer and the model card.
+
+        The embedding matrices are never saved, also where reserved tokens were added: their rows travel with the
+        adapter.
+        """
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(
+            folder, state_dict=state_dict, is_main_process=self.args.should_save, save_embedding_layers=False
+        )
+        if not self.args.should_save:
+            return
+        self.selector_config().save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+        (folder / "README.md").write_text(self._card(), encoding="utf-8")
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes the model card with the held-out figures into `output_dir`."""
+        if self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(self._card(), encoding="utf-8")
+
+    def _card(self) -> str:
+        config = self.selector_config()
+        base = config.base_model or "the base model"
+        tags = "\n".join(f"- {tag}" for tag in (*self._tag_names, "lora"))
+        hub_base = f"base_model: {base}\n" if base and not os.path.exists(base) else ""
+        name = (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
+        rows = "\n".join(f"| {key} | {value:.3f} |" for key, value in config.metrics.items())
+        figures = (
+            "Agreement with the teacher's best candidate at held-out decision points (Agree@1), and the controls:\n\n"
+            f"| figure | value |\n|---|---|\n{rows}\n"
+            if rows
+            else "No held-out figures were measured (pass `eval_dataset`).\n"
+        )
+        return f"""---
+library_name: peft
+{hub_base}pipeline_tag: text-generation
+tags:
+{tags}
+---
+
+# {name}
+
+An S2T-Local selector for `{os.path.basename(base)}`: at uncertain tokens the model chooses among its own proposals
+the one that {os.path.basename(config.teacher_model) or "a larger model"} would choose, without that model at
+inference ([Select to Think](https://arxiv.org/abs/2604.26940)). The text itself is written by the
+{"base model" if config.proposals == "base" else "adapted model"}.
+
+```python
+from transformers_s2t import S2T, LocalSelector, s2t_generate
+
+selector = LocalSelector.from_pretrained("{self.args.hub_model_id or name}", model)
+model.generate(**inputs, logits_processor=S2T(selector))
+model.generate(**inputs, custom_generate=s2t_generate, selector=selector)  # faster, the same tokens
+```
+
+Load it through `LocalSelector`, not as an ordinary LoRA adapter: adapter scope "{config.adapter_scope}", proposals
+"{config.proposals}", {len(config.reserved_token_ids)} reserved tokens, {config.num_candidates} candidates
+(`s2t_config.json`).
+
+## Figures
+
+{figures}"""
+
+
+def _load_labels(
+    source: Dataset | str | os.PathLike, name: str, header: TrajectoryHeader | None = None
+) -> tuple[Dataset, TrajectoryHeader | None]:
+    if isinstance(source, (str, os.PathLike)):
+        source, header = read_labels(source)
+    if not isinstance(source, Dataset):
+        raise TypeError(f"`{name}` must be a datasets.Dataset, a folder of labels or a Hub id, got {type(source)}.")
+    if len(source) == 0:
+        raise ValueError(f"`{name}` is empty: label some problems first (recipes/label.py).")
+    return source, header
+
+
+def _check_labels_fit(
+    header: TrajectoryHeader | None, processing_class: PreTrainedTokenizerBase, name_or_path: str
+) -> None:
+    if header is None:
+        return
+    ours = vocab_hash(processing_class)
+    if header.vocab_hash != ours:
+        raise ValueError(
+            f"The labels were made with the tokenizer of {header.model!r} (vocabulary {header.vocab_hash}), but "
+            f"`model` {name_or_path!r} has vocabulary {ours}: label with this model (recipes/label.py --model)."
+        )
+
+
+def _with_adapter(
+    model: PreTrainedModel | PeftModel,
+    args: S2TConfig,
+    processing_class: PreTrainedTokenizerBase,
+    peft_config: PeftConfig | None,
+) -> tuple[PeftModel, tuple[int, ...]]:
+    """The model with LoRA and trainable reserved rows, and the reserved ids."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError("`peft_config` must be None where `model` is a PeftModel already.")
+        indices = model.peft_config[model.active_adapter].trainable_token_indices
+        ids = next(iter(indices.values()), None) if isinstance(indices, dict) else None
+        if not ids:
+            raise ValueError(
+                "`model` is a PeftModel that trains no reserved rows; give its LoraConfig "
+                "`trainable_token_indices={'lm_head': reserved_token_ids}` or pass the base model and `peft_config`."
+            )
+        return model, tuple(args.reserved_token_ids or ids)
+    head = base.get_output_embeddings()
+    ids = args.reserved_token_ids
+    if ids is None:
+        try:
+            ids = find_reserved_token_ids(processing_class, head.weight.shape[0])
+        except ValueError:
+            if not args.add_reserved_tokens:
+                raise
+            start = max(head.weight.shape[0], len(processing_class))
+            ids = list(range(start, start + 16))
+    if max(ids) >= head.weight.shape[0]:
+        if not args.add_reserved_tokens:
+            raise ValueError(
+                f"`reserved_token_ids` must be below {head.weight.shape[0]}, the rows of the head, got {max(ids)}; "
+                "pass `add_reserved_tokens=True` to resize the embeddings."
+            )
+        resize_for_reserved_tokens(base, max(ids) + 1)
+        head = base.get_output_embeddings()
+    head_name = next(name for name, module in base.named_modules() if module is head)
+    if peft_config is None:
+        peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+    if not isinstance(peft_config, LoraConfig):
+        raise TypeError(f"`peft_config` must be a LoraConfig, got {type(peft_config)}.")
+    peft_config = copy.deepcopy(peft_config)
+    peft_config.task_type = "CAUSAL_LM"
+    peft_config.trainable_token_indices = {head_name.split(".")[-1]: list(ids)}
+    return get_peft_model(base, peft_config), tuple(ids)
+
+
+def _cut_to_blocks(dataset: Dataset, args: S2TConfig, name: str) -> Dataset:
+    """Rows whose trajectory and candidates fit `max_packed_tokens`; long ones become several with the same prefix.
+
+    Points with a single candidate above the floor are no decisions and are dropped, trajectories without any point
+    too.
+    """
+
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        out: dict[str, list] = {key: [] for key in batch}
+        point_columns = ("positions", "candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")
+        for i in range(len(batch["input_ids"])):
+            row = {key: values[i] for key, values in batch.items()}
+            kept, sizes = [], []
+            for n in range(len(row["positions"])):
+                logprobs_K = torch.tensor(row["student_logprobs"][n][: args.num_candidates])
+                size = int(floor_mask(logprobs_K, args.min_prob_ratio).sum())
+                if size > 1:
+                    kept.append(n)
+                    sizes.append(size)
+            block: list[int] = []
+            used = 0
+            for n, size in zip(kept, sizes):
+                if block and row["positions"][n] + used + size > args.max_packed_tokens:
+                    _append_block(out, row, block, point_columns)
+                    block, used = [], 0
+                block.append(n)
+                used += size
+            if block:
+                _append_block(out, row, block, point_columns)
+        return out
+
+    columns = [
+        "input_ids",
+        "prompt_length",
+        "positions",
+        "candidate_ids",
+        "student_logprobs",
+        "teacher_logprobs",
+        "teacher_top_id",
+    ]
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"`{name}` lacks the columns {missing}; it has {dataset.column_names} (see recipes/label.py)."
+        )
+    result = dataset.select_columns(columns).map(
+        cut, batched=True, batch_size=256, desc=f"Preparing {name}", load_from_cache_file=False
+    )
+    if len(result) == 0:
+        raise ValueError(
+            f"`{name}` has no decision point with two candidates above min_prob_ratio={args.min_prob_ratio}."
+        )
+    return result
+
+
+def _append_block(out: dict[str, list], row: dict[str, Any], block: list[int], point_columns: tuple[str, ...]) -> None:
+    last = row["positions"][block[-1]]
+    for key, values in out.items():
+        if key in point_columns:
+            values.append([row[key][n] for n in block])
+        elif key == "input_ids":
+            values.append(row[key][: last + 1])
+        else:
+            values.append(row[key])
+
+
+def _call_through(wrapper: nn.Module, inner: nn.Module, method, *args):
+    """Runs `method` inside the forward of a distributed wrapper, so that its gradient hooks see the computation."""
+    original = inner.forward
+
+    def redirected(*inner_args, **inner_kwargs):
+        inner.forward = original
+        return method(*inner_args, **inner_kwargs)
+
+    inner.forward = redirected
+    try:
+        return wrapper(*args)
+    finally:
+        inner.forward = original

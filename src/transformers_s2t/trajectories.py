@@ -1,0 +1,522 @@
+"""The labelled row: schema, strict reader and writer, collator. Where the labeler and the trainer meet.
+
+One row is one trajectory: a prompt and what the student wrote. For every generated position it holds the trigger
+values, for the chosen points the student's candidates and what the teacher thinks of them. A folder of labels holds
+`part-00000.parquet` and so on, a header `s2t_labels.json` and a `README.md` that tells `datasets.load_dataset(folder)`
+which of the files are data. This file knows nothing of models.
+
+Legend: B rows, T tokens, S = T - prompt_length generated positions, N decision points, K candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, Features, List, Value, load_dataset
+
+from .config import MAX_CANDIDATES, _check_choice, _check_range, write_json
+
+
+HEADER_NAME = "s2t_labels.json"
+CARD_NAME = "README.md"
+#: Which generated positions become decision points.
+POINTS = ("floor+kl", "kl", "floor", "all")
+ROLLOUTS = ("greedy", "sample")
+#: Stands for "no such candidate" in log-probabilities: finite, so that sums and means stay so.
+MISSING_LOGPROB = -1e4
+
+FEATURES = Features(
+    {
+        "problem_id": Value("string"),
+        "input_ids": List(Value("int32")),  # (T)
+        "prompt_length": Value("int32"),
+        "divergence": List(Value("float32")),  # (S) KL(teacher || student), nats
+        "entropy": List(Value("float32")),  # (S) of the student over its renormalised top 64, nats
+        "margin": List(Value("float32")),  # (S) minus the difference of its two best log-probabilities, nats
+        "positions": List(Value("int32")),  # (N) index of the token under decision, its prefix is input_ids[:position]
+        "candidate_ids": List(List(Value("int32"))),  # (N, K) the student's best first
+        "student_logprobs": List(List(Value("float32"))),  # (N, K) full vocabulary, nats
+        "teacher_logprobs": List(List(Value("float32"))),  # (N, K) full vocabulary, nats
+        "teacher_top_id": List(Value("int32")),  # (N) the teacher's argmax, inside the candidates or not
+    }
+)
+_PER_TOKEN = ("divergence", "entropy", "margin")
+_PER_POINT = ("candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")
+_TOLERANCE = 1e-3  # of float32 sums over a large vocabulary
+_SHARD = re.compile(r"part-(\d{5,})\.parquet")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Header
+
+
+@dataclass(frozen=True)
+class TrajectoryHeader:
+    """How a folder of labels was made. Settings decide whether a run may go on where another one stopped.
+
+    Args:
+        model (`str`): name or path of the student.
+        teacher_model (`str`): of the teacher.
+        vocab_hash (`str`): fingerprint of the tokenizer that both share.
+        num_candidates (`int`): K. 16 in the paper for labels (arXiv 2604.26940).
+        target_rate (`float`): tau, the share of generated positions whose divergence reaches the threshold. 0.1 in
+            the paper for labels.
+        divergence_threshold (`float`, *optional*): in nats; `None` until it has been estimated.
+        threshold_sample (`int`): from how many of the first problems it is estimated; 0 where it was given.
+        min_prob_ratio (`float`): the candidate floor of the rules with "floor".
+        points (`str`): which positions became points: "floor+kl", "kl", "floor" or "all".
+        rollout (`str`): who chose the tokens: "greedy" (student) or "sample" (student at `temperature`).
+        temperature (`float`): of the sampling.
+        max_new_tokens (`int`): of a rollout.
+        seed (`int`): of the sampling.
+        eos_token_ids (`tuple[int, ...]`): tokens that end a rollout.
+        excluded_ids (`tuple[int, ...]`): reserved tokens, never generated and never proposed.
+        dtype (`str`): of the weights.
+        prompt_source (`dict`): where the prompts came from and how they were put.
+        versions (`dict`): of the libraries. Does not keep a run from going on.
+        num_problems (`int`): how many problems the folder is to hold. May grow.
+        complete (`bool`): whether it holds them.
+    """
+
+    model: str
+    teacher_model: str
+    vocab_hash: str
+    num_candidates: int = 16
+    target_rate: float = 0.1
+    divergence_threshold: float | None = None
+    threshold_sample: int = 200
+    min_prob_ratio: float = 0.05
+    points: str = "floor+kl"
+    rollout: str = "greedy"
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    excluded_ids: tuple[int, ...] = ()
+    dtype: str = "float32"
+    prompt_source: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    num_problems: int = 0
+    complete: bool = False
+
+    def __post_init__(self):
+        _check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
+        _check_range("target_rate", self.target_rate, 0.0, 1.0)
+        if self.target_rate == 0:
+            raise ValueError("`target_rate` must be in (0, 1], got 0.")
+        if self.divergence_threshold is not None:
+            _check_range("divergence_threshold", self.divergence_threshold, -1.0, float("inf"))
+        _check_range("threshold_sample", self.threshold_sample, 0, 1 << 30, integer=True)
+        if self.threshold_sample == 0 and self.divergence_threshold is None:
+            raise ValueError("`threshold_sample` must be at least 1 where no `divergence_threshold` is given, got 0.")
+        _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
+        _check_choice("points", self.points, POINTS)
+        _check_choice("rollout", self.rollout, ROLLOUTS)
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        if self.temperature == 0:
+            raise ValueError("`temperature` must be above 0, got 0; rollouts without sampling are rollout='greedy'.")
+        _check_range("max_new_tokens", self.max_new_tokens, 1, 1 << 20, integer=True)
+        _check_range("seed", self.seed, 0, (1 << 63) - 1, integer=True)
+        for name in ("eos_token_ids", "excluded_ids"):
+            ids = tuple(sorted({int(id) for id in getattr(self, name)}))
+            if ids and ids[0] < 0:
+                raise ValueError(f"`{name}` must hold token ids of 0 or more, got {ids}.")
+            object.__setattr__(self, name, ids)
+
+    def differences(self, stored: TrajectoryHeader) -> dict[str, tuple[Any, Any]]:
+        """Settings in which a stored header differs from this one: field -> (stored, this one).
+
+        Versions and progress do not count, and neither does the threshold where this header leaves it to be estimated.
+        """
+        progress = {"versions", "num_problems", "complete"}
+        if self.divergence_threshold is None:
+            progress.add("divergence_threshold")
+        return {
+            f.name: (getattr(stored, f.name), getattr(self, f.name))
+            for f in fields(self)
+            if f.name not in progress and getattr(stored, f.name) != getattr(self, f.name)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = HEADER_NAME) -> TrajectoryHeader:
+        """Raises a ValueError for unknown, missing or illegal fields, naming `where` they are."""
+        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"{where} has unknown fields {unknown}; it was written by a newer version.")
+        missing = sorted({"model", "teacher_model", "vocab_hash"} - set(data))
+        if missing:
+            raise ValueError(f"{where} lacks the fields {missing}: it is not a header of labels.")
+        try:
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def write_header(folder: str | os.PathLike, header: TrajectoryHeader) -> None:
+    """Writes `s2t_labels.json` and the `README.md` that makes `datasets.load_dataset(folder)` work."""
+    folder = Path(folder)
+    write_json(folder / HEADER_NAME, header.to_dict())
+    # Without `data_files`, `datasets` takes the commonest extension: one shard beside two JSON files reads as JSON.
+    card = (
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: part-*.parquet\n"
+        "tags:\n- transformers-s2t\n---\n\n"
+        f"# Select to Think labels\n\nStudent `{header.model}`, teacher `{header.teacher_model}`: rollouts of the "
+        "student, and at its decision points the candidates it proposes with the teacher's log-probabilities of them "
+        f"(arXiv 2604.26940). `{HEADER_NAME}` says how they were made; `transformers_s2t.trajectories.read_labels` "
+        "reads them.\n"
+    )
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def read_header(folder: str | os.PathLike) -> TrajectoryHeader | None:
+    """The header of a local folder, `None` where it has none."""
+    return _header_from(Path(folder) / HEADER_NAME)
+
+
+def _header_from(file: Path) -> TrajectoryHeader | None:
+    if not file.is_file():
+        return None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    return TrajectoryHeader.from_dict(data, where=str(file))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def validate_row(row: Mapping[str, Any]) -> None:
+    """Checks one row, every column and how they fit together.
+
+    Raises:
+        ValueError: naming the column and what is wrong.
+    """
+    _check_columns(row, "a row")
+    problem_id, prompt_length = row["problem_id"], row["prompt_length"]
+    if not isinstance(problem_id, str) or not problem_id:
+        raise ValueError(f"`problem_id` must be a non-empty string, got {problem_id!r}.")
+    where = f"(problem_id {problem_id!r})"
+    ids = _ids("input_ids", row["input_ids"], where)
+    if not _is_int(prompt_length) or not 1 <= prompt_length < len(ids):
+        raise ValueError(
+            f"`prompt_length` must be an integer in [1, {len(ids) - 1}], one token of the {len(ids)} at least being "
+            f"generated, got {prompt_length!r} {where}."
+        )
+    for name, low, high in (("divergence", 0.0, math.inf), ("entropy", 0.0, math.inf), ("margin", -math.inf, 0.0)):
+        values = _numbers(name, row[name], low, high, where)
+        _check_length(name, values, len(ids) - prompt_length, "one for each generated position", where)
+
+    positions = _ids("positions", row["positions"], where)
+    if any(left >= right for left, right in zip(positions, positions[1:])):
+        raise ValueError(f"`positions` must ascend {where}.")
+    if positions and not (prompt_length <= positions[0] and positions[-1] < len(ids)):
+        raise ValueError(
+            f"`positions` must be in [{prompt_length}, {len(ids) - 1}], the generated tokens, got "
+            f"{positions[0]} to {positions[-1]} {where}."
+        )
+    for name in _PER_POINT:
+        if not isinstance(row[name], (list, tuple)):
+            raise ValueError(f"`{name}` must be a list, got {type(row[name]).__name__} {where}.")
+        _check_length(name, row[name], len(positions), "one for each of `positions`", where)
+    _ids("teacher_top_id", row["teacher_top_id"], where)
+    width = None
+    for n in range(len(positions)):
+        at = f"at position {positions[n]} {where}"
+        candidates = _ids("candidate_ids", row["candidate_ids"][n], at)
+        width = len(candidates) if width is None else width
+        if not candidates or len(set(candidates)) != len(candidates):
+            raise ValueError(f"`candidate_ids` must hold one or more different ids, got {candidates} {at}.")
+        _check_length("candidate_ids", candidates, width, "as many at every point of a row", at)
+        for name in ("student_logprobs", "teacher_logprobs"):
+            values = _numbers(name, row[name][n], MISSING_LOGPROB, 0.0, at)
+            _check_length(name, values, width, "one for each candidate", at)
+        values = row["student_logprobs"][n]
+        if any(left < right for left, right in zip(values, values[1:])):
+            raise ValueError(f"`student_logprobs` must descend, best candidate first {at}.")
+
+
+def _check_columns(columns: Iterable[str], what: str) -> None:
+    missing, unknown = [name for name in FEATURES if name not in columns], sorted(set(columns) - set(FEATURES))
+    if missing or unknown:
+        raise ValueError(
+            f"{what} must have the columns {', '.join(FEATURES)}; missing: {', '.join(missing) or 'none'}, unknown: "
+            f"{', '.join(unknown) or 'none'}."
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ids(name: str, values: Any, where: str) -> Sequence[int]:
+    if not isinstance(values, (list, tuple)) or not all(_is_int(value) and value >= 0 for value in values):
+        raise ValueError(f"`{name}` must be a list of integers of 0 or more, got {_short(values)} {where}.")
+    return values
+
+
+def _numbers(name: str, values: Any, low: float, high: float, where: str) -> Sequence[float]:
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"`{name}` must be a list of numbers, got {_short(values)} {where}.")
+    for value in values:
+        if not isinstance(value, (float, int)) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"`{name}` must hold finite numbers, got {value!r} {where}.")
+        if not low - _TOLERANCE <= value <= high + _TOLERANCE:
+            raise ValueError(f"`{name}` must be in [{low:g}, {high:g}], got {value!r} {where}.")
+    return values
+
+
+def _check_length(name: str, values: Sequence, length: int, why: str, where: str) -> None:
+    if len(values) != length:
+        raise ValueError(f"`{name}` must have {length} entries, {why}, got {len(values)} {where}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def shard_files(folder: str | os.PathLike) -> list[Path]:
+    """The shards of a folder in order."""
+    found = [
+        (int(match.group(1)), file) for file in Path(folder).glob("part-*") if (match := _SHARD.fullmatch(file.name))
+    ]
+    return [file for _, file in sorted(found)]
+
+
+def next_shard_index(folder: str | os.PathLike) -> int:
+    """One above the last shard's number."""
+    files = shard_files(folder)
+    return int(_SHARD.fullmatch(files[-1].name).group(1)) + 1 if files else 0
+
+
+def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes `part-{index}.parquet`, all rows or nothing: a temporary file, flushed to disk, then renamed.
+
+    Raises:
+        ValueError: for an illegal row, no rows, or a problem that occurs twice.
+        FileExistsError: where there is such a shard.
+    """
+    folder = Path(folder)
+    file = folder / f"part-{index:05d}.parquet"
+    if not rows:
+        raise ValueError("`rows` must hold one row at least, got none.")
+    for row in rows:
+        validate_row(row)
+    if len({row["problem_id"] for row in rows}) != len(rows):
+        raise ValueError("`rows` must have different `problem_id`s; one occurs twice.")
+    if file.exists():
+        raise FileExistsError(f"{file} exists.")
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=FEATURES.arrow_schema)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            pq.write_table(table, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return file
+
+
+def remove_labels(folder: str | os.PathLike) -> None:
+    """Removes what a labeling run wrote into a folder, half-written shards included, and nothing else."""
+    folder = Path(folder)
+    for file in [*shard_files(folder), *folder.glob(".part-*.parquet.*"), folder / HEADER_NAME, folder / CARD_NAME]:
+        file.unlink(missing_ok=True)
+
+
+def done_problem_ids(folder: str | os.PathLike) -> set[str]:
+    """Ids of the problems that the shards of a folder hold; empty where there is no folder."""
+    done: set[str] = set()
+    for file in shard_files(folder):
+        done.update(_read_parquet(file, columns=["problem_id"]).column("problem_id").to_pylist())
+    return done
+
+
+def _read_parquet(file: Path, columns: list[str]) -> pa.Table:
+    try:
+        _check_columns(pq.read_schema(file).names, str(file))
+        return pq.read_table(file, columns=columns)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a readable parquet file: {error}") from None
+
+
+def read_labels(path_or_hub_id: str | os.PathLike, split: str = "train") -> tuple[Dataset, TrajectoryHeader | None]:
+    """Labels and their header.
+
+    Args:
+        path_or_hub_id: a folder that recipes/label.py wrote, or a data set on the Hub.
+        split: of a data set on the Hub; a local folder has one, "train".
+
+    Returns:
+        the rows, and the header (`None` where a data set on the Hub or a folder has none).
+
+    Raises:
+        FileNotFoundError: where there is no such folder or data set.
+        ValueError: where it holds no shards, no rows or other columns, or the header is illegal.
+    """
+    name = os.fspath(path_or_hub_id)
+    folder = Path(name)
+    if folder.is_dir():
+        return _read_folder(folder, split)
+    if folder.exists() or not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"There is no folder of labels {name!r} (recipes/label.py makes one).")
+    return _read_hub(name, split)
+
+
+def _read_folder(folder: Path, split: str) -> tuple[Dataset, TrajectoryHeader | None]:
+    if split != "train":
+        raise ValueError(f"`split` must be 'train' for a local folder of labels, got {split!r}.")
+    files = shard_files(folder)
+    if not files:
+        raise ValueError(f"{folder} holds no part-*.parquet: it is not a folder of labels (recipes/label.py).")
+    header = read_header(folder)
+    num_rows = sum(_read_parquet(file, columns=["problem_id"]).num_rows for file in files)
+    if num_rows == 0:
+        raise ValueError(f"{folder} holds no labelled trajectory.")
+    if header is not None and not header.complete:
+        warnings.warn(
+            f"{folder} is incomplete: {num_rows} of {header.num_problems} problems; the same recipes/label.py command "
+            "goes on with the rest.",
+            stacklevel=3,
+        )
+    return Dataset.from_parquet([str(file) for file in files], features=FEATURES), header
+
+
+def _read_hub(name: str, split: str) -> tuple[Dataset, TrajectoryHeader | None]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        dataset = load_dataset(name, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{name!r} is neither a local folder of labels nor a data set that the Hub or its local cache gives: "
+            f"{reason}"
+        ) from None
+    _check_columns(dataset.column_names, name)
+    if len(dataset) == 0:
+        raise ValueError(f"{name} ({split}) holds no labelled trajectory.")
+    if dataset.features != FEATURES:
+        dataset = dataset.select_columns(list(FEATURES)).cast(FEATURES)
+    try:
+        file = hf_hub_download(name, HEADER_NAME, repo_type="dataset")
+    except EntryNotFoundError:
+        return dataset, None
+    return dataset, _header_from(Path(file))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collator
+
+
+@dataclass
+class TrajectoryCollator:
+    """Turns rows into tensors, padded on the right.
+
+    Args:
+        pad_token_id (`int`): fills `input_ids`.
+        num_candidates (`int`, *optional*): keeps the student's first so many candidates of each point.
+
+    Example:
+
+    ```python
+    >>> rows = [
+    ...     {"input_ids": [5, 6, 7, 8], "prompt_length": 2, "positions": [2, 3], "candidate_ids": [[7, 9], [8, 4]],
+    ...      "student_logprobs": [[-0.5, -1.0], [-0.1, -3.0]], "teacher_logprobs": [[-2.0, -0.2], [-0.3, -4.0]],
+    ...      "teacher_top_id": [9, 8]},
+    ...     {"input_ids": [5, 6], "prompt_length": 1, "positions": [], "candidate_ids": [], "student_logprobs": [],
+    ...      "teacher_logprobs": [], "teacher_top_id": []},
+    ... ]
+    >>> TrajectoryCollator(pad_token_id=0)(rows)
+    {'input_ids': tensor([[5, 6, 7, 8],
+                          [5, 6, 0, 0]]),
+     'attention_mask': tensor([[1, 1, 1, 1],
+                               [1, 1, 0, 0]]),
+     'prompt_length': tensor([2, 1]),
+     'positions': tensor([[2, 3],
+                          [1, 1]]),
+     'position_mask': tensor([[ True,  True],
+                              [False, False]]),
+     'candidate_ids': tensor([[[7, 9], [8, 4]],
+                              [[0, 0], [0, 0]]]),
+     'student_logprobs': tensor([[[-0.5, -1.0], [-0.1, -3.0]],
+                                 [[-1e4, -1e4], [-1e4, -1e4]]]),
+     'teacher_logprobs': tensor([[[-2.0, -0.2], [-0.3, -4.0]],
+                                 [[-1e4, -1e4], [-1e4, -1e4]]]),
+     'teacher_top_id': tensor([[9, 8],
+                               [0, 0]])}
+    ```
+
+    Padded points sit at `prompt_length` (any legal index) with a False mask, padded candidates have id 0 and
+    log-probabilities of -1e4. There is always one point and one candidate at least, so no shape vanishes. Columns
+    that are not named here are left out.
+    """
+
+    pad_token_id: int
+    num_candidates: int | None = None
+
+    def __post_init__(self):
+        if not _is_int(self.pad_token_id) or self.pad_token_id < 0:
+            raise ValueError(f"`pad_token_id` must be an integer of 0 or more, got {self.pad_token_id!r}.")
+        if self.num_candidates is not None:
+            _check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        limit = MAX_CANDIDATES if self.num_candidates is None else self.num_candidates
+        B = len(rows)
+        T = max(len(row["input_ids"]) for row in rows)
+        N = max([1, *(len(row["positions"]) for row in rows)])
+        K = min(limit, max([1, *(len(ids) for row in rows for ids in row["candidate_ids"])]))
+        prompt_length_B = torch.tensor([row["prompt_length"] for row in rows])
+        batch = {
+            "input_ids": torch.full((B, T), self.pad_token_id),
+            "attention_mask": torch.zeros((B, T), dtype=torch.long),
+            "prompt_length": prompt_length_B,
+            "positions": prompt_length_B[:, None].repeat(1, N),
+            "position_mask": torch.zeros((B, N), dtype=torch.bool),
+            "candidate_ids": torch.zeros((B, N, K), dtype=torch.long),
+            "student_logprobs": torch.full((B, N, K), MISSING_LOGPROB),
+            "teacher_logprobs": torch.full((B, N, K), MISSING_LOGPROB),
+            "teacher_top_id": torch.zeros((B, N), dtype=torch.long),
+        }
+        for b, row in enumerate(rows):
+            num_tokens, num_points = len(row["input_ids"]), len(row["positions"])
+            batch["input_ids"][b, :num_tokens] = torch.tensor(row["input_ids"])
+            batch["attention_mask"][b, :num_tokens] = 1
+            if num_points == 0:
+                continue
+            batch["position_mask"][b, :num_points] = True
+            for name in ("positions", "teacher_top_id"):
+                batch[name][b, :num_points] = torch.tensor(row[name])
+            width = min(limit, len(row["candidate_ids"][0]))
+            for name in ("candidate_ids", "student_logprobs", "teacher_logprobs"):
+                batch[name][b, :num_points, :width] = torch.tensor([values[:width] for values in row[name]])
+        return batch

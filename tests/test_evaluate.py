@@ -1,0 +1,397 @@
+"""recipes/evaluate.py, controls.py and report.py: policies, votes, intervals, and one run on tiny random models."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import lora_model, tiny_model
+from transformers import AutoTokenizer
+
+from transformers_s2t import S2TDecodingConfig, S2TTrace, SelectorConfig, s2t_generate
+from transformers_s2t.reserved_tokens import find_reserved_token_ids, vocab_hash
+from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def load_recipe(name):
+    """A module of recipes/ under another name: `evaluate` is also a library."""
+    sys.path.insert(0, str(RECIPES))
+    try:
+        spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(RECIPES))
+
+
+evaluate = load_recipe("evaluate")
+controls = sys.modules["controls"]
+report = load_recipe("report")
+demo = load_recipe("demo")
+Policy = evaluate.Policy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies and votes
+
+
+def test_policies_are_read_and_written_alike():
+    for text in (*evaluate.DEFAULT_POLICIES, "s2t-local-bare:random:0.25", "maj@16"):
+        assert Policy.parse(text).label == text
+    assert Policy.parse("s2t:kl:0.1") == Policy("s2t", "kl", 0.1)
+    assert Policy.parse("maj@8").num_votes == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("best", "'best': the name must be one of greedy, maj@N, teacher, takeover, s2t, .* got 'best'"),
+        ("greedy:kl:0.1", "'greedy' takes no trigger"),
+        ("maj@1", r"n of maj@n must be an integer in \[2, 256\], got '1'"),
+        ("maj@x", "got 'x'"),
+        ("s2t", "the trigger must be one of always, entropy, margin, kl, random, got none"),
+        ("s2t:sometimes", "got 'sometimes'"),
+        ("s2t:always:0.1", "'always' takes no rate"),
+        ("s2t:kl", r"'kl' needs a rate in \(0, 1\], e.g. s2t:kl:0.1, got none"),
+        ("s2t:kl:often", "got often"),
+        ("s2t:kl:1.5", "got 1.5"),
+        ("s2t:kl:0.1:2", "got 0.1:2"),
+    ],
+)
+def test_bad_policies_say_what_is_wrong(text, message):
+    with pytest.raises(ValueError, match=message):
+        Policy.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("answers", "winner"),
+    [
+        (["1", "2", "2"], 1),
+        (["3", "2", "2", "3"], 0),  # a tie goes to the answer seen first
+        ([None, "5", None, None], 1),  # what cannot be read does not vote
+        ([None, None], None),
+    ],
+)
+def test_majority_vote(answers, winner):
+    assert evaluate.majority_vote(answers) == winner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_bootstrap_interval_is_the_binomial_one():
+    values_N = np.array([1] * 120 + [0] * 280)
+    low, high = evaluate.bootstrap_interval(values_N, seed=0)
+    half = 1.96 * np.sqrt(0.3 * 0.7 / 400)
+    assert low == pytest.approx(0.3 - half, abs=0.006)
+    assert high == pytest.approx(0.3 + half, abs=0.006)
+    assert evaluate.bootstrap_interval(values_N, seed=0) == [low, high]
+    assert evaluate.bootstrap_interval(np.ones(5)) == [1.0, 1.0]
+
+
+def test_mcnemar_against_the_binomial_distribution():
+    assert evaluate.mcnemar(0, 0) == 1.0
+    assert evaluate.mcnemar(3, 3) == 1.0
+    assert evaluate.mcnemar(5, 0) == pytest.approx(2 / 32)
+    assert evaluate.mcnemar(1, 7) == pytest.approx(2 * 9 / 256)
+    assert evaluate.mcnemar(700, 20) < 1e-100
+
+
+def test_summary_of_two_seeds():
+    greedy_N = [True, True, False, False]
+    correct_PN = [[True, False, True, True], [True, True, True, False]]
+    summary = evaluate.summarize(correct_PN, greedy_N)
+    assert summary["accuracy"] == 75.0
+    assert summary["accuracy_by_seed"] == [75.0, 75.0]
+    assert (summary["helped"], summary["hurt"]) == (1.5, 0.5)
+    assert summary["mcnemar_p"] == 1.0
+    low, high = summary["accuracy_ci"]
+    assert 50 <= low < 75 < high <= 100
+
+
+def test_tokens_are_counted_up_to_the_first_end():
+    new_ids_BS = torch.tensor([[5, 1, 1, 1], [5, 6, 7, 8], [5, 6, 3, 1], [1, 1, 1, 1]])
+    assert evaluate.count_tokens(new_ids_BS, 1).tolist() == [2, 4, 4, 1]
+    assert evaluate.count_tokens(new_ids_BS, [1, 3]).tolist() == [2, 4, 3, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Controls
+
+
+def run_control(model, inputs, selector, **config):
+    trace = S2TTrace()
+    model.generate(
+        **inputs,
+        custom_generate=s2t_generate,
+        selector=selector,
+        decoding_config=S2TDecodingConfig(**config),
+        trace=trace,
+        max_new_tokens=12,
+        do_sample=False,
+    )
+    return [step for row in trace.rows() for step in row if step["asked"]]
+
+
+def test_second_candidate_control_takes_the_second(batch):
+    steps = run_control(tiny_model(), batch, controls.SecondCandidateSelector(), min_prob_ratio=0.01)
+    assert steps
+    assert all(step["token"] == step["candidate_ids"][1] for step in steps)
+
+
+def test_random_candidate_control_stays_above_the_floor(batch):
+    model = tiny_model()
+
+    def run(seed):
+        return run_control(model, batch, controls.RandomCandidateSelector(seed), min_prob_ratio=0.05)
+
+    steps = run(0)
+    places = [step["candidate_ids"].index(step["token"]) for step in steps]  # only candidates above the floor
+    assert len(set(places)) > 1
+    assert [step["token"] for step in steps] == [step["token"] for step in run(0)]
+    assert [step["token"] for step in steps] != [step["token"] for step in run(1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One evaluation of tiny random models
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory):
+    """Folders of a student, a teacher, an adapter with thresholds, ten problems and labels of two others."""
+    root = tmp_path_factory.mktemp("bed")
+    tokenizer = AutoTokenizer.from_pretrained(RECIPES / "embedded" / "student")
+    sizes = {"vocab_size": 120, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+    reserved = find_reserved_token_ids(tokenizer, 120)
+    for name, seed in (("student", 0), ("teacher", 1)):
+        model = tiny_model(seed=seed, **sizes)
+        model.generation_config.repetition_penalty = 5.0  # must not be inherited
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    lora_model(tiny_model(**sizes), name="default", reserved=reserved).save_pretrained(root / "adapter")
+    thresholds = {"kl": {0.05: 1.0, 0.1: 0.5}, "entropy": {0.1: 0.5}, "margin": {0.1: -1.0}}
+    SelectorConfig(
+        reserved, thresholds=thresholds, vocab_hash=vocab_hash(tokenizer), metrics={"agree_at_1": 0.5}
+    ).save_pretrained(root / "adapter")
+    rows = [{"id": f"t{i}", "prompt": f"Tom has {20 + i} nuts.\n", "answer": str(i)} for i in range(10)]
+    (root / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    point = {"input_ids": list(range(30, 38)), "prompt_length": 4, "divergence": [0.0, 2.0, 3.0, 0.1]}
+    point |= {"entropy": [0.1] * 4, "margin": [-0.1] * 4, "positions": [4, 5, 6]}
+    point |= {"candidate_ids": [[40, 41, 42]] * 3, "student_logprobs": [[-0.5, -1.5, -2.5]] * 3}
+    point |= {"teacher_logprobs": [[-0.1, -3.0, -4.0], [-2.0, -0.2, -3.0], [-4.0, -3.0, -2.0]]}
+    point |= {"teacher_top_id": [40, 41, 50]}
+    write_shard(root / "labels", 0, [point | {"problem_id": name} for name in ("a", "b")])
+    done = {"num_problems": 2, "complete": True, "num_candidates": 3, "divergence_threshold": 1.0}
+    header = TrajectoryHeader("student", "teacher", vocab_hash(tokenizer), **done)
+    write_header(root / "labels", header)
+    return root
+
+
+def arguments(bed, out, **changes):
+    settings = {"model": str(bed / "student"), "teacher_model": str(bed / "teacher"), "dataset": "test.jsonl"}
+    settings |= {"dataset": str(bed / "test.jsonl"), "adapters": [str(bed / "adapter")], "output_dir": str(out)}
+    settings |= {"max_new_tokens": 10, "batch_size": 4, "answer_style": "hash"}
+    return evaluate.EvaluateArguments(**(settings | changes))
+
+
+POLICIES = ["greedy", "maj@2", "teacher", "takeover:kl:0.1", "s2t:always", "second:always", "random:entropy:0.1"]
+LOCAL = ["s2t-local:always", "s2t-local-bare:margin:0.1"]
+
+
+def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
+    args = arguments(
+        bed, tmp_path, policies=POLICIES + LOCAL, label_dirs=[str(bed / "labels")], eval_labels=str(bed / "labels")
+    )
+    result = evaluate.evaluate(args)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
+    rows = {row["label"]: row for row in result["rows"]}
+    assert list(rows) == POLICIES + LOCAL
+    assert all(len(row["accuracy_ci"]) == 2 for row in rows.values())
+    assert rows["greedy"]["helped"] is None and rows["greedy"]["seconds_vs_greedy"] == 1.0
+    assert 0 < rows["s2t:always"]["asked_rate"] <= rows["s2t:always"]["achieved_rate"] <= 0.7  # warm-up: 3 of 10
+    assert rows["second:always"]["flip_rate"] == rows["second:always"]["asked_rate"] > 0
+    assert [name for name, row in rows.items() if row["uses_teacher"]] == ["teacher", "takeover:kl:0.1", "s2t:always"]
+    assert rows["s2t-local:always"]["adapter_scope"] == "candidate"
+    # per labels row: points with a divergence of 2.0 (teacher takes the second) and 3.0 (not among the candidates)
+    assert result["hit_at_k"] == {"1": 0.0, "2": 0.5}
+    assert result["agree_at_1"] == {"student": 0.0, "second": 0.5, "num_points": 4, "held_out": {"agree_at_1": 0.5}}
+    table = evaluate.format_table(result).splitlines()
+    assert len({len(line) for line in table[: 2 + len(rows)]}) == 1
+
+    header, records = evaluate.read_records(tmp_path / "records" / "s2t_always.jsonl")
+    assert [record["id"] for record in records] == [f"t{i}" for i in range(10)]
+    for record in records:
+        assert len(record["tokens"]) == len(record["kinds"]) == record["num_tokens"]
+        assert set(map(int, record["student_tokens"])) == {i for i, kind in enumerate(record["kinds"]) if kind == "f"}
+    flips = sum(record["kinds"].count("f") for record in records)
+    assert flips == header["totals"]["flipped"]
+
+    # again: nothing is run, the same report; with one more policy only that one runs
+    ran = []
+    run = evaluate.Bench.run
+    monkeypatch.setattr(
+        evaluate.Bench, "run", lambda self, policy, *rest: ran.append(policy.label) or run(self, policy, *rest)
+    )
+    assert evaluate.evaluate(args)["rows"] == result["rows"]
+    assert ran == []
+    args.policies = [*POLICIES, "s2t:random:0.5"]
+    evaluate.evaluate(args)
+    assert ran == ["s2t:random:0.5"]
+    args.max_new_tokens = 9
+    args.policies = ["greedy"]
+    evaluate.evaluate(args)
+    assert ran == ["s2t:random:0.5", "greedy"]
+
+
+def test_greedy_inherits_nothing_from_the_checkpoint(bed, tmp_path):
+    """The authors' greedy baseline took the checkpoint's repetition penalty and their own loop did not."""
+    evaluate.evaluate(arguments(bed, tmp_path, policies=["greedy", "s2t:random:0.001"]))
+    _, greedy = evaluate.read_records(tmp_path / "records" / "greedy.jsonl")
+    _, selected = evaluate.read_records(tmp_path / "records" / "s2t_random_0.001.jsonl")
+    untouched = [i for i, record in enumerate(selected) if "f" not in record["kinds"]]
+    assert untouched
+    assert [greedy[i]["text"] for i in untouched] == [selected[i]["text"] for i in untouched]
+
+
+def test_examples_say_what_the_student_would_have_written(bed):
+    tokenizer = AutoTokenizer.from_pretrained(bed / "student")
+    a, b, c = tokenizer("27+", add_special_tokens=False)["input_ids"]
+    problem = evaluate.Problem("x", "How many?\n", "so #### 27")
+    record = {"tokens": [a, b, 1], "kinds": "k.f", "student_tokens": {"2": c}}
+    example = evaluate.make_example(tokenizer, problem, {"text": "26"}, record, Policy.parse("s2t-local:always"))
+    assert example["gold"] == "27"
+    assert example["tokens"] == [
+        {"text": "2", "kind": "kept"},
+        {"text": "7", "kind": "plain"},
+        {"text": "", "kind": "flipped", "student": "+"},
+    ]
+
+
+def test_labelled_problems_are_refused(bed, tmp_path):
+    row = {"id": "b", "prompt": "Tom has 2 nuts.\n", "answer": "2"}
+    (tmp_path / "leak.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    args = arguments(bed, tmp_path, dataset=str(tmp_path / "leak.jsonl"), label_dirs=[str(bed / "labels")])
+    with pytest.raises(ValueError, match="holds 1 of the 1 problems to evaluate .ids b.*another split"):
+        evaluate.evaluate(args)
+    assert not (tmp_path / "records").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policies": ["s2t:kl:0.1"], "teacher_model": None}, "'s2t:kl:0.1' needs `teacher_model`, got none"),
+        ({"policies": ["s2t-local:always"], "adapters": []}, "'s2t-local:always' needs `adapters`, got none"),
+        ({"policies": ["second:margin:0.1"], "adapters": []}, "needs `thresholds_from`"),
+        ({"policies": ["s2t:kl:0.3"]}, "no calibrated threshold for target_rate=0.3"),
+        ({"policies": ["greedy", "greedy"]}, "greedy more than once"),
+        ({"max_new_tokens": 1000}, r"`max_new_tokens` must be at most \d+ \(context of 128 tokens"),
+        ({"model": "./nowhere"}, "`model`: './nowhere' does not exist"),
+        ({"adapters": ["./nowhere"]}, "`adapters`: './nowhere' does not exist"),
+    ],
+)
+def test_bad_arguments_fail_before_anything_is_written(bed, tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate.evaluate(arguments(bed, tmp_path, **changes))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"limit": 0}, "`limit` must be at least 1, got 0"),
+        ({"temperature": 0.0}, "`temperature` must be above 0, got 0.0"),
+        ({"answer_style": "x"}, "`answer_style` must be one of 'hash', 'math', 'auto', got 'x'"),
+        ({"num_candidates": 80}, r"`num_candidates` must be an integer in \[1, 64\], got 80"),
+    ],
+)
+def test_bad_values(bed, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(bed, tmp_path, **changes)
+
+
+def test_default_policies_are_those_that_can_run(bed, tmp_path):
+    args = arguments(bed, tmp_path, teacher_model=None, adapters=[])
+    assert [policy.label for policy in evaluate.choose_policies(args, False)] == ["greedy", "maj@8", "second:always"]
+    args = arguments(bed, tmp_path)
+    assert [policy.label for policy in evaluate.choose_policies(args, True)] == list(evaluate.DEFAULT_POLICIES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture, and the data of the demo
+
+
+def test_report_is_drawn_1400_pixels_wide(tmp_path):
+    row = {"trigger": None, "target_rate": None, "accuracy": 40.0, "accuracy_ci": [35.0, 45.0], "num_seeds": 1}
+    tokens = [{"text": "So $2", "kind": "plain"}, {"text": "\n", "kind": "flipped", "student": ""}]
+    tokens += [{"text": " long" * 30, "kind": "kept"}, {"text": "7", "kind": "flipped", "student": " "}]
+    example = {"prompt": "How many $x$?\n", "gold": "7", "greedy_text": "a\nb", "tokens": tokens}
+    small = {
+        "meta": {"model": "m", "teacher_model": None, "dataset": "d", "num_problems": 5},
+        "rows": [row | {"policy": "greedy"}, row | {"policy": "s2t-local", "trigger": "kl", "target_rate": 0.1}],
+        "hit_at_k": {"1": 0.5, "8": 0.97},
+        "examples": [example, example],
+    }
+    picture = report.draw(small, tmp_path / "report.png")
+    width = int.from_bytes(picture.read_bytes()[16:20], "big")
+    assert width == 1400
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+    with pytest.raises(ValueError, match="has no rows"):
+        report.draw(small | {"rows": []}, tmp_path / "none.png")
+
+
+def test_text_is_laid_out_on_lines():
+    tokens = [{"text": "ab", "kind": "plain"}, {"text": "cd\nef", "kind": "kept"}]
+    tokens += [{"text": "\n", "kind": "flipped", "student": "x"}, {"text": "123456", "kind": "plain"}]
+    pieces = [(p.line, p.column, p.text, p.student) for p in report.lay_out(tokens, 4)]
+    assert pieces == [
+        (0, 0, "ab", None),
+        (0, 2, "cd", None),
+        (1, 0, "ef", None),
+        (1, 2, "¶", "x"),
+        (2, 0, "1234", None),
+        (3, 0, "56", None),
+    ]
+
+
+def test_demo_divides_a_data_set_into_disjoint_parts(tmp_path):
+    def write(name, start, number):
+        rows = [{"question": f"How many is {i}?", "answer": f"#### {i}"} for i in range(start, start + number)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    write("train.jsonl", 0, 200)
+    write("test.jsonl", 190, 30)  # ten of them are in the training file too
+    parts = demo.divide(str(tmp_path), num_train=50, num_test=20, seed=0)
+    assert {name: len(parts[name]) for name in ("label", "test")} == {"label": 50, "test": 20}
+    assert 20 < len(parts["tuning"]) <= 30 and 20 < len(parts["calibration"]) <= 30
+    ids = [problem.id for part in parts.values() for problem in part]
+    assert len(ids) == len(set(ids))
+
+    (tmp_path / "test.jsonl").unlink()
+    alone = demo.divide(str(tmp_path), num_train=1000, num_test=1000, seed=0)
+    assert sum(map(len, alone.values())) == 200
+    with pytest.raises(ValueError, match="no prompt column named prompt or question or problem"):
+        write_bad = tmp_path / "bad.jsonl"
+        write_bad.write_text('{"text": "x"}\n', encoding="utf-8")
+        demo.divide(str(write_bad), 10, 10, 0)
+
+
+def test_demo_refuses_a_folder_of_other_settings(tmp_path):
+    demo.check_same_run(tmp_path / "demo.json", {"model": "a", "seed": 0})
+    demo.check_same_run(tmp_path / "demo.json", {"model": "a", "seed": 0})
+    with pytest.raises(ValueError, match="`output_dir` .* was made with model='a', now model='b'"):
+        demo.check_same_run(tmp_path / "demo.json", {"model": "b", "seed": 0})
+
+
+def test_progress_of_a_log(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"load: 3/3 [00:00<00:00]\r 10/500 [00:01<\r 125/500 [00:02<\r 2/6 [00:00<")
+    assert demo.read_progress(log) == 0.25

@@ -1,0 +1,601 @@
+"""Labeling: rows against a naive re-forward per position, batches, interruptions, and what is refused unwritten.
+
+Legend: S generated positions, K candidates, V vocabulary.
+"""
+
+import importlib
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tiny import EOS, PAD, RESERVED, VOCAB_SIZE, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from transformers_s2t import labeling
+from transformers_s2t.labeling import (
+    choose_positions,
+    label_problems,
+    label_stats,
+    left_pad,
+    rollout,
+    score_positions,
+    score_trajectories,
+)
+from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_labels, shard_files
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SHARED = RECIPES.parents[1] / "shared" / "data"
+HEADER = TrajectoryHeader(
+    model="student",
+    teacher_model="teacher",
+    vocab_hash="0123456789abcdef",
+    num_candidates=5,
+    target_rate=0.2,
+    max_new_tokens=9,
+    eos_token_ids=(EOS,),
+    excluded_ids=RESERVED,
+    threshold_sample=6,
+)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A student and a teacher that says something else, but not everywhere."""
+    student, teacher = tiny_model(), tiny_model()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in teacher.parameters():
+        parameter.data += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return student, teacher
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Problem id -> token ids, of different lengths, in an order that is not theirs."""
+    generator = torch.Generator().manual_seed(4)
+    lengths = [5, 2, 9, 3, 7, 1, 6, 4, 8, 5]
+    return {f"p{i}": torch.randint(3, 80, (n,), generator=generator).tolist() for i, n in enumerate(lengths)}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def load_recipe(name):
+    """A module of recipes/; the path is only on `sys.path` while it loads."""
+    sys.path.insert(0, str(RECIPES))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(RECIPES))
+
+
+def label(pair, prompts, folder, header=HEADER, **kwargs):
+    kwargs = {"pad_token_id": PAD, "batch_size": 4, "shard_size": 3, "show_progress": False} | kwargs
+    return label_problems(*pair, prompts, folder, header, **kwargs)
+
+
+def rows_of(folder):
+    return list(read_labels(folder)[0])
+
+
+def assert_same_rows(rows, expected):
+    """Equal ids, and numbers that are equal up to float32 rounding."""
+    assert [row["problem_id"] for row in rows] == [row["problem_id"] for row in expected]
+    for row, other in zip(rows, expected):
+        assert set(row) == set(other)
+        for name, value in row.items():
+            if name in ("divergence", "entropy", "margin", "student_logprobs", "teacher_logprobs"):
+                torch.testing.assert_close(torch.tensor(value), torch.tensor(other[name]), rtol=1e-5, atol=1e-5)
+            else:
+                assert value == other[name], (row["problem_id"], name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+@torch.no_grad()
+def naive_greedy(model, ids, max_new_tokens, suppressed=()):
+    ids = list(ids)
+    start = len(ids)
+    while len(ids) < start + max_new_tokens and (len(ids) == start or ids[-1] != EOS):
+        logits_V = model(torch.tensor([ids])).logits[0, -1]
+        logits_V[list(suppressed)] = float("-inf")
+        ids.append(int(logits_V.argmax()))
+    return ids[start:]
+
+
+def test_left_pad():
+    padded = left_pad([[5, 6, 7], [8]], pad_token_id=0)
+    assert padded["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_greedy_is_the_argmax_whatever_the_checkpoint_says(pair, prompts):
+    """The authors' greedy baseline inherited the checkpoint's repetition penalty, their method did not."""
+    model, ids = pair[0], list(prompts.values())
+    expected = [naive_greedy(model, one, 12, RESERVED) for one in ids]
+    own = model.generation_config
+    settings = {"repetition_penalty": 5.0, "do_sample": True, "temperature": 9.0, "bad_words_ids": [[expected[0][0]]]}
+    model.generation_config = type(own)(no_repeat_ngram_size=1, min_new_tokens=11, **settings)
+    told = model.generation_config
+    try:
+        rows = rollout(model, ids, 12, PAD, [EOS], suppressed_ids=RESERVED)
+        assert model.generation_config is told
+    finally:
+        model.generation_config = own
+    assert rows == expected
+
+
+def test_a_rollout_ends_with_its_first_end_token(pair, prompts):
+    free = rollout(pair[0], list(prompts.values()), 8, PAD)
+    end = free[0][2]
+    for row, whole in zip(rollout(pair[0], list(prompts.values()), 8, PAD, [EOS, end]), free):
+        stops = [i for i, id in enumerate(whole) if id in (EOS, end)]
+        assert row == (whole[: stops[0] + 1] if stops else whole)
+
+
+def test_samples_depend_on_the_seed_and_the_prompt_alone(pair, prompts):
+    ids = list(prompts.values())
+    settings = {"do_sample": True, "temperature": 1.0, "suppressed_ids": RESERVED}
+    together = rollout(pair[0], ids, 8, PAD, [EOS], seed=1, **settings)
+    alone = [rollout(pair[0], [one], 8, PAD, [EOS], seed=1, **settings)[0] for one in reversed(ids)][::-1]
+    assert together == alone
+    assert together != rollout(pair[0], ids, 8, PAD, [EOS], seed=2, **settings)
+    assert not {id for row in together for id in row} & set(RESERVED)
+
+
+def test_samples_follow_the_softmax(pair):
+    prompt, temperature = [5, 9, 11], 2.0
+    # one prompt, many seeds: the first token's frequencies
+    with torch.no_grad():
+        expected_V = torch.softmax(pair[0](torch.tensor([prompt])).logits[0, -1] / temperature, dim=-1)
+    logits_BV = pair[0](torch.tensor([prompt])).logits[0, -1].detach().expand(2000, -1)
+    noisy_BV = labeling._GumbelNoise([[i] for i in range(2000)], temperature, 0, torch.device("cpu"))(None, logits_BV)
+    counts = Counter(noisy_BV.argmax(-1).tolist())
+    for id in expected_V.topk(5).indices.tolist():
+        assert counts[id] / 2000 == pytest.approx(float(expected_V[id]), abs=0.04)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+@torch.no_grad()
+def naive_scores(model, teacher, prefix, num_candidates):
+    """One position, spelled out in plain log-softmax arithmetic, from the bare prefix."""
+    logits_V = model(torch.tensor([prefix])).logits[0, -1]
+    student_V = torch.log_softmax(logits_V, -1)
+    teacher_V = torch.log_softmax(teacher(torch.tensor([prefix])).logits[0, -1], -1)
+    allowed_V = logits_V.clone()
+    allowed_V[list(RESERVED)] = float("-inf")
+    allowed_V = torch.log_softmax(allowed_V, -1)
+    ids = sorted(range(VOCAB_SIZE), key=lambda id: -float(allowed_V[id]))[:num_candidates]
+    best = sorted(student_V.tolist())
+    top64_V = torch.log_softmax(torch.tensor(best[-64:]), -1)
+    return {
+        "divergence": float((teacher_V.exp() * (teacher_V - student_V)).sum()),
+        "entropy": float(-(top64_V.exp() * top64_V).sum()),
+        "margin": best[-2] - best[-1],
+        "candidate_ids": ids,
+        "student_logprobs": allowed_V[ids].tolist(),
+        "teacher_logprobs": teacher_V[ids].tolist(),
+        "teacher_top_id": int(teacher_V.argmax()),
+    }
+
+
+def test_rows_equal_a_naive_forward_of_every_prefix(pair, prompts, tmp_path):
+    label(pair, prompts, tmp_path, replace(HEADER, points="all"))
+    rows = rows_of(tmp_path)
+    assert [row["problem_id"] for row in rows] == list(prompts)
+    for row in rows:
+        ids, prompt_length = row["input_ids"], row["prompt_length"]
+        assert ids[:prompt_length] == prompts[row["problem_id"]]
+        assert ids[prompt_length:] == naive_greedy(pair[0], ids[:prompt_length], 9, RESERVED)
+        assert row["positions"] == list(range(prompt_length, len(ids)))
+        for n, position in enumerate(row["positions"]):
+            expected = naive_scores(*pair, ids[:position], 5)
+            for name, value in expected.items():
+                assert row[name][n] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def test_batches_split_for_memory_give_the_same(pair, prompts, monkeypatch):
+    sequences = [[*ids, 5, 6, 7] for ids in prompts.values()]
+    lengths = [len(ids) for ids in prompts.values()]
+    whole = score_trajectories(*pair, sequences, lengths, 5, RESERVED)
+    monkeypatch.setattr(labeling, "_MAX_LOGITS", 4000)
+    monkeypatch.setattr(labeling, "_MAX_FLOAT_LOGITS", 2 * VOCAB_SIZE)
+    for one, other in zip(whole, score_trajectories(*pair, sequences, lengths, 5, RESERVED)):
+        assert one.candidate_ids_SK.shape == (3, 5)
+        for column, expected in zip(one, other):
+            torch.testing.assert_close(column, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_of_different_padding():
+    """Qwen2.5 has 151936 rows at 1.5B and 152064 at 32B; either may be the larger."""
+    student_SV = torch.tensor([[1.0, 3.0, 0.0, 2.0]])
+    teacher_SV = torch.tensor([[0.0, 1.0, 2.0]])
+    scores = score_positions(student_SV, teacher_SV, num_candidates=3)
+    teacher_logp = torch.log_softmax(teacher_SV[0], -1).tolist()
+    assert scores.candidate_ids_SK.tolist() == [[1, 3, 0]]
+    assert scores.teacher_logprobs_SK[0].tolist() == pytest.approx([teacher_logp[1], -1e4, teacher_logp[0]])
+    assert scores.teacher_top_id_S.tolist() == [2]
+
+    scores = score_positions(teacher_SV, student_SV + torch.tensor([0.0, 0.0, 0.0, 9.0]), num_candidates=2)
+    teacher_logp = torch.log_softmax(student_SV[0] + torch.tensor([0.0, 0.0, 0.0, 9.0]), -1).tolist()
+    assert scores.candidate_ids_SK.tolist() == [[2, 1]]
+    assert scores.teacher_logprobs_SK[0].tolist() == pytest.approx([teacher_logp[2], teacher_logp[1]])
+    assert scores.teacher_top_id_S.tolist() == [1]  # token 3 is the teacher's first, but the student has no such row
+
+
+def test_labels_with_a_teacher_of_fewer_rows(pair, prompts, tmp_path):
+    teacher = tiny_model(seed=1, vocab_size=60)
+    few = {id: [min(token, 50) for token in ids] for id, ids in prompts.items()}
+    label((pair[0], teacher), few, tmp_path)
+    rows = rows_of(tmp_path)
+    assert max(max(row["input_ids"]) for row in rows) < 60
+    assert any(id >= 60 for row in rows for ids in row["candidate_ids"] for id in ids)
+    with pytest.raises(ValueError, match="`teacher_model` has no embedding for"):
+        score_trajectories(pair[0], teacher, [[5, 70, 6]], [1], 4)
+
+
+def test_choose_positions():
+    divergence_S = torch.tensor([0.1, 0.9, 0.5, 0.2])
+    floor_count_S = torch.tensor([1, 1, 3, 2])
+    expected = {"kl": [1, 2], "floor": [2, 3], "floor+kl": [1, 2, 3], "all": [0, 1, 2, 3]}
+    for points, indices in expected.items():
+        assert choose_positions(divergence_S, floor_count_S, 0.5, points).tolist() == indices
+    with pytest.raises(ValueError, match="`points` must be one of"):
+        choose_positions(divergence_S, floor_count_S, 0.5, "none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
+@pytest.mark.parametrize("rollout_policy", ["greedy", "sample"])
+def test_batch_and_shard_size_do_not_matter(pair, prompts, tmp_path, rollout_policy):
+    header = replace(HEADER, rollout=rollout_policy)
+    one = label(pair, prompts, tmp_path / "a", header, batch_size=1, shard_size=100)
+    two = label(pair, prompts, tmp_path / "b", header, batch_size=7, shard_size=4)
+    assert one.divergence_threshold == pytest.approx(two.divergence_threshold, rel=1e-5)
+    assert_same_rows(rows_of(tmp_path / "b"), rows_of(tmp_path / "a"))
+    assert [len(shard_files(tmp_path / name)) for name in "ab"] == [1, 3]
+
+
+def test_threshold_is_the_quantile_of_the_first_problems(pair, prompts, tmp_path):
+    header = label(pair, prompts, tmp_path)
+    assert header == read_header(tmp_path)
+    assert header.complete and header.num_problems == len(prompts)
+    values = torch.tensor([value for row in rows_of(tmp_path)[:6] for value in row["divergence"]])
+    assert float((values >= header.divergence_threshold).float().mean()) == pytest.approx(0.2, abs=0.5 / len(values))
+
+
+def test_points_follow_the_rule_in_the_header(pair, prompts, tmp_path):
+    header = label(pair, prompts, tmp_path, replace(HEADER, points="kl"))
+    for row in rows_of(tmp_path):
+        above = [i + row["prompt_length"] for i, v in enumerate(row["divergence"]) if v >= header.divergence_threshold]
+        assert row["positions"] == above
+
+
+def test_nothing_is_rolled_out_twice(pair, prompts, tmp_path, monkeypatch):
+    seen = []
+
+    def counted(model, prompt_ids, *args, **kwargs):
+        seen.extend(map(tuple, prompt_ids))
+        return rollout(model, prompt_ids, *args, **kwargs)
+
+    monkeypatch.setattr(labeling, "rollout", counted)
+    label(pair, prompts, tmp_path)
+    assert sorted(seen) == sorted(map(tuple, prompts.values()))
+    label(pair, prompts, tmp_path)
+    assert len(seen) == len(prompts)
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 3])
+def test_a_killed_run_goes_on_to_the_same_rows(pair, prompts, tmp_path, monkeypatch, killed_at):
+    label(pair, prompts, tmp_path / "whole")
+    write_shard = labeling.write_shard
+
+    def killed(folder, index, rows):
+        if index == killed_at:
+            (folder / f".part-{index:05d}.parquet.x").write_text("half")
+            raise KeyboardInterrupt
+        return write_shard(folder, index, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labeling, "write_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            label(pair, prompts, tmp_path / "cut")
+    assert len(shard_files(tmp_path / "cut")) == killed_at
+    assert not read_header(tmp_path / "cut").complete
+    header = label(pair, prompts, tmp_path / "cut", batch_size=2)
+    assert header == read_header(tmp_path / "whole")
+    assert_same_rows(rows_of(tmp_path / "cut"), rows_of(tmp_path / "whole"))
+    assert not list((tmp_path / "cut").glob(".part-*"))
+
+
+def test_more_problems_extend_a_folder_with_its_own_threshold(pair, prompts, tmp_path):
+    first = label(pair, dict(list(prompts.items())[:7]), tmp_path)
+    second = label(pair, prompts, tmp_path)
+    assert second.divergence_threshold == first.divergence_threshold
+    assert (first.num_problems, second.num_problems) == (7, 10)
+    assert [row["problem_id"] for row in rows_of(tmp_path)] == list(prompts)
+
+
+def test_other_settings_are_refused_until_overwrite(pair, prompts, tmp_path):
+    label(pair, prompts, tmp_path)
+    before = rows_of(tmp_path)
+    other = replace(HEADER, num_candidates=3, max_new_tokens=4)
+    with pytest.raises(ValueError, match="num_candidates: 5 there, 3 now; max_new_tokens: 9 there, 4 now.*overwrite"):
+        label(pair, prompts, tmp_path, other)
+    with pytest.raises(ValueError, match="divergence_threshold"):
+        label(pair, prompts, tmp_path, replace(HEADER, divergence_threshold=0.5, threshold_sample=0))
+    assert rows_of(tmp_path) == before
+    header = label(pair, prompts, tmp_path, other, overwrite=True)
+    assert header.num_candidates == 3
+    assert {len(ids) for row in rows_of(tmp_path) for ids in row["candidate_ids"]} == {3}
+
+
+def test_a_folder_of_other_files_is_left_alone(pair, prompts, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="`output_dir` must be a new or empty folder"):
+            label(pair, prompts, tmp_path, overwrite=overwrite)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("README.md", "mine")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": {}}, "`prompts` must hold one"),
+        ({"prompts": {"a": []}}, "`prompts` must have one token"),
+        ({"header": replace(HEADER, num_candidates=64, excluded_ids=tuple(range(50)))}, "`num_candidates`.*most 47"),
+        ({"header": replace(HEADER, max_new_tokens=120)}, "`max_new_tokens` must be at most 119: `model` takes 128"),
+        ({"batch_size": 0}, "`batch_size`"),
+        ({"shard_size": 0}, "`shard_size`"),
+    ],
+)
+def test_illegal_arguments_leave_nothing_behind(pair, prompts, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        label(pair, **({"prompts": prompts, "folder": tmp_path / "labels"} | change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics(pair, prompts, tmp_path):
+    header = label(pair, prompts, tmp_path, replace(HEADER, points="all"))
+    labels, _ = read_labels(tmp_path)
+    rows, threshold = list(labels), header.divergence_threshold
+    ranks = [
+        (ids.index(top) if top in ids else 99)
+        for row in rows
+        for value, ids, top in zip(row["divergence"], row["candidate_ids"], row["teacher_top_id"])
+        if value >= threshold
+    ]
+    stats = label_stats(labels, threshold)
+    assert stats["rows"] == len(prompts)
+    assert stats["tokens"] == stats["points"] == sum(len(row["divergence"]) for row in rows)
+    assert stats["kl_tokens"] == stats["kl_points"] == len(ranks)
+    assert stats["hit_at_k"] == {str(k): sum(rank < k for rank in ranks) / len(ranks) for k in (1, 2, 4)}
+    assert label_stats(labels, 1e9)["hit_at_k"] == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def test_problems_from_files_and_folders(tmp_path):
+    problems = load_recipe("problems")
+    rows = [
+        {"id": "a", "prompt": "one", "answer": "1"},
+        {"id": 7, "prompt": "two", "answer": 2},
+        {"id": "a", "prompt": "again", "answer": None},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    datasets.Dataset.from_list([rows[0]]).to_parquet(tmp_path / "held.parquet")
+    expected = [problems.Problem("a", "one", "1"), problems.Problem("7", "two", "2")]
+    assert problems.load_problems(str(tmp_path), "train") == expected
+    assert problems.load_problems(str(tmp_path), "test") == expected
+    assert problems.load_problems(str(tmp_path), "held") == expected[:1]
+    assert problems.load_problems(str(tmp_path / "train.jsonl"), limit=1) == expected[:1]
+    assert problems.load_problems(str(tmp_path / "train.jsonl"), answer_column=None)[0].answer is None
+    with pytest.raises(ValueError, match="`split` is required.*held.parquet, test.json, train.jsonl"):
+        problems.load_problems(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="holds no dev"):
+        problems.load_problems(str(tmp_path), "dev")
+    with pytest.raises(ValueError, match="`prompt_column`='question'.*columns there: .*prompt"):
+        problems.load_problems(str(tmp_path), "train", prompt_column="question")
+    with pytest.raises(ValueError, match="`limit`"):
+        problems.load_problems(str(tmp_path), "train", limit=0)
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        problems.load_problems(str(tmp_path / "none.jsonl"))
+    with pytest.raises(FileNotFoundError, match="neither a local"):
+        problems.load_problems("nobody/nothing")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        problems.load_problems(str(tmp_path), "empty")
+
+
+def test_problems_without_ids_are_known_by_their_prompt(tmp_path):
+    problems = load_recipe("problems")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one", "answer": "1"}\n' * 2)
+    (only,) = problems.load_problems(str(tmp_path / "a.jsonl"))
+    assert only.id == "7692c3ad3540bb80"  # sha256(b"one")
+
+
+def test_division_by_id_is_disjoint_and_stable():
+    problems = load_recipe("problems")
+    many = [problems.Problem(str(i), "text", None) for i in range(2000)]
+    parts = problems.split_by_id(many, {"train": 0.6, "held": 0.2})
+    assert not {p.id for p in parts["train"]} & {p.id for p in parts["held"]}
+    assert len(parts["train"]) == pytest.approx(1200, abs=80) and len(parts["held"]) == pytest.approx(400, abs=60)
+    assert problems.split_by_id(many[500:], {"train": 0.6, "held": 0.2})["held"] == [
+        problem for problem in parts["held"] if int(problem.id) >= 500
+    ]
+    assert problems.split_by_id(many, {"train": 0.6}, seed=1)["train"] != parts["train"]
+    assert sum(map(len, problems.split_by_id(many, {"a": 0.1, "b": 0.2, "c": 0.7}).values())) == 2000
+    for fractions in ({}, {"a": 0.0}, {"a": 0.7, "b": 0.7}):
+        with pytest.raises(ValueError, match="`fractions`"):
+            problems.split_by_id(many, fractions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+
+
+def make_tokenizer(num_words=78, appends_eos=False):
+    """Words w0, w1, ... behind <pad>, <s>, </s>; the head's last rows stay free for reserved tokens."""
+    words = {"<pad>": PAD, "<s>": 1, "</s>": EOS} | {f"w{i}": 3 + i for i in range(num_words)}
+    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    if appends_eos:
+        backend.post_processor = TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)], pair=None
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def bench(pair, tmp_path):
+    """Both models and eight problems on disk."""
+    for name, model in zip(("student", "teacher"), pair):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"prompt": " ".join(f"w{(7 * i + j) % 78}" for j in range(3 + i % 4)), "answer": "1"} for i in range(8)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def command(bench, **changes):
+    settings = {
+        "model": bench / "student",
+        "teacher_model": bench / "teacher",
+        "dataset": bench / "problems.jsonl",
+        "output_dir": bench / "labels",
+        "max_new_tokens": 8,
+        "num_candidates": 4,
+        "shard_size": 3,
+    } | changes
+    return [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def test_prompts_are_encoded_ready_to_go_on():
+    problems = load_recipe("problems")
+    tokenizer = make_tokenizer(appends_eos=True)
+    assert tokenizer("w1 w2")["input_ids"] == [1, 4, 5, EOS]
+    assert problems.encode_prompts(tokenizer, ["w1 w2", "w3 </s>"]) == [[1, 4, 5], [1, 6, EOS]]
+    with pytest.raises(ValueError, match="`chat_template`"):
+        problems.encode_prompts(tokenizer, ["w1"], chat_template=True)
+    with pytest.raises(ValueError, match="`system_prompt`"):
+        problems.encode_prompts(tokenizer, ["w1"], system_prompt="w2")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} w9 {% endfor %}{% if add_generation_prompt %}w5{% endif %}"
+    )
+    assert problems.encode_prompts(tokenizer, ["w1"], chat_template=True, system_prompt="w2") == [[5, 12, 4, 12, 8]]
+
+
+def test_recipe_end_to_end(bench, capsys):
+    recipe = load_recipe("label")
+    (bench / "label.yaml").write_text("target_rate: 0.2\npoints: kl\nmin_prob_ratio: 0.1\n")
+    recipe.main([*command(bench), "--config", str(bench / "label.yaml")])
+    printed = capsys.readouterr().out
+    assert "8 trajectories" in printed and "Hit@4" in printed
+    labels, header = read_labels(bench / "labels")
+    assert (header.points, header.target_rate, header.min_prob_ratio) == ("kl", 0.2, 0.1)
+    assert header.excluded_ids == RESERVED and header.eos_token_ids == (EOS,) and header.dtype == "float32"
+    assert header.prompt_source["dataset"] == str(bench / "problems.jsonl")
+    loaded = datasets.load_dataset(str(bench / "labels"), split="train")
+    assert list(loaded) == list(labels)
+    stats = json.loads((bench / "labels" / "label_stats.json").read_text())
+    assert stats["rows"] == 8 and list(stats["hit_at_k"]) == ["1", "2", "4"]
+    # again: nothing to do, the same files
+    before = {file.name: file.read_bytes() for file in (bench / "labels").iterdir()}
+    recipe.main([*command(bench), "--config", str(bench / "label.yaml")])
+    assert {file.name: file.read_bytes() for file in (bench / "labels").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "./missing"}, "`model`: there is no folder './missing'"),
+        ({"teacher_model": "nobody/nothing"}, "`teacher_model` must be a Hub id or a local folder"),
+        ({"dataset": "./missing.jsonl"}, "no file or folder './missing.jsonl'"),
+        ({"prompt_column": "question"}, "`prompt_column`='question' is not in row 0"),
+        ({"answer_column": "solution"}, "`answer_column`='solution'"),
+        ({"limit": 0}, "`limit` must be"),
+        ({"num_candidates": 0}, "`num_candidates` must be an integer in [1, 64], got 0"),
+        ({"num_candidates": 65}, "`num_candidates` must be an integer in [1, 64], got 65"),
+        ({"target_rate": 1.5}, "`target_rate` must be in [0.0, 1.0], got 1.5"),
+        ({"points": "some"}, "`points` must be one of"),
+        ({"dtype": "int8"}, "`dtype` must be one of"),
+        ({"batch_size": 0}, "`batch_size` must be"),
+        ({"max_new_tokens": 128}, "`max_new_tokens` must be at most 122"),
+        ({"chat_template": True}, "`chat_template` needs a tokenizer"),
+        ({"config": "./missing.yaml"}, "missing.yaml"),
+    ],
+)
+def test_recipe_refuses_in_one_line_before_weights(bench, capsys, monkeypatch, changes, message):
+    recipe = load_recipe("label")
+    monkeypatch.setattr(recipe, "label", lambda *args: pytest.fail("weights were loaded"))
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(command(bench, **changes))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert not (bench / "labels").exists()
+
+
+def test_recipe_refuses_different_tokenizers_and_empty_data(bench, capsys):
+    recipe = load_recipe("label")
+    (bench / "empty.jsonl").write_text("")
+    make_tokenizer(num_words=70).save_pretrained(bench / "teacher")
+    for changes, message in (({}, "must share one tokenizer"), ({"dataset": bench / "empty.jsonl"}, "is empty")):
+        with pytest.raises(SystemExit) as stopped:
+            recipe.main(command(bench, **changes))
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (bench / "labels").exists()
+
+
+def test_recipe_refuses_other_settings_before_weights(bench, capsys, monkeypatch):
+    recipe = load_recipe("label")
+    recipe.main(command(bench))
+    monkeypatch.setattr(recipe, "label", lambda *args: pytest.fail("weights were loaded"))
+    with pytest.raises(SystemExit):
+        recipe.main(command(bench, num_candidates=3))
+    assert "num_candidates: 4 there, 3 now" in capsys.readouterr().err
+
+
+def test_recipe_help_names_every_argument(capsys):
+    recipe = load_recipe("label")
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for name, spec in recipe.LabelArguments.__dataclass_fields__.items():
+        assert f"--{name}" in text and spec.metadata["help"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is absent")
+def test_recipe_on_real_models(tmp_path, capsys):
+    recipe = load_recipe("label")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Once upon a time, "}\n{"prompt": "The little dog "}\n')
+    models = SHARED / "models"
+    changes = {"model": models / "babyllama-weak", "teacher_model": models / "babyllama-strong"}
+    recipe.main(command(tmp_path, **changes, dataset=tmp_path / "p.jsonl", max_new_tokens=40))
+    labels, header = read_labels(tmp_path / "labels")
+    tokenizer = AutoTokenizer.from_pretrained(models / "babyllama-weak")
+    assert len(labels) == 2 and header.excluded_ids == ()
+    assert "Once upon a time" in tokenizer.decode(labels[0]["input_ids"])

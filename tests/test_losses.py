@@ -1,0 +1,62 @@
+"""The losses, by hand on two or three candidates."""
+
+import math
+
+import pytest
+import torch
+
+from transformers_s2t import losses
+
+
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+
+
+def test_best_candidate_ignores_what_is_masked():
+    teacher = torch.tensor([[-1.0, -0.5, -3.0], [-1.0, -2.0, -0.1]])
+    assert losses.best_candidate(teacher, MASK).tolist() == [1, 0]
+
+
+def test_cross_entropy_is_the_log_softmax_over_the_mask():
+    scores = torch.tensor([[0.2, 0.5, 0.1], [0.3, 0.3, 9.0]])
+    loss = losses.selection_cross_entropy(scores, MASK, torch.tensor([1, 0]), temperature=0.1)
+    expected = math.log(math.exp(2) + math.exp(5) + math.exp(1)) - 5
+    assert loss[0].item() == pytest.approx(expected, abs=1e-5)
+    assert loss[1].item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_distribution_kl_is_zero_where_the_scores_are_the_teacher():
+    teacher = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.4, 1e-9]]))
+    assert losses.distribution_kl(teacher * 0.1, teacher, MASK, 0.1).abs().max() < 1e-6
+    away = losses.distribution_kl(torch.zeros(2, 3), teacher, MASK, 0.1)
+    expected = sum(p * math.log(p * 3) for p in (0.5, 0.3, 0.2))
+    assert away[0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_hinge_counts_the_best_other_candidate_only():
+    scores = torch.tensor([[0.2, 0.9, 0.5], [0.9, 0.1, 5.0]])
+    loss = losses.hard_negative_hinge(scores, MASK, torch.tensor([1, 1]), margin=1.0)
+    assert loss.tolist() == pytest.approx([1 - 0.4, 1 + 0.8])
+    alone = losses.hard_negative_hinge(scores[:1], torch.tensor([[True, False, False]]), torch.tensor([0]), margin=1.0)
+    assert alone.item() == 0.0
+
+
+def test_text_kl_leaves_excluded_tokens_out():
+    base = torch.tensor([[1.0, 2.0, 0.0, 0.0]])
+    tuned = torch.tensor([[1.0, 2.0, 9.0, -9.0]])
+    assert losses.text_kl(base, base).item() == pytest.approx(0.0)
+    assert losses.text_kl(base, tuned).item() > 1.0
+    assert losses.text_kl(base, tuned, torch.tensor([2, 3])).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_gradients_do_not_reach_masked_candidates():
+    scores = torch.zeros(2, 3, requires_grad=True)
+    teacher = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]))
+    target = losses.best_candidate(teacher, MASK)
+    total = (
+        losses.selection_cross_entropy(scores, MASK, target, 0.1)
+        + losses.distribution_kl(scores, teacher, MASK, 0.1)
+        + losses.hard_negative_hinge(scores, MASK, target, 1.0)
+    ).sum()
+    total.backward()
+    assert scores.grad[1, 2] == 0.0
+    assert torch.isfinite(scores.grad).all() and scores.grad.abs().sum() > 0

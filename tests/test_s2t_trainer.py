@@ -1,0 +1,285 @@
+"""S2TTrainer on tiny random models: what it computes, what it changes, what it saves, what it refuses.
+
+Legend: B trajectories, N decision points, K candidates.
+"""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import EOS, RESERVED, tiny_model
+from tiny_labels import NUM_CANDIDATES as K
+from tiny_labels import make_labels, tiny_tokenizer
+
+from transformers_s2t import LocalSelector, S2TConfig, S2TTrainer, SelectorConfig
+from transformers_s2t.calibration import score_labels
+from transformers_s2t.scoring import AdapterSwitch, get_decoder
+from transformers_s2t.trajectories import TrajectoryHeader
+
+
+def make_trainer(tmp_path, model=None, labels=None, peft_config=None, **config):
+    settings = {
+        "output_dir": str(tmp_path / "out"),
+        "learning_rate": 5e-3,
+        "num_train_epochs": 1,
+        "warmup_steps": 0,
+        "min_prob_ratio": 0.0,
+        "num_candidates": K,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+        "weight_decay": 0.1,
+    } | config
+    if peft_config is None and not isinstance(model, PeftModel):
+        peft_config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    return S2TTrainer(
+        model=tiny_model() if model is None else model,
+        args=S2TConfig(**settings),
+        train_dataset=make_labels() if labels is None else labels,
+        eval_dataset=make_labels(seed=1),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def randomise(trainer):
+    """Gives the fresh adapter (B = 0) random weights, so that it matters where it is on."""
+    torch.manual_seed(3)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, std=0.2)
+
+
+def naive_scores(trainer, row):
+    """Scores (N, K) of a labelled row with one full forward per candidate, no packing and no cache."""
+    base, switch = trainer.base_model, trainer.switch
+    rows_RD = dict(trainer.model.named_parameters())
+    rows_RD = next(value for name, value in rows_RD.items() if "trainable_tokens_delta" in name)
+    out = []
+    for position, candidates in zip(row["positions"], row["candidate_ids"]):
+        scores = []
+        for candidate in candidates:
+            ids = torch.tensor([row["input_ids"][:position] + [candidate]])
+            if trainer.args.adapter_scope == "sequence":
+                with switch(True):
+                    hidden = get_decoder(base)(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+            else:
+                with switch(False):
+                    cache = get_decoder(base)(input_ids=ids[:, :-1], use_cache=True).past_key_values
+                with switch(True):
+                    hidden = get_decoder(base)(
+                        input_ids=ids[:, -1:], past_key_values=cache, use_cache=True
+                    ).last_hidden_state[0, -1]
+            bins = torch.softmax(hidden @ rows_RD.T, -1) @ torch.linspace(0, 1, len(RESERVED))
+            scores.append(bins)
+        out.append(torch.stack(scores))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("scope", ["candidate", "sequence"])
+def test_packed_scores_equal_one_forward_per_candidate(tmp_path, scope, attn):
+    trainer = make_trainer(tmp_path, tiny_model(attn=attn), adapter_scope=scope)
+    randomise(trainer)
+    trainer.model.eval()
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    with torch.no_grad():
+        _, scores_BNK, _ = trainer._loss(trainer.data_collator(rows))
+        for row, scores_NK in zip(rows, scores_BNK):
+            assert torch.allclose(scores_NK[: len(row["positions"])], naive_scores(trainer, row), atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["candidate", "sequence"])
+def test_gradient_equals_one_forward_per_candidate(tmp_path, scope):
+    trainer = make_trainer(tmp_path, adapter_scope=scope, prefix_kl_weight=0.0)
+    randomise(trainer)
+    row = trainer.train_dataset[0]
+    loss, _, _ = trainer._loss(trainer.data_collator([row]))
+    loss.backward()
+    packed = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    scores_NK = naive_scores(trainer, row)
+    target_N = torch.tensor(row["teacher_logprobs"]).argmax(-1)
+    if scope == "candidate":  # the reference must not send gradient into the prefix either
+        pytest.skip("the naive cache carries gradient into the prefix by design; covered by the score test")
+    torch.nn.functional.cross_entropy(scores_NK / trainer.args.temperature, target_N).backward()
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None and parameter.grad.abs().max() > 0:
+            assert torch.allclose(packed[name], parameter.grad, atol=1e-4), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scope", ["candidate", "sequence"])
+def test_one_step_changes_lora_and_reserved_rows_and_nothing_else(tmp_path, scope, tied):
+    """Weight decay included: AdamW would decay rows that a gradient mask only meant to freeze."""
+    trainer = make_trainer(tmp_path, tiny_model(tie_word_embeddings=tied), adapter_scope=scope, max_steps=2)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert any("lora_B" in name for name in changed) and any("trainable_tokens_delta" in name for name in changed)
+    assert all("lora_" in name or "trainable_tokens_delta" in name for name in changed), changed
+
+
+@pytest.mark.parametrize("scope", ["candidate", "sequence"])
+def test_it_learns_the_teachers_ranking(tmp_path, scope):
+    trainer = make_trainer(tmp_path, labels=make_labels(60), adapter_scope=scope, num_train_epochs=12)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"]
+    assert after["eval_agree_at_1"] > max(before["eval_agree_at_1"], after["eval_student_first"]) + 0.15
+    assert after["eval_student_first"] == before["eval_student_first"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scope", ["candidate", "sequence"])
+def test_saved_adapter_scores_the_same_after_loading(tmp_path, scope, tied):
+    trainer = make_trainer(tmp_path, tiny_model(tie_word_embeddings=tied), adapter_scope=scope)
+    trainer.train()
+    trainer.model.eval()
+    rows = [trainer.train_dataset[i] for i in range(5)]
+    with torch.no_grad():
+        _, scores_BNK, _ = trainer._loss(trainer.data_collator(rows))
+    trainer.save_model()
+    folder = tmp_path / "out"
+    assert sum(file.stat().st_size for file in folder.glob("adapter_model*")) < 60_000  # rows, never the whole head
+    selector = LocalSelector.from_pretrained(folder, tiny_model(tie_word_embeddings=tied))
+    assert selector.selector_config.adapter_scope == scope
+    points = score_labels(selector, Dataset.from_list(rows), num_candidates=K, min_prob_ratio=0.0)
+    expected = torch.sort(torch.cat([s[: len(r["positions"])] for s, r in zip(scores_BNK, rows)]).flatten()).values
+    assert torch.allclose(torch.sort(points.scores_NK.flatten()).values, expected, atol=1e-6)
+
+
+def test_what_is_saved_names_figures_settings_and_how_to_load(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    config = SelectorConfig.from_pretrained(tmp_path / "out")
+    assert config.reserved_token_ids == RESERVED and config.adapter_scope == "candidate"
+    assert 0 <= config.metrics["agree_at_1"] <= 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "LocalSelector.from_pretrained" in card and "agree_at_1" in card
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_long_trajectories_are_cut_into_blocks_with_the_same_scores(tmp_path):
+    whole = make_trainer(tmp_path)
+    cut = make_trainer(tmp_path, max_packed_tokens=16)
+    assert len(cut.train_dataset) > len(whole.train_dataset)
+    count = [sum(len(row["positions"]) for row in t.train_dataset) for t in (whole, cut)]
+    assert count[0] == count[1]
+    assert all(len(r["input_ids"]) == r["positions"][-1] + 1 for r in cut.train_dataset)
+
+
+def test_the_floor_leaves_candidates_out_of_the_competition(tmp_path):
+    trainer = make_trainer(tmp_path, min_prob_ratio=0.5)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    _, scores_BNK, _ = trainer._loss(batch)
+    below = batch["student_logprobs"] < batch["student_logprobs"][..., :1] + torch.log(torch.tensor(0.5))
+    assert below.any() and (scores_BNK[below] == 0).all()
+
+
+def test_extra_losses_and_read_outs_run_and_move_the_loss(tmp_path):
+    plain = make_trainer(tmp_path)
+    mixed = make_trainer(
+        tmp_path, distribution_kl_weight=0.1, hinge_weight=1.0, logprob_weight=1.0, score_head="linear"
+    )
+    batch = plain.data_collator([plain.train_dataset[0]])
+    assert plain._loss(batch)[0].item() != pytest.approx(mixed._loss(batch)[0].item())
+
+
+def test_prefix_kl_is_zero_for_a_fresh_adapter_and_grows_with_it(tmp_path):
+    trainer = make_trainer(tmp_path, adapter_scope="sequence")
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert trainer._loss(batch)[2]["prefix_kl"][0].item() == pytest.approx(0.0, abs=1e-6)
+    randomise(trainer)
+    assert trainer._loss(batch)[2]["prefix_kl"][0].item() > 0.01
+
+
+def test_reserved_tokens_can_be_added_to_a_model_without_any(tmp_path):
+    small = tiny_model(vocab_size=RESERVED[0])
+    with pytest.raises(ValueError, match="add_reserved_tokens"):
+        make_trainer(tmp_path, small)
+    trainer = make_trainer(tmp_path, tiny_model(vocab_size=RESERVED[0]), add_reserved_tokens=True)
+    trainer.train()
+    trainer.save_model()
+    selector = LocalSelector.from_pretrained(tmp_path / "out", tiny_model(vocab_size=RESERVED[0]))
+    assert min(selector.selector_config.reserved_token_ids) >= RESERVED[0]
+    prompt = torch.tensor([[5, 6, 7]])
+    out = selector.model.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert out.max() < RESERVED[0]
+
+
+def test_a_peft_model_with_reserved_rows_is_taken_as_it_is(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        make_trainer(tmp_path, get_peft_model(tiny_model(), config))
+    config.trainable_token_indices = {"lm_head": list(RESERVED)}
+    trainer = make_trainer(tmp_path, get_peft_model(tiny_model(), config))
+    assert trainer.reserved_token_ids == RESERVED
+    assert AdapterSwitch(trainer.base_model).layers
+
+
+def test_labels_of_another_tokenizer_are_refused(tmp_path):
+    header = TrajectoryHeader(
+        model="other", teacher_model="teacher", vocab_hash="0" * 16, num_candidates=K, target_rate=0.1
+    )
+    with pytest.raises(ValueError, match="label with this model"):
+        S2TTrainer(
+            model=tiny_model(),
+            args=S2TConfig(output_dir=str(tmp_path), use_cpu=True),
+            train_dataset=make_labels(),
+            processing_class=tiny_tokenizer(),
+            label_header=header,
+        )
+
+
+def test_bad_data_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        make_trainer(tmp_path, labels=make_labels().select([]))
+    with pytest.raises(ValueError, match="candidate_ids"):
+        make_trainer(tmp_path, labels=make_labels().remove_columns("candidate_ids"))
+    with pytest.raises(ValueError, match="no decision point"):
+        make_trainer(tmp_path, min_prob_ratio=1.0)
+    with pytest.raises(FileNotFoundError):
+        make_trainer(tmp_path, labels=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": 0.0},
+        {"adapter_scope": "prompt"},
+        {"proposals": "adapted"},
+        {"num_candidates": 1},
+        {"min_prob_ratio": 1.5},
+        {"cross_entropy_weight": 0.0},
+        {"remove_unused_columns": True},
+    ],
+)
+def test_config_errors_name_the_argument(tmp_path, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        S2TConfig(output_dir=str(tmp_path), **bad)
+
+
+def test_resuming_from_a_checkpoint_gives_the_uninterrupted_weights(tmp_path):
+    straight = make_trainer(tmp_path / "a", num_train_epochs=2)
+    straight.train()
+    first = make_trainer(tmp_path / "b", num_train_epochs=2, save_strategy="steps", save_steps=3)
+    first.train()
+    resumed = make_trainer(tmp_path / "b", num_train_epochs=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "out" / "checkpoint-3"))
+    ours, theirs = (dict(t.model.named_parameters()) for t in (straight, resumed))
+    for name, parameter in ours.items():
+        assert torch.allclose(parameter, theirs[name], atol=1e-6), name
+
+
+def test_eos_is_a_candidate_like_any_other(tmp_path):
+    labels = make_labels(2).to_list()
+    labels[0]["candidate_ids"][0][0] = EOS
+    trainer = make_trainer(tmp_path, labels=Dataset.from_list(labels))
+    assert torch.isfinite(trainer._loss(trainer.data_collator([trainer.train_dataset[0]]))[0])
