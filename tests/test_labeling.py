@@ -174,18 +174,24 @@ def test_samples_follow_the_softmax(pair):
 
 @torch.no_grad()
 def naive_scores(model, teacher, prefix, num_candidates):
-    """One position, spelled out in plain log-softmax arithmetic, from the bare prefix."""
+    """One position, spelled out in plain log-softmax arithmetic, from the bare prefix; reserved tokens are no text."""
     logits_V = model(torch.tensor([prefix])).logits[0, -1]
-    student_V = torch.log_softmax(logits_V, -1)
     teacher_V = torch.log_softmax(teacher(torch.tensor([prefix])).logits[0, -1], -1)
     allowed_V = logits_V.clone()
     allowed_V[list(RESERVED)] = float("-inf")
     allowed_V = torch.log_softmax(allowed_V, -1)
     ids = sorted(range(VOCAB_SIZE), key=lambda id: -float(allowed_V[id]))[:num_candidates]
-    best = sorted(student_V.tolist())
+    best = sorted(value for value in allowed_V.tolist() if value > float("-inf"))
     top64_V = torch.log_softmax(torch.tensor(best[-64:]), -1)
     return {
-        "divergence": float((teacher_V.exp() * (teacher_V - student_V)).sum()),
+        "divergence": max(
+            sum(
+                float(teacher_V[id].exp() * (teacher_V[id] - allowed_V[id]))
+                for id in range(VOCAB_SIZE)
+                if id not in RESERVED
+            ),
+            0.0,
+        ),
         "entropy": float(-(top64_V.exp() * top64_V).sum()),
         "margin": best[-2] - best[-1],
         "candidate_ids": ids,

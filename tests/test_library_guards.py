@@ -91,7 +91,6 @@ def test_users_processors_run_before_the_warpers_and_an_s2t_list_is_accepted(bat
     assert processors[0] in list(seen["logits_processor"])
 
 
-@pytest.mark.xfail(strict=True, reason="TopHLogitsWarper (top_h=) is missing in generation._WARPERS")
 def test_every_warper_of_the_library_is_known_to_the_fast_road():
     """One that is not known runs before the proposals on that road, and after them on the processor road."""
     warpers = {name for name in dir(transformers.generation) if name.endswith("LogitsWarper")}

@@ -15,7 +15,7 @@ from tiny_labels import make_labels, tiny_tokenizer
 
 from transformers_s2t import LocalSelector, S2TConfig, S2TTrainer, SelectorConfig
 from transformers_s2t.calibration import score_labels
-from transformers_s2t.scoring import AdapterSwitch, get_decoder
+from transformers_s2t.scoring import get_decoder
 from transformers_s2t.trajectories import TrajectoryHeader
 
 
@@ -67,7 +67,7 @@ def naive_scores(trainer, row):
                 with switch(True):
                     hidden = get_decoder(base)(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
             else:
-                with switch(False):
+                with switch(False), torch.no_grad():
                     cache = get_decoder(base)(input_ids=ids[:, :-1], use_cache=True).past_key_values
                 with switch(True):
                     hidden = get_decoder(base)(
@@ -103,8 +103,6 @@ def test_gradient_equals_one_forward_per_candidate(tmp_path, scope):
     trainer.model.zero_grad()
     scores_NK = naive_scores(trainer, row)
     target_N = torch.tensor(row["teacher_logprobs"]).argmax(-1)
-    if scope == "candidate":  # the reference must not send gradient into the prefix either
-        pytest.skip("the naive cache carries gradient into the prefix by design; covered by the score test")
     torch.nn.functional.cross_entropy(scores_NK / trainer.args.temperature, target_N).backward()
     for name, parameter in trainer.model.named_parameters():
         if parameter.grad is not None and parameter.grad.abs().max() > 0:
@@ -125,7 +123,7 @@ def test_one_step_changes_lora_and_reserved_rows_and_nothing_else(tmp_path, scop
 
 @pytest.mark.parametrize("scope", ["candidate", "sequence"])
 def test_it_learns_the_teachers_ranking(tmp_path, scope):
-    trainer = make_trainer(tmp_path, labels=make_labels(60), adapter_scope=scope, num_train_epochs=12)
+    trainer = make_trainer(tmp_path, labels=make_labels(150), adapter_scope=scope, num_train_epochs=8)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -140,7 +138,8 @@ def test_saved_adapter_scores_the_same_after_loading(tmp_path, scope, tied):
     trainer = make_trainer(tmp_path, tiny_model(tie_word_embeddings=tied), adapter_scope=scope)
     trainer.train()
     trainer.model.eval()
-    rows = [trainer.train_dataset[i] for i in range(5)]
+    labels = make_labels().select(range(5))
+    rows = labels.to_list()
     with torch.no_grad():
         _, scores_BNK, _ = trainer._loss(trainer.data_collator(rows))
     trainer.save_model()
@@ -148,7 +147,7 @@ def test_saved_adapter_scores_the_same_after_loading(tmp_path, scope, tied):
     assert sum(file.stat().st_size for file in folder.glob("adapter_model*")) < 60_000  # rows, never the whole head
     selector = LocalSelector.from_pretrained(folder, tiny_model(tie_word_embeddings=tied))
     assert selector.selector_config.adapter_scope == scope
-    points = score_labels(selector, Dataset.from_list(rows), num_candidates=K, min_prob_ratio=0.0)
+    points = score_labels(selector, labels, num_candidates=K, min_prob_ratio=0.0)
     expected = torch.sort(torch.cat([s[: len(r["positions"])] for s, r in zip(scores_BNK, rows)]).flatten()).values
     assert torch.allclose(torch.sort(points.scores_NK.flatten()).values, expected, atol=1e-6)
 
@@ -207,11 +206,11 @@ def test_reserved_tokens_can_be_added_to_a_model_without_any(tmp_path):
     trainer = make_trainer(tmp_path, tiny_model(vocab_size=RESERVED[0]), add_reserved_tokens=True)
     trainer.train()
     trainer.save_model()
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 12, "do_sample": False}
+    before = tiny_model(vocab_size=RESERVED[0]).generate(**prompt)
     selector = LocalSelector.from_pretrained(tmp_path / "out", tiny_model(vocab_size=RESERVED[0]))
     assert min(selector.selector_config.reserved_token_ids) >= RESERVED[0]
-    prompt = torch.tensor([[5, 6, 7]])
-    out = selector.model.generate(prompt, max_new_tokens=8, do_sample=False)
-    assert out.max() < RESERVED[0]
+    assert selector.model.generate(**prompt).tolist() == before.tolist()
 
 
 def test_a_peft_model_with_reserved_rows_is_taken_as_it_is(tmp_path):
@@ -221,7 +220,7 @@ def test_a_peft_model_with_reserved_rows_is_taken_as_it_is(tmp_path):
     config.trainable_token_indices = {"lm_head": list(RESERVED)}
     trainer = make_trainer(tmp_path, get_peft_model(tiny_model(), config))
     assert trainer.reserved_token_ids == RESERVED
-    assert AdapterSwitch(trainer.base_model).layers
+    assert trainer.switch.layers
 
 
 def test_labels_of_another_tokenizer_are_refused(tmp_path):

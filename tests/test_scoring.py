@@ -284,7 +284,7 @@ def test_with_the_adapter_off_the_logits_are_the_base_models_to_the_bit(family, 
 
 
 def test_the_switch_restores_what_was_after_errors_and_in_nests():
-    switch = AdapterSwitch(lora_model(tiny_model()))
+    switch = AdapterSwitch(lora_model(tiny_model()), "s2t")
     switch.set(False)
     with pytest.raises(RuntimeError), switch(True):
         assert switch.enabled
@@ -304,7 +304,7 @@ def test_the_switch_leaves_requires_grad_alone():
     model = lora_model(tiny_model())
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert set(before.values()) == {True, False}
-    switch = AdapterSwitch(model)
+    switch = AdapterSwitch(model, "s2t")
     for enabled in (False, True):
         with switch(enabled):
             pass
@@ -314,7 +314,7 @@ def test_the_switch_leaves_requires_grad_alone():
 
 def test_the_switch_reaches_every_adapter_layer():
     model = lora_model(tiny_model())
-    AdapterSwitch(model).set(False)
+    AdapterSwitch(model, "s2t").set(False)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     assert len(layers) > 2 * 7
     assert all(layer.disable_adapters for layer in layers)

@@ -109,7 +109,6 @@ def test_ties_take_the_side_that_comes_closer(rate, achieved):
     assert math.isclose(float((values >= threshold).float().mean()), achieved, rel_tol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="calibrate_threshold never considers a threshold above the greatest value")
 def test_ties_at_the_top_take_the_side_that_comes_closer():
     """60 % of the values are the greatest: for a target of 10 % a rate of 0 is closer than one of 60 %."""
     values = torch.tensor([5.0] * 6 + [1.0] * 4)

@@ -40,7 +40,9 @@ def make_labels(num_rows=12, seed=0):
         positions = sorted((torch.randperm(length - prompt_length, generator=generator)[:3] + prompt_length).tolist())
         candidates, student, teacher = [], [], []
         for _ in positions:
-            ids_K = (torch.randperm(RESERVED[0] - 3, generator=generator)[:NUM_CANDIDATES] + 3).tolist()
+            ids_K = (
+                torch.randperm(20, generator=generator)[:NUM_CANDIDATES] + 3
+            ).tolist()  # few, so that it can be learned
             candidates.append(ids_K)
             student.append(torch.log_softmax(torch.linspace(1.5, 0.0, NUM_CANDIDATES), -1).tolist())
             teacher.append(torch.log_softmax(torch.tensor(ids_K) / 8.0, -1).tolist())

@@ -240,7 +240,7 @@ class SelectorConfig:
         data = asdict(self)
         data["reserved_token_ids"] = list(self.reserved_token_ids)
         data["thresholds"] = {
-            trigger: {f"{rate:g}": value for rate, value in sorted(by_rate.items())}
+            trigger: {repr(rate): value for rate, value in sorted(by_rate.items())}
             for trigger, by_rate in self.thresholds.items()
         }
         return write_json(Path(folder) / S2T_CONFIG_NAME, data)
@@ -272,6 +272,8 @@ class SelectorConfig:
         unknown = set(data) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"{file} has unknown fields {sorted(unknown)}; it was written by a newer version.")
+        if "reserved_token_ids" not in data:
+            raise ValueError(f"{file} lacks `reserved_token_ids`: it was not written by S2TTrainer.")
         return cls(**data)
 
 

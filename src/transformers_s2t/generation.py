@@ -15,13 +15,14 @@ from transformers.generation import (
     GenerateDecoderOnlyOutput,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
 
 from .config import S2TDecodingConfig
-from .logits_process import fix_tokens, resolve_selector
+from .logits_process import fix_tokens, resolve_config, resolve_selector
 from .selection import S2TSession, S2TTrace, Selector
 
 
@@ -29,6 +30,7 @@ _WARPERS = (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TopHLogitsWarper,
     MinPLogitsWarper,
     TypicalLogitsWarper,
     EpsilonLogitsWarper,
@@ -61,7 +63,8 @@ def s2t_generate(
         decoding_config: how; `None` for the selector's defaults.
         trace: filled with what happened in this call.
         text_streamer: a `TextStreamer` or `TextIteratorStreamer`. (`generate` swallows its own `streamer` argument on
-            the way to a custom strategy.)
+            the way to a custom strategy, and `tokenizer` too: in place of `stop_strings=` pass
+            `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`.)
 
     Returns:
         Token ids (B, T + new), or `GenerateDecoderOnlyOutput` with `return_dict_in_generate=True`.
@@ -72,7 +75,8 @@ def s2t_generate(
     """
     selector = resolve_selector(selector, teacher_model)
     _refuse_unsupported(model, selector, generation_config, model_kwargs)
-    session = S2TSession(selector, decoding_config, input_ids.shape[1], teacher_model=teacher_model, trace=trace)
+    config = resolve_config(decoding_config, selector)
+    session = S2TSession(selector, config, input_ids.shape[1], teacher_model=teacher_model, trace=trace)
     with torch.no_grad(), selector.generating():
         return _decode(
             model,
@@ -191,6 +195,13 @@ def _refuse_unsupported(
         raise ValueError(f"s2t_generate selects one token per row: `num_beams` must be 1 (mode: {mode.value}).")
     if not generation_config.use_cache:
         raise ValueError("s2t_generate scores candidates on the key/value cache: `use_cache` must be True.")
+    if generation_config.dola_layers is not None:
+        raise ValueError("s2t_generate cannot be combined with DoLa decoding (`dola_layers`).")
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(generation_config, name):
+            raise ValueError(f"s2t_generate does not return what `{name}` asks for; use logits_processor=S2T(...).")
+    if model_kwargs.get("inputs_embeds") is not None and getattr(selector, "teacher_model", None) is not None:
+        raise ValueError("A teacher reads token ids: pass `input_ids`, not `inputs_embeds`.")
     if generation_config.prompt_lookup_num_tokens:
         raise ValueError("s2t_generate cannot be combined with assisted decoding (`prompt_lookup_num_tokens`).")
     cache = model_kwargs.get("past_key_values")

@@ -169,7 +169,9 @@ def score_positions(
     """Scores of some positions from the next-token logits of both models there. The heads may differ in rows."""
     logits_SV, teacher_logits_SV = logits_SV.float(), teacher_logits_SV.float()
     num_rows, num_teacher_rows = logits_SV.shape[-1], teacher_logits_SV.shape[-1]
-    proposals = propose(logits_SV, num_candidates, excluded_ids=excluded_ids)
+    if excluded_ids is not None and len(excluded_ids):  # reserved tokens are no text: as in decoding
+        logits_SV = logits_SV.index_fill(-1, excluded_ids.to(logits_SV.device), float("-inf"))
+    proposals = propose(logits_SV, num_candidates)
     teacher_logp_SV = torch.log_softmax(teacher_logits_SV, dim=-1)
     teacher_logprobs_SK = teacher_logp_SV.gather(-1, proposals.ids_BK.clamp_max(num_teacher_rows - 1))
     teacher_logprobs_SK = teacher_logprobs_SK.masked_fill(proposals.ids_BK >= num_teacher_rows, MISSING_LOGPROB)

@@ -43,7 +43,7 @@ class S2TLogitsProcessor(LogitsProcessor):
     ):
         self.selector = resolve_selector(selector, teacher_model)
         self.teacher_model = teacher_model
-        self.config = self.selector.config if config is None else config
+        self.config = resolve_config(config, self.selector)
         self.config.resolve_threshold(self.selector.thresholds)  # an uncalibrated threshold fails here, not mid-run
         check_teacher(self.config, self.selector, teacher_model)
         self.trace = trace
@@ -52,10 +52,22 @@ class S2TLogitsProcessor(LogitsProcessor):
         self._session: S2TSession | None = None
         self._seen_BT: torch.Tensor | None = None
         self._num_padding_B: torch.Tensor | None = None
+        self._announced = False
+
+    def start(self) -> None:
+        """Says that a new `generate` call begins: what was seen before is forgotten."""
+        self._session, self._seen_BT, self._announced = None, None, True
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (B, V) with every triggered row fixed to its selected token."""
+        if input_ids.shape[1] == 0:
+            raise ValueError("S2T as a logits processor reads the prompt's `input_ids`; `inputs_embeds` hide them.")
         if not self._goes_on(input_ids):
+            if self._session is not None and (self._announced or self._is_reordered(input_ids)):
+                raise ValueError(
+                    "S2T selects one token per row and step: beam search (`num_beams`) and assisted decoding, which "
+                    "reorder rows or step back, are not supported."
+                )
             self._session = S2TSession(
                 self.selector, self.config, input_ids.shape[1], teacher_model=self.teacher_model, trace=self.trace
             )
@@ -79,9 +91,23 @@ class S2TLogitsProcessor(LogitsProcessor):
             and torch.equal(input_ids[:, :-1], seen)
         )
 
+    def _is_reordered(self, input_ids: torch.Tensor) -> bool:
+        """Whether every row goes on with some row of the last step: beams."""
+        seen = self._seen_BT
+        if seen is None or input_ids.shape != (seen.shape[0], seen.shape[1] + 1):
+            return False
+        return bool((input_ids[:, None, :-1] == seen[None]).all(-1).any(-1).all())
+
     def _count_padding(self, input_ids: torch.Tensor) -> torch.Tensor:
         pad_token_id, may_be_text = self._padding
         if pad_token_id is None:
+            runs_B = (input_ids == input_ids[:, :1]).long().cumprod(-1).sum(-1)
+            if len(input_ids) > 1 and bool((runs_B > 1).any()):
+                raise ValueError(
+                    "A row begins with a repeated token, which may be padding, and the scoring model's config names "
+                    "no `pad_token_id`: pass `pad_token_id=` to S2T (any id that no text begins with if there is no "
+                    "padding)."
+                )
             return torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
         is_pad_BT = input_ids == pad_token_id
         num_padding_B = is_pad_BT.long().cumprod(-1).sum(-1)
@@ -118,6 +144,30 @@ class S2T(LogitsProcessorList):
             ]
         )
 
+    def __iter__(self):
+        # `generate` goes through the list once, when it merges it with its own processors: the start of a new call
+        for processor in super().__iter__():
+            processor.start()
+        return super().__iter__()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
+        for processor in super().__iter__():
+            scores = processor(input_ids, scores, **kwargs)
+        return scores
+
+
+def resolve_config(config: S2TDecodingConfig | None, selector: Selector) -> S2TDecodingConfig:
+    """The config given, or the selector's own.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if config is None:
+        return selector.config
+    if not isinstance(config, S2TDecodingConfig):
+        raise TypeError(f"The decoding config must be an S2TDecodingConfig, got {type(config)}.")
+    return config
+
 
 def resolve_selector(selector: Selector | None, teacher_model: PreTrainedModel | None) -> Selector:
     """The selector given, or a [`TeacherSelector`] of the teacher given."""
@@ -130,6 +180,9 @@ def resolve_selector(selector: Selector | None, teacher_model: PreTrainedModel |
             f"`selector` must be a LocalSelector or TeacherSelector, got {type(selector)}; a larger model goes into "
             "`teacher_model=`."
         )
+    own_teacher = getattr(selector, "teacher_model", None)
+    if teacher_model is not None and own_teacher is not None and own_teacher is not teacher_model:
+        raise ValueError("`teacher_model` differs from the teacher of `selector`; pass one of them.")
     return selector
 
 
@@ -153,8 +206,5 @@ def _padding_token(scorer: PreTrainedModel | None, pad_token_id: int | None) -> 
     starts = look_up("bos_token_id") | look_up("eos_token_id")
     if pad_token_id is None:
         pads = [p for c in configs if (p := getattr(c, "pad_token_id", None)) is not None]
-        # `generate` pads with the first end-of-sequence token where no padding token is set
-        ends = next((e for c in configs if (e := getattr(c, "eos_token_id", None)) is not None), None)
-        ends = ends[0] if isinstance(ends, (list, tuple)) else ends
-        pad_token_id = pads[0] if pads else ends
+        pad_token_id = pads[0] if pads else None
     return pad_token_id, pad_token_id in starts

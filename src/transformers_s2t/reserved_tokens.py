@@ -46,12 +46,13 @@ def find_reserved_token_ids(
             named.append((int(match.group(1) or match.group(2)), id))
     if len(named) >= num_tokens:
         return [id for _, id in sorted(named)[:num_tokens]]
-    free = num_head_rows - len(processing_class)
+    num_used = max(processing_class.get_vocab().values(), default=-1) + 1  # ids may have holes
+    free = num_head_rows - num_used
     if free >= num_tokens:
         return list(range(num_head_rows - num_tokens, num_head_rows))
     raise ValueError(
         f"The selector needs {num_tokens} reserved tokens, but the tokenizer names {len(named)} and the output head "
-        f"has {max(free, 0)} rows above its {len(processing_class)} tokens. Pass `add_reserved_tokens=True` "
+        f"has {max(free, 0)} rows above its {num_used} tokens. Pass `add_reserved_tokens=True` "
         f"(S2TConfig, or --add_reserved_tokens true) to resize the embeddings by {num_tokens} rows, or name free ids "
         "with `reserved_token_ids`."
     )
@@ -61,9 +62,13 @@ def resize_for_reserved_tokens(model: PreTrainedModel, num_head_rows: int) -> No
     """Grows the embeddings and the head to `num_head_rows` rows (no-op where they have as many).
 
     The new rows of the head are the ones that the adapter stores; the new rows of the input embedding are never read.
+    They are suppressed in the model's generation config, so that its text stays what it was.
     """
-    if model.get_output_embeddings().weight.shape[0] < num_head_rows:
+    num_rows = model.get_output_embeddings().weight.shape[0]
+    if num_rows < num_head_rows:
         model.resize_token_embeddings(num_head_rows, mean_resizing=False)
+        suppressed = set(model.generation_config.suppress_tokens or []) | set(range(num_rows, num_head_rows))
+        model.generation_config.suppress_tokens = sorted(suppressed)
 
 
 def vocab_hash(processing_class: PreTrainedTokenizerBase) -> str:

@@ -121,7 +121,7 @@ class S2TTrainer(Trainer):
         model, self.reserved_token_ids = _with_adapter(model, args, processing_class, peft_config)
         self.base_model = model.get_base_model()
         self.adapter_name = model.active_adapter
-        self.switch = AdapterSwitch(self.base_model)
+        self.switch = AdapterSwitch(self.base_model, self.adapter_name)
         self.label_header = header
         if args.gradient_checkpointing:
             raise ValueError(

@@ -224,38 +224,69 @@ class PrefixCache:
 
 
 class AdapterSwitch:
-    """Turns the LoRA layers of a model on and off in microseconds, leaving `requires_grad` alone.
+    """Turns one adapter of a model on and off in microseconds, leaving `requires_grad` alone.
 
     PEFT's own `disable_adapter()` walks every parameter (tens of milliseconds on a real model): too slow for once
     per token, and it drops `requires_grad`, which a trainer must keep.
+
+    Args:
+        model: holds the adapter.
+        adapter_name: which one. Off means what [`adapter_state`] said before it was loaded: the bare model, or the
+            model with the user's own adapter. On adds this adapter to that.
+        state: of [`adapter_state`]; `None` for the bare model.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, adapter_name: str, state: dict[int, tuple[bool, list[str]]] | None = None):
         wrappers = [module for module in model.modules() if isinstance(module, TrainableTokensWrapper)]
         head = {id(inner) for wrapper in wrappers for inner in wrapper.modules()}
-        adapters = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-        self.layers = [layer for layer in adapters if id(layer) not in head]
-        for layer in adapters:
+        self.adapter_name = adapter_name
+        self.layers, self._off, self._on = [], [], []
+        for layer in _adapter_layers(model):
+            disabled, active = (state or {}).get(id(layer), (True, []))
+            active = [name for name in active if name != adapter_name]
             if id(layer) in head:  # scores read the trained rows directly; text never needs them
-                layer._disable_adapters = True
+                layer._disable_adapters, layer._active_adapter = disabled, active or [adapter_name]
+                continue
+            self.layers.append(layer)
+            self._off.append((disabled, active or [adapter_name]))
+            self._on.append((False, [adapter_name] if disabled else [*active, adapter_name]))
 
     def set(self, enabled: bool) -> None:
-        for layer in self.layers:
-            layer._disable_adapters = not enabled
+        self._apply(self._on if enabled else self._off)
+
+    def _apply(self, states: list[tuple[bool, list[str]]]) -> None:
+        for layer, (disabled, active) in zip(self.layers, states):
+            layer._disable_adapters, layer._active_adapter = disabled, active
 
     @property
     def enabled(self) -> bool:
-        return bool(self.layers) and not self.layers[0]._disable_adapters
+        return (
+            bool(self.layers)
+            and self.adapter_name in self.layers[0]._active_adapter
+            and not (self.layers[0]._disable_adapters)
+        )
 
     @contextmanager
     def __call__(self, enabled: bool) -> Iterator[None]:
-        before = [layer._disable_adapters for layer in self.layers]
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
         self.set(enabled)
         try:
             yield
         finally:
-            for layer, disabled in zip(self.layers, before):
-                layer._disable_adapters = disabled
+            self._apply(before)
+
+
+def _adapter_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+def adapter_state(model: nn.Module) -> dict[int, tuple[bool, list[str]]]:
+    """Which adapters are active in each layer: id(layer) -> (disabled, active names)."""
+    state = {}
+    for layer in _adapter_layers(model):
+        active = layer._active_adapter
+        state[id(layer)] = (layer._disable_adapters, [active] if isinstance(active, str) else list(active))
+    return state
 
 
 def reserved_rows(model: PreTrainedModel, reserved_token_ids: tuple[int, ...], adapter_name: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ Legend: B rows, A asked rows, K candidates, T tokens so far, V vocabulary.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,10 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from transformers import Cache, PreTrainedModel
+from transformers.utils import cached_file
 
 from . import triggers
 from .config import FusionWeights, S2TDecodingConfig, SelectorConfig
@@ -24,6 +28,7 @@ from .reserved_tokens import resize_for_reserved_tokens
 from .scoring import (
     AdapterSwitch,
     PrefixCache,
+    adapter_state,
     append_candidates,
     bin_logits,
     candidate_scores,
@@ -104,6 +109,7 @@ class LocalSelector(Selector):
         model: the small model with the adapter in it (a [`PeftModel`], or its base model after PEFT injected it).
         selector_config: [`SelectorConfig`], stored beside the adapter.
         adapter_name: of the S2T adapter inside the model.
+        state: of [`adapter_state`] before it was loaded, where the model holds adapters of the user's own.
 
     Raises:
         ValueError: where the model holds no trained rows for the reserved tokens.
@@ -112,13 +118,19 @@ class LocalSelector(Selector):
     `proposals="adapted"`, the paper's form, it is left on, because the adapted model writes the text.)
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, selector_config: SelectorConfig, adapter_name: str):
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        selector_config: SelectorConfig,
+        adapter_name: str,
+        state: dict[int, tuple[bool, list[str]]] | None = None,
+    ):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.selector_config = selector_config
         self.adapter_name = adapter_name
         self.thresholds = selector_config.thresholds
         self.fusion = selector_config.fusion
-        self.switch = AdapterSwitch(self.model)
+        self.switch = AdapterSwitch(self.model, adapter_name, state)
         reserved_rows(self.model, selector_config.reserved_token_ids, adapter_name)  # fails early, not at a trigger
         self.excluded_ids = torch.tensor(selector_config.reserved_token_ids)
         self.switch.set(selector_config.proposals == "adapted")
@@ -152,6 +164,8 @@ class LocalSelector(Selector):
             raise ValueError(
                 f"`model` already holds an adapter named {adapter_name!r}; pass another `adapter_name` or a new model."
             )
+        _check_fits(base, path, hub_kwargs)
+        state = adapter_state(base)
         resize_for_reserved_tokens(base, max(config.reserved_token_ids) + 1)
         if isinstance(model, PeftModel):
             model.load_adapter(str(path), adapter_name=adapter_name, **hub_kwargs)
@@ -160,7 +174,7 @@ class LocalSelector(Selector):
             training = model.training
             model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, **hub_kwargs)
             model.train(training)
-        return cls(model, config, adapter_name)
+        return cls(model, config, adapter_name, state)
 
     @property
     def config(self) -> S2TDecodingConfig:
@@ -199,6 +213,33 @@ class LocalSelector(Selector):
                 row_index=None if whole_batch else rows_A.to(self.model.device),
             )
         return self.read_scores(hidden_AKD).to(proposals.logprobs_BK.device)
+
+
+def _check_fits(base: PreTrainedModel, path: str | os.PathLike, hub_kwargs: dict) -> None:
+    """Compares the stored shapes with the model's, before anything is injected.
+
+    Raises:
+        ValueError: where the adapter was trained on a model of another hidden size or depth.
+        FileNotFoundError: where the folder or repository holds no adapter weights.
+    """
+    file = cached_file(str(path), SAFETENSORS_WEIGHTS_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        raise FileNotFoundError(f"{str(path)!r} holds no {SAFETENSORS_WEIGHTS_NAME}: the adapter itself is missing.")
+    shape = base.config.get_text_config()
+    with safe_open(file, framework="pt") as weights:
+        names = list(weights.keys())
+        sizes = [weights.get_slice(n).get_shape()[1] for n in names if n.endswith("trainable_tokens_delta")]
+    depths = [int(match.group(1)) for name in names if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))]
+    hidden_size, depth = base.get_output_embeddings().weight.shape[1], getattr(shape, "num_hidden_layers", None)
+    wrong = None
+    if sizes and sizes[0] != hidden_size:
+        wrong = f"hidden_size={sizes[0]}, but `model` has {hidden_size}"
+    elif depths and depth is not None and max(depths) >= depth:
+        wrong = f"{max(depths) + 1} or more layers, but `model` has {depth}"
+    if wrong:
+        raise ValueError(
+            f"The adapter {str(path)!r} was trained on a model with {wrong}: load the one it was trained on."
+        )
 
 
 def _adapter_names(model: PreTrainedModel | PeftModel, base: PreTrainedModel) -> set[str]:
@@ -330,6 +371,8 @@ class S2TSession:
         """
         self.input_ids_BT, self.mask_BT, self._teacher_logits_BV = input_ids_BT, mask_BT, None
         config, device = self.config, logits_BV.device
+        if self.selector.excluded_ids is not None:
+            logits_BV = logits_BV.index_fill(-1, self.selector.excluded_ids.to(device), float("-inf"))
         if active_B is None:
             active_B = torch.ones(len(logits_BV), dtype=torch.bool, device=device)
         past_warmup = input_ids_BT.shape[1] - self.prompt_length >= config.warmup_tokens
@@ -343,16 +386,21 @@ class S2TSession:
             triggered_B = triggered_B & (value_B >= self.threshold)
 
         # 2. candidates
-        proposals = propose(logits_BV, config.num_candidates, config.min_prob_ratio, self.selector.excluded_ids)
+        proposals = propose(logits_BV, config.num_candidates, config.min_prob_ratio)
         token_B = proposals.ids_BK[:, 0].clone()
         asked_B = triggered_B if self.selector.takeover else triggered_B & (proposals.mask_BK.sum(-1) > 1)
 
         # 3. selection
         next_logits_BV, asked = None, None
-        if bool(asked_B.any()):
+        any_asked, any_nan = torch.stack([asked_B.any(), proposals.logprobs_BK.isnan().any()]).tolist()
+        if any_nan:
+            raise ValueError(
+                "The model's logits are NaN: there is nothing to select from (check its dtype and weights)."
+            )
+        if any_asked:
             rows_A = asked_B.nonzero()[:, 0]
             if self.selector.takeover:
-                token_B[rows_A] = self.teacher_logits()[rows_A, : logits_BV.shape[-1]].argmax(-1)
+                token_B[rows_A] = self._takeover(rows_A, logits_BV)
             else:
                 # the floor keeps a prefix of the candidates, so the widest row tells how many are worth a forward
                 width = int(proposals.mask_BK[rows_A].sum(-1).max())
@@ -384,6 +432,12 @@ class S2TSession:
                 }
             self.trace.steps.append({name: tensor.detach().cpu() for name, tensor in entry.items()})
         return StepResult(token_B, asked_B, next_logits_BV)
+
+    def _takeover(self, rows_A: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        """The teacher's favourite (A,) among the tokens that the student's head has and the user allows."""
+        shared = min(self.teacher_logits().shape[-1], logits_BV.shape[-1])
+        allowed_AV = torch.isfinite(logits_BV[rows_A, :shared])
+        return self.teacher_logits()[rows_A, :shared].masked_fill(~allowed_AV, float("-inf")).argmax(-1)
 
     def _trigger_value(self, logits_BV: torch.Tensor) -> torch.Tensor:
         kind = self.config.trigger

@@ -64,7 +64,10 @@ def calibrate_threshold(values: torch.Tensor, target_rate: float) -> float:
         raise ValueError("`values` holds no finite trigger value: there is nothing to calibrate on.")
     levels, counts = torch.unique(values, return_counts=True)  # ascending
     rates = counts.flip(0).cumsum(0).flip(0) / total  # share of values >= levels[i]
+    rates = torch.cat([rates, rates.new_zeros(1)])  # and above them all
     best = int((rates - target_rate).abs().argmin())
     if best == 0:
         return float(levels[0]) - 1e-6
+    if best == len(levels):
+        return float(levels[-1]) + 1e-6
     return float((levels[best] + levels[best - 1]) / 2)
