@@ -143,6 +143,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"agreement.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -23,6 +23,9 @@ from pathlib import Path
 
 from problems import SUFFIXES, Problem, load_problems, split_by_id
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from transformers_s2t.reserved_tokens import check_same_vocabulary
 
 
 RECIPES = Path(__file__).resolve().parent
@@ -304,7 +307,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", "sequences per generate call (default: 250 for recipes/embedded, else 64)", type=int)
     add("--train_config", "YAML for recipes/train.py (default: train.yaml of a data set that has one)")
     add("--policies", "policies to evaluate (default: those of recipes/evaluate.py)", nargs="+")
-    add("--chat_template", "format prompts with the tokenizer's chat template", action="store_true")
+    add(
+        "--chat_template",
+        "format prompts with the tokenizer's chat template (default: where it has one)",
+        action=argparse.BooleanOptionalAction,
+    )
     add("--num_parallel", "recipes side by side (default: 2 on two or more cores, 1 with a GPU)", type=int)
     add("--seed", "of the data and of the first selector", type=int, default=0)
     args = parser.parse_args(arguments)
@@ -319,6 +326,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def load_tokenizer(argument: str, name: str):
+    """The tokenizer of a model, or one line about what is wrong, before anything is written."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"`{argument}` must be a Hub id or a local folder of a model, got {name!r}: {reason}"
+        ) from None
+
+
 def main() -> None:
     args = parse_arguments()
     import torch
@@ -331,6 +349,10 @@ def main() -> None:
     env = dict(os.environ)
     if all(Path(source).exists() for source in (args.model, args.teacher_model, args.dataset)):
         env["HF_HUB_OFFLINE"] = "1"  # nothing to ask the Hub for
+    tokenizers = [load_tokenizer(name, getattr(args, name)) for name in ("model", "teacher_model")]
+    check_same_vocabulary(*tokenizers)
+    if args.chat_template is None:
+        args.chat_template = tokenizers[0].chat_template is not None
     if not has_gpu:
         env.setdefault("OMP_NUM_THREADS", "1" if bed else str(os.cpu_count() or 1))  # tiny models gain nothing
     chat = ["--chat_template", "true"] if args.chat_template else []
@@ -345,7 +367,8 @@ def main() -> None:
     make_data(args, out / "data", stages)
 
     stages.start("Labels: the small model writes, the large one scores its candidates")
-    labels = {part: str(out / "labels" / part) for part in PARTS[:3]}
+    labels = {part: str(out / "labels" / part) for part in PARTS}
+    fitted = [labels[part] for part in PARTS if part != "test"]  # those of test only say how good the premise is
     stages.run_side_by_side(
         {
             part: [recipe("label.py"), "--model", args.model, "--teacher_model", args.teacher_model]
@@ -392,7 +415,7 @@ def main() -> None:
         [recipe("evaluate.py"), "--model", args.model, "--teacher_model", args.teacher_model]
         + ["--adapters", *adapters.values(), "--dataset", str(out / "data" / "test.jsonl")]
         + ["--answer_style", "hash" if bed else "auto", "--max_new_tokens", max_new_tokens]
-        + ["--batch_size", batch_size, "--label_dirs", *labels.values(), "--eval_labels", labels["tuning"]]
+        + ["--batch_size", batch_size, "--label_dirs", *fitted, "--eval_labels", labels["test"]]
         + (["--policies", *args.policies] if args.policies else [])
         + [*chat, "--output_dir", str(out)]
     )

@@ -55,7 +55,12 @@ class LabelArguments:
         default=None,
         metadata={"help": "Not used for labels (the teacher is the judge); checked to be there where it is given."},
     )
-    limit: int | None = field(default=None, metadata={"help": "Label the first so many problems only."})
+    skip: int = field(default=0, metadata={"help": "Leave out the first so many problems."})
+    limit: int | None = field(default=None, metadata={"help": "Label so many problems only."})
+    max_prompt_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Cut prompts to their first so many tokens (story models with a short context)."},
+    )
     num_candidates: int = field(default=16, metadata={"help": "K, the student's tokens stored at each point."})
     target_rate: float = field(
         default=0.1, metadata={"help": "Share of generated tokens whose divergence reaches the threshold."}
@@ -97,6 +102,10 @@ class LabelArguments:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if self.skip < 0:
+            raise ValueError(f"`skip` must be 0 or more, got {self.skip!r}.")
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise ValueError(f"`max_prompt_tokens` must be at least 1, got {self.max_prompt_tokens!r}.")
         self.header()  # checks the rest
 
     def header(self) -> TrajectoryHeader:
@@ -121,6 +130,7 @@ class LabelArguments:
                 "prompt_column": self.prompt_column,
                 "chat_template": self.chat_template,
                 "system_prompt": self.system_prompt,
+                "max_prompt_tokens": self.max_prompt_tokens,
             },
             versions={
                 module.__name__: module.__version__
@@ -143,7 +153,10 @@ def prepare(args: LabelArguments) -> Plan:
     Raises:
         ValueError, FileNotFoundError: one clear line about the argument that is wrong.
     """
-    problems = load_problems(args.dataset, args.split, args.prompt_column, args.answer_column, args.limit)
+    until = None if args.limit is None else args.skip + args.limit
+    problems = load_problems(args.dataset, args.split, args.prompt_column, args.answer_column, until)[args.skip :]
+    if not problems:
+        raise ValueError(f"`skip` must be below the number of problems, got {args.skip}: nothing is left to label.")
     tokenizer = _load("model", args.model, AutoTokenizer)
     teacher_tokenizer = _load("teacher_model", args.teacher_model, AutoTokenizer)
     vocab = check_same_vocabulary(tokenizer, teacher_tokenizer)
@@ -164,6 +177,7 @@ def prepare(args: LabelArguments) -> Plan:
     encoded = encode_prompts(
         tokenizer, [problem.prompt for problem in problems], args.chat_template, args.system_prompt
     )
+    encoded = [ids[: args.max_prompt_tokens] for ids in encoded]
     prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
     longest = max(len(ids) for ids in encoded)
     check_lengths(longest, args.max_new_tokens, {"model": config, "teacher_model": teacher_config})

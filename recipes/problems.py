@@ -70,7 +70,7 @@ def load_problems(
         if limit is not None and len(problems) == limit:
             break
     if not problems:
-        raise ValueError(f"`source`: {where} is empty, it holds no problem.")
+        raise ValueError(f"`dataset`: {where} is empty, it holds no problem.")
     return list(problems.values())
 
 
@@ -105,7 +105,7 @@ def _read_rows(source: str, split: str | None) -> Iterable[Mapping[str, Any]]:
     if path.is_file():
         return _read_file(path)
     if path.suffix in SUFFIXES or not _HUB_ID.fullmatch(source):
-        raise FileNotFoundError(f"`source`: there is no file or folder {source!r}.")
+        raise FileNotFoundError(f"`dataset`: there is no file or folder {source!r}.")
     return _read_hub(source, split)
 
 
@@ -123,7 +123,7 @@ def _file_of_split(folder: Path, split: str | None) -> Path:
 
 def _read_file(file: Path) -> list[Mapping[str, Any]]:
     if file.suffix not in SUFFIXES:
-        raise ValueError(f"`source` must be a {', '.join(SUFFIXES)} file or a folder of them, got {str(file)!r}.")
+        raise ValueError(f"`dataset` must be a {', '.join(SUFFIXES)} file or a folder of them, got {str(file)!r}.")
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
@@ -149,7 +149,7 @@ def _read_hub(source: str, split: str | None) -> Iterable[Mapping[str, Any]]:
         data = datasets.load_dataset(name, config or None, split=split)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"`source`: {source!r} is neither a local file or folder nor a data set that the Hub or its local cache "
+            f"`dataset`: {source!r} is neither a local file or folder nor a data set that the Hub or its local cache "
             f"gives: {str(error).splitlines()[0]}"
         ) from None
     if isinstance(data, dict):

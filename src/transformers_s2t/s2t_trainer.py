@@ -27,6 +27,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.utils import logging
 
 from . import losses
 from .config import SelectorConfig
@@ -45,6 +46,8 @@ from .scoring import (
 )
 from .trajectories import TrajectoryCollator, TrajectoryHeader, read_labels
 
+
+logger = logging.get_logger(__name__)
 
 _TEXT_KL_CHUNK = 2048  # positions whose (V,) logits are alive at one time
 
@@ -407,6 +410,11 @@ def _check_labels_fit(
         raise ValueError(
             f"The labels were made with the tokenizer of {header.model!r} (vocabulary {header.vocab_hash}), but "
             f"`model` {name_or_path!r} has vocabulary {ours}: label with this model (recipes/label.py --model)."
+        )
+    if os.path.basename(header.model.rstrip("/")) != os.path.basename(name_or_path.rstrip("/")):
+        logger.warning(
+            f"The labels are trajectories of {header.model!r}, but `model` is {name_or_path!r}: its own proposals may "
+            "differ from the labelled candidates."
         )
 
 
