@@ -385,6 +385,11 @@ class S2TSession:
         elif self.threshold is not None:
             triggered_B = triggered_B & (value_B >= self.threshold)
 
+        if not bool(triggered_B.any()):  # an ordinary step costs no more than its trigger
+            first_B = logits_BV.argmax(-1)
+            self._record(value_B, triggered_B, triggered_B, first_B, first_B)
+            return StepResult(first_B, triggered_B)
+
         # 2. candidates
         proposals = propose(logits_BV, config.num_candidates, config.min_prob_ratio)
         token_B = proposals.ids_BK[:, 0].clone()
@@ -415,23 +420,27 @@ class S2TSession:
                     choice_A = decide(scores_AK, asked, self.fusion)
                 token_B[rows_A] = asked.ids_BK.gather(-1, choice_A[:, None])[:, 0]
 
-        if self.trace is not None:
-            entry = {
-                "value_B": value_B,
-                "triggered_B": triggered_B,
-                "asked_B": asked_B,
-                "first_B": proposals.ids_BK[:, 0],
-                "token_B": token_B,
-            }
-            if asked is not None:
-                entry |= {
-                    "rows_A": rows_A,
-                    "candidate_ids_AK": asked.ids_BK,
-                    "scores_AK": scores_AK,
-                    "mask_AK": asked.mask_BK,
-                }
-            self.trace.steps.append({name: tensor.detach().cpu() for name, tensor in entry.items()})
+        scored = {}
+        if asked is not None:
+            scored = {"rows_A": rows_A, "candidate_ids_AK": asked.ids_BK, "scores_AK": scores_AK}
+            scored |= {"mask_AK": asked.mask_BK}
+        self._record(value_B, triggered_B, asked_B, proposals.ids_BK[:, 0], token_B, **scored)
         return StepResult(token_B, asked_B, next_logits_BV)
+
+    def _record(
+        self,
+        value_B: torch.Tensor,
+        triggered_B: torch.Tensor,
+        asked_B: torch.Tensor,
+        first_B: torch.Tensor,
+        token_B: torch.Tensor,
+        **scored: torch.Tensor,
+    ) -> None:
+        """Adds a step to the trace, where one was asked for."""
+        if self.trace is not None:
+            entry = {"value_B": value_B, "triggered_B": triggered_B, "asked_B": asked_B, "first_B": first_B}
+            entry |= {"token_B": token_B} | scored
+            self.trace.steps.append({name: tensor.detach().cpu() for name, tensor in entry.items()})
 
     def _takeover(self, rows_A: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         """The teacher's favourite (A,) among the tokens that the student's head has and the user allows."""
