@@ -90,8 +90,8 @@ def compare(runs: list[ScoredPoints], fusions: list[FusionWeights], prior: Count
     return rows
 
 
-def main() -> None:
-    (args,) = TrlParser(AgreementArguments).parse_args_and_config()
+def main(argv: list[str] | None = None) -> None:
+    (args,) = TrlParser(AgreementArguments).parse_args_and_config(argv)
     configs = [SelectorConfig.from_pretrained(adapter) for adapter in args.adapters]
     labels, header = read_labels(args.labels)
     prior = None

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
@@ -35,10 +36,13 @@ class CalibrateArguments:
     warmup_tokens: int = field(default=3, metadata={"help": "First new tokens that never trigger."})
     batch_size: int = field(default=32, metadata={"help": "Trajectories per forward."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Hub repository (you/name) to which the calibrated adapter is pushed."}
+    )
 
 
-def main() -> None:
-    (args,) = TrlParser(CalibrateArguments).parse_args_and_config()
+def main(argv: list[str] | None = None) -> None:
+    (args,) = TrlParser(CalibrateArguments).parse_args_and_config(argv)
     config = SelectorConfig.from_pretrained(args.adapter)
     labels, header = read_labels(args.labels)
     if header is not None and config.vocab_hash and header.vocab_hash != config.vocab_hash:
@@ -64,6 +68,12 @@ def main() -> None:
     for rate in sorted(args.target_rates):
         print(f"{rate:>12.1%} " + " ".join(f"{by_rate[rate]:>10.4f}" for by_rate in thresholds.values()))
     print(f"\nwritten to {Path(args.adapter) / 's2t_config.json'}")
+    if args.push_to_hub is not None:
+        HfApi().create_repo(args.push_to_hub, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=args.push_to_hub, folder_path=args.adapter, ignore_patterns=["checkpoint-*", "training_args.bin"]
+        )
+        print(f"pushed to {args.push_to_hub}")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ class ScriptArguments:
     overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
 
 
-def main() -> None:
-    script_args, args = TrlParser((ScriptArguments, S2TConfig)).parse_args_and_config()
+def main(argv: list[str] | None = None) -> None:
+    script_args, args = TrlParser((ScriptArguments, S2TConfig)).parse_args_and_config(argv)
     done = Path(args.output_dir, "s2t_config.json")
     if done.is_file() and not script_args.overwrite and args.resume_from_checkpoint is None:
         print(f"{args.output_dir} already holds a trained adapter; pass --overwrite true to train it again.")

@@ -4,6 +4,7 @@ Legend: B trajectories, N decision points, K candidates.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,3 +283,20 @@ def test_eos_is_a_candidate_like_any_other(tmp_path):
     labels[0]["candidate_ids"][0][0] = EOS
     trainer = make_trainer(tmp_path, labels=Dataset.from_list(labels))
     assert torch.isfinite(trainer._loss(trainer.data_collator([trainer.train_dataset[0]]))[0])
+
+
+def test_push_to_hub_uploads_adapter_config_and_card(tmp_path, monkeypatch):
+    """Without a network: what `Trainer.push_to_hub` hands to the Hub client."""
+    import transformers.trainer
+
+    trainer = make_trainer(tmp_path, hub_model_id="you/selector")
+    trainer.evaluate()
+    uploads = []
+    hub = SimpleNamespace(upload_folder=lambda **kwargs: uploads.append(kwargs))
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *args, **kwargs: hub)
+    monkeypatch.setattr(trainer, "init_hf_repo", lambda **kwargs: setattr(trainer, "hub_model_id", "you/selector"))
+    trainer.push_to_hub()
+    assert uploads[0]["repo_id"] == "you/selector"
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "s2t_config.json", "README.md"} <= files
+    assert 'LocalSelector.from_pretrained("you/selector", model)' in (tmp_path / "out" / "README.md").read_text()
