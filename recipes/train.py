@@ -63,10 +63,13 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if script_args.eval_labels is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
     trainer.save_model(args.output_dir)
+    evaluated = any(
+        "eval_agree_at_1" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
+    )
+    if script_args.eval_labels is not None and not evaluated:
+        trainer.log_metrics("eval", trainer.evaluate())
+        trainer.save_model(args.output_dir)  # once more: the held-out figures are part of its card
     trainer.save_state()
     if args.push_to_hub:
         trainer.push_to_hub()
