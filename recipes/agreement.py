@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from models import default_device, load_model
 from trl import TrlParser
 
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
@@ -73,7 +73,8 @@ def compare(runs: list[ScoredPoints], fusions: list[FusionWeights], prior: Count
     noise_NK = torch.rand(first.mask_NK.shape, generator=generator).masked_fill(~first.mask_NK, -1.0)
     picks = {
         "student first": [torch.zeros_like(target_N)],
-        "second candidate": [torch.ones_like(target_N)],
+        # a point without a choice keeps the first candidate, whoever selects
+        "second candidate": [(first.mask_NK.sum(-1) > 1).long()],
         "random candidate": [noise_NK.argmax(-1)],
     }
     if prior is not None:
@@ -94,6 +95,11 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = TrlParser(AgreementArguments).parse_args_and_config(argv)
     configs = [SelectorConfig.from_pretrained(adapter) for adapter in args.adapters]
     labels, header = read_labels(args.labels)
+    if header is None or header.divergence_threshold is None:
+        raise ValueError(f"`labels` {args.labels!r} have no header with a divergence threshold: label again.")
+    shapes = {(config.num_candidates, config.min_prob_ratio) for config in configs}
+    if len(shapes) > 1:
+        raise ValueError(f"`adapters` must share K and candidate floor to be compared, got {sorted(shapes)}.")
     prior = None
     if args.train_labels is not None:
         train_labels, _ = read_labels(args.train_labels)
@@ -106,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         prior = token_prior(train_labels)
     runs, fusions = [], []
     for adapter, config in zip(args.adapters, configs):
-        model = AutoModelForCausalLM.from_pretrained(args.model or config.base_model, dtype=args.dtype).eval()
+        model = load_model(args.model or config.base_model, args.dtype, default_device())
         selector = LocalSelector.from_pretrained(adapter, model)
         runs.append(score_labels(selector, labels, args.batch_size))
         fusions.append(config.fusion or FusionWeights())
@@ -122,6 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{len(labels)} trajectories, {len(at_kl_N)} labelled points, {int(at_kl_N.sum())} of them top-KL")
     print("Hit@K at the top-KL points: " + ", ".join(f"@{k} {value:.3f}" for k, value in hit_at_k.items()))
     for name, keep_N in (("kl", at_kl_N), ("choice", points.mask_NK.sum(-1) > 1)):
+        if not bool(keep_N.any()):
+            print(f"\nno {name} points")
+            continue
         rows = compare(runs, fusions, prior, keep_N)
         agree[name] = {row: {"agree_at_1": value, "ci": ci} for row, value, ci in rows}
         print(f"\nAgree@1 in per cent, {name} points ({int(keep_N.sum())}), mean of {len(runs)} selector seeds")
@@ -143,6 +152,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"agreement.py: {error}", file=sys.stderr)
         sys.exit(2)

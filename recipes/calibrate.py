@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM
+from models import default_device, load_model
 from trl import TrlParser
 
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration import TARGET_RATES, calibrate_thresholds, fit_fusion, score_labels
+from transformers_s2t.config import S2T_CONFIG_NAME
 from transformers_s2t.trajectories import read_labels
 
 
@@ -43,7 +44,18 @@ class CalibrateArguments:
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = TrlParser(CalibrateArguments).parse_args_and_config(argv)
+    if not Path(args.adapter).is_dir():
+        raise ValueError(
+            f"`adapter` must be a local folder, because its {S2T_CONFIG_NAME} is rewritten, got {args.adapter!r}; "
+            "download an adapter of the Hub first (hf download)."
+        )
     config = SelectorConfig.from_pretrained(args.adapter)
+    if config.proposals == "adapted":
+        raise ValueError(
+            f"{args.adapter} writes text with the adapter on (proposals='adapted'), but labels hold the base model's "
+            "trajectories and trigger values: its thresholds cannot be taken from them. Use trigger='always', or pass "
+            "`threshold=` yourself."
+        )
     labels, header = read_labels(args.labels)
     if header is not None and config.vocab_hash and header.vocab_hash != config.vocab_hash:
         raise ValueError(
@@ -51,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             f"({config.vocab_hash}): label with {config.base_model!r}."
         )
     thresholds = calibrate_thresholds(labels, args.target_rates, args.warmup_tokens)
-    model = AutoModelForCausalLM.from_pretrained(args.model or config.base_model, dtype=args.dtype).eval()
+    model = load_model(args.model or config.base_model, args.dtype, default_device())
     selector = LocalSelector.from_pretrained(args.adapter, model)
     points = score_labels(selector, labels, args.batch_size).with_choice()
     fusion = fit_fusion(points)
@@ -67,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{'target rate':>12} " + " ".join(f"{trigger:>10}" for trigger in thresholds))
     for rate in sorted(args.target_rates):
         print(f"{rate:>12.1%} " + " ".join(f"{by_rate[rate]:>10.4f}" for by_rate in thresholds.values()))
-    print(f"\nwritten to {Path(args.adapter) / 's2t_config.json'}")
+    print(f"\nwritten to {Path(args.adapter) / S2T_CONFIG_NAME}")
     if args.push_to_hub is not None:
         HfApi().create_repo(args.push_to_hub, exist_ok=True)
         HfApi().upload_folder(
@@ -79,6 +91,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"calibrate.py: {error}", file=sys.stderr)
         sys.exit(2)

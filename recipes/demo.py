@@ -23,9 +23,9 @@ from pathlib import Path
 
 from problems import SUFFIXES, Problem, load_problems, split_by_id
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from transformers_s2t.reserved_tokens import check_same_vocabulary
+from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
 
 
 RECIPES = Path(__file__).resolve().parent
@@ -306,6 +306,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", "tokens of a solution at most (default: 72 for recipes/embedded, else 256)", type=int)
     add("--batch_size", "sequences per generate call (default: 250 for recipes/embedded, else 64)", type=int)
     add("--train_config", "YAML for recipes/train.py (default: train.yaml of a data set that has one)")
+    add("--add_reserved_tokens", "resize a model that has no reserved tokens", action="store_true")
     add("--policies", "policies to evaluate (default: those of recipes/evaluate.py)", nargs="+")
     add(
         "--chat_template",
@@ -351,6 +352,11 @@ def main() -> None:
         env["HF_HUB_OFFLINE"] = "1"  # nothing to ask the Hub for
     tokenizers = [load_tokenizer(name, getattr(args, name)) for name in ("model", "teacher_model")]
     check_same_vocabulary(*tokenizers)
+    config = AutoConfig.from_pretrained(args.model).get_text_config()
+    if not args.add_reserved_tokens:
+        find_reserved_token_ids(tokenizers[0], config.vocab_size)
+    if args.train_config is not None and not Path(args.train_config).is_file():
+        raise FileNotFoundError(f"`train_config`: {args.train_config!r} does not exist.")
     if args.chat_template is None:
         args.chat_template = tokenizers[0].chat_template is not None
     if not has_gpu:
@@ -390,6 +396,7 @@ def main() -> None:
         {
             f"seed {seed}": [recipe("train.py"), *config, "--model", args.model, *dtype]
             + ["--labels", labels["label"], "--eval_labels", labels["tuning"]]
+            + (["--add_reserved_tokens", "true"] if args.add_reserved_tokens else [])
             + ["--output_dir", adapter, "--seed", str(seed)]
             for seed, adapter in adapters.items()
         },

@@ -40,9 +40,10 @@ import numpy as np
 import torch
 from answers import STYLES, extract_answer, is_correct
 from controls import RandomCandidateSelector, SecondCandidateSelector
+from models import default_device, load_model
 from problems import Problem, encode_prompts, left_pad, load_problems
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from transformers_s2t import (
     FusionWeights,
@@ -339,16 +340,6 @@ def summarize(correct_PN: np.ndarray, greedy_N: np.ndarray | None, seed: int = 0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
-
-
-def load_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    """A causal language model for inference, with a clean generation config: nothing of the checkpoint's is inherited
-    (no repetition penalty, no sampling) but its end-of-sequence tokens."""
-    dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    own = model.generation_config
-    model.generation_config = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id)
-    return model
 
 
 class Bench:
@@ -779,7 +770,7 @@ def evaluate(args: EvaluateArguments) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if args.teacher_model is not None:
         check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     bench = Bench(args, problems, tokenizer, device)
     for name in filter(None, (args.model, args.teacher_model)):
         text_config = AutoConfig.from_pretrained(name).get_text_config()

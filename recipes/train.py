@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft import LoraConfig
+from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from transformers_s2t import S2TConfig, S2TTrainer
@@ -37,12 +38,18 @@ class ScriptArguments:
     overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
 
 
-def main(argv: list[str] | None = None) -> None:
+def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, str | None, S2TTrainer] | None:
+    """Everything before the first step, so that bad input is found here. `None` where there is nothing to do."""
     script_args, args = TrlParser((ScriptArguments, S2TConfig)).parse_args_and_config(argv)
     done = Path(args.output_dir, "s2t_config.json")
     if done.is_file() and not script_args.overwrite and args.resume_from_checkpoint is None:
         print(f"{args.output_dir} already holds a trained adapter; pass --overwrite true to train it again.")
-        return
+        return None
+    # a run that was stopped goes on from its last checkpoint
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    checkpoint = last if args.resume_from_checkpoint in (None, "true", "True") else args.resume_from_checkpoint
+    if script_args.overwrite and args.resume_from_checkpoint is None:
+        checkpoint = None
     targets = script_args.lora_target_modules
     peft_config = LoraConfig(
         r=script_args.lora_r,
@@ -62,11 +69,22 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=script_args.eval_labels,
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    return script_args, args, checkpoint, trainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        prepared = prepare(argv)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    if prepared is None:
+        return
+    script_args, args, checkpoint, trainer = prepared
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
-    evaluated = any(
-        "eval_agree_at_1" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
-    )
+    state = trainer.state
+    evaluated = any("eval_agree_at_1" in log and log["step"] == state.global_step for log in state.log_history)
     if script_args.eval_labels is not None and not evaluated:
         trainer.log_metrics("eval", trainer.evaluate())
         trainer.save_model(args.output_dir)  # once more: the held-out figures are part of its card
@@ -76,8 +94,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, TypeError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -23,7 +23,6 @@ IDS = (90, 91, 92, 93)
         ("min_prob_ratio", -0.1),
         ("min_prob_ratio", 1.5),
         ("min_prob_ratio", float("nan")),
-        ("min_prob_ratio", None),
         ("trigger_top_k", 1),
         ("warmup_tokens", -1),
         ("warmup_tokens", 2.5),

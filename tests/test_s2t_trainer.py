@@ -168,7 +168,7 @@ def test_what_is_saved_names_figures_settings_and_how_to_load(tmp_path):
 
 def test_long_trajectories_are_cut_into_blocks_with_the_same_scores(tmp_path):
     whole = make_trainer(tmp_path)
-    cut = make_trainer(tmp_path, max_packed_tokens=16)
+    cut = make_trainer(tmp_path, max_packed_tokens=19)
     assert len(cut.train_dataset) > len(whole.train_dataset)
     count = [sum(len(row["positions"]) for row in t.train_dataset) for t in (whole, cut)]
     assert count[0] == count[1]

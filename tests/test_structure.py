@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "logits_process": {"config", "selection"},
     "generation": {"config", "logits_process", "selection"},
     "trajectories": {"config"},
-    "labeling": {"config", "proposals", "triggers", "trajectories"},
+    "labeling": {"config", "proposals", "reserved_tokens", "triggers", "trajectories"},
     "s2t_config": {"config"},
     "s2t_trainer": {"config", "losses", "proposals", "reserved_tokens", "s2t_config", "scoring", "trajectories"},
     "calibration": {"config", "losses", "proposals", "scoring", "selection", "trajectories", "triggers"},

@@ -26,6 +26,8 @@ PROPOSALS = ("base", "adapted")
 SCORE_HEADS = ("bins", "linear")
 
 MAX_CANDIDATES = 64
+DEFAULT_NUM_CANDIDATES = 8
+DEFAULT_MIN_PROB_RATIO = 0.05
 
 
 def _check_choice(name: str, value: Any, legal: tuple[str, ...]) -> None:
@@ -92,10 +94,12 @@ class S2TDecodingConfig:
             "margin": minus the difference of the two best log-probabilities, in nats; "kl": KL(teacher || student)
             over the shared vocabulary, in nats (the paper's oracle, it runs the teacher at every step); "random":
             a uniform number in [0, 1), the control; "never": plain decoding.
-        num_candidates (`int`): K, the number of the student's top tokens that are offered. 8 is where the paper's
-            curves saturate (arXiv 2604.26940, ablation over K).
-        min_prob_ratio (`float`): the candidate floor: candidates with less than this share of the best candidate's
-            probability are not offered. 0 offers all K.
+        num_candidates (`int`, *optional*): K, the number of the student's top tokens that are offered. `None` takes
+            what is stored with the selector, or 8, where the paper's curves saturate (arXiv 2604.26940, ablation
+            over K).
+        min_prob_ratio (`float`, *optional*): the candidate floor: candidates with less than this share of the best
+            candidate's probability are not offered; 0 offers all K. `None` takes what is stored with the selector,
+            or 0.05.
         target_rate (`float`, *optional*): the share of generated tokens that should trigger, in (0, 1]. Looked up in
             the thresholds that `recipes/calibrate.py` stored with the selector.
         threshold (`float`, *optional*): fires at values at or above it; wins over `target_rate`.
@@ -110,8 +114,8 @@ class S2TDecodingConfig:
     """
 
     trigger: str = "always"
-    num_candidates: int = 8
-    min_prob_ratio: float = 0.05
+    num_candidates: int | None = None
+    min_prob_ratio: float | None = None
     target_rate: float | None = None
     threshold: float | None = None
     trigger_top_k: int = 64
@@ -121,8 +125,10 @@ class S2TDecodingConfig:
 
     def __post_init__(self):
         _check_choice("trigger", self.trigger, TRIGGERS)
-        _check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
-        _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
+        if self.num_candidates is not None:
+            _check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
+        if self.min_prob_ratio is not None:
+            _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
         _check_range("trigger_top_k", self.trigger_top_k, 2, 1 << 20, integer=True)
         _check_range("warmup_tokens", self.warmup_tokens, 0, 1 << 20, integer=True)
         if self.target_rate is not None:
@@ -165,6 +171,11 @@ class S2TDecodingConfig:
             "Run `python recipes/calibrate.py --adapter DIR --labels LABELS` to calibrate it on held-out training "
             "problems, or pass `threshold=` yourself."
         )
+        if self.trigger == "entropy" and self.trigger_top_k != 64:
+            raise ValueError(
+                f"`target_rate` was calibrated for entropies over the top 64 tokens, got trigger_top_k="
+                f"{self.trigger_top_k}: pass `threshold`."
+            )
         if self.target_rate is None:
             rates = ", ".join(f"{rate:g}" for rate in sorted(table)) or "none"
             raise ValueError(

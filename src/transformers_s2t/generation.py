@@ -22,7 +22,7 @@ from transformers.generation import (
 )
 
 from .config import S2TDecodingConfig
-from .logits_process import fix_tokens, resolve_config, resolve_selector
+from .logits_process import fix_tokens, resolve_selector
 from .selection import S2TSession, S2TTrace, Selector
 
 
@@ -75,8 +75,7 @@ def s2t_generate(
     """
     selector = resolve_selector(selector, teacher_model)
     _refuse_unsupported(model, selector, generation_config, model_kwargs)
-    config = resolve_config(decoding_config, selector)
-    session = S2TSession(selector, config, input_ids.shape[1], teacher_model=teacher_model, trace=trace)
+    session = S2TSession(selector, decoding_config, input_ids.shape[1], teacher_model=teacher_model, trace=trace)
     with torch.no_grad(), selector.generating():
         return _decode(
             model,

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from .config import _check_choice, _check_range
 from .proposals import floor_mask, propose
+from .reserved_tokens import model_hash
 from .trajectories import (
     HEADER_NAME,
     MISSING_LOGPROB,
@@ -409,6 +410,7 @@ def label_problems(
     check_num_candidates(header.num_candidates, _head_rows(model), header.excluded_ids)
     longest = max(len(ids) for ids in prompts.values())
     check_lengths(longest, header.max_new_tokens, {"model": model.config, "teacher_model": teacher_model.config})
+    header = replace(header, model_hash=model_hash(model))
     stored = find_unfinished(output_dir, header, overwrite)
     done = set() if stored is None else done_problem_ids(output_dir)
     todo = [id for id in prompts if id not in done]

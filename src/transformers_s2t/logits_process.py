@@ -43,7 +43,7 @@ class S2TLogitsProcessor(LogitsProcessor):
     ):
         self.selector = resolve_selector(selector, teacher_model)
         self.teacher_model = teacher_model
-        self.config = resolve_config(config, self.selector)
+        self.config = self.selector.resolve_config(config)
         self.config.resolve_threshold(self.selector.thresholds)  # an uncalibrated threshold fails here, not mid-run
         check_teacher(self.config, self.selector, teacher_model)
         self.trace = trace
@@ -154,19 +154,6 @@ class S2T(LogitsProcessorList):
         for processor in super().__iter__():
             scores = processor(input_ids, scores, **kwargs)
         return scores
-
-
-def resolve_config(config: S2TDecodingConfig | None, selector: Selector) -> S2TDecodingConfig:
-    """The config given, or the selector's own.
-
-    Raises:
-        TypeError: for anything else.
-    """
-    if config is None:
-        return selector.config
-    if not isinstance(config, S2TDecodingConfig):
-        raise TypeError(f"The decoding config must be an S2TDecodingConfig, got {type(config)}.")
-    return config
 
 
 def resolve_selector(selector: Selector | None, teacher_model: PreTrainedModel | None) -> Selector:

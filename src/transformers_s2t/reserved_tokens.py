@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -79,6 +80,23 @@ def vocab_hash(processing_class: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256()
     for token, id in sorted(processing_class.get_vocab().items(), key=lambda item: item[1]):
         digest.update(f"{id}\t{token}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def model_hash(model: PreTrainedModel) -> str:
+    """Fingerprint of a model's weights: 16 hex digits of the SHA-256 over a few rows of its embeddings and norms.
+
+    Taken in bfloat16, so that one checkpoint has one fingerprint whichever type it is loaded in. Adapters and added
+    rows do not change it.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        name = name.replace(".token_adapter", "").replace(".base_layer", "").removeprefix("base_model.model.")
+        if parameter.ndim == 1 or ("embed" in name and parameter.ndim == 2):
+            if "lora_" in name or "trainable_tokens" in name:
+                continue
+            rows = parameter.detach()[:64].to("cpu", torch.bfloat16).contiguous()
+            digest.update(name.encode() + rows.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

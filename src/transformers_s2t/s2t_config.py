@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
-from .config import _check_choice, _check_range
+from .config import MAX_CANDIDATES, SelectorConfig, _check_range
 
 
 @dataclass
@@ -16,10 +15,11 @@ class S2TConfig(TrainingArguments):
 
     Changed defaults of [`~transformers.TrainingArguments`]:
 
-    - `learning_rate`: 5e-5 with `num_train_epochs=3` and 4 trajectories a step, as in arXiv 2604.26940, appendix.
-      Models far below 100 M parameters want about 2e-3 (recipes/embedded/train.yaml).
-    - `lr_scheduler_type="linear"` with `warmup_steps=10`; `max_grad_norm=1.0`; `logging_steps=10`.
-    - `eval_strategy="no"`, `remove_unused_columns=False` (the collator reads every column), `report_to="none"`.
+    - `per_device_train_batch_size=4` trajectories a step, as in arXiv 2604.26940, appendix, whose learning rate of
+      5e-5 over 3 epochs is the inherited default. Models far below 100 M parameters want about 2e-3
+      (recipes/embedded/train.yaml).
+    - `warmup_steps=10`, `logging_steps=10`.
+    - `remove_unused_columns=False`: the collator reads every column.
 
     Parameters:
         adapter_scope: "candidate" or "sequence"; see [`SelectorConfig`]. "candidate" is as good wherever both were
@@ -37,15 +37,12 @@ class S2TConfig(TrainingArguments):
         max_packed_tokens: trajectory plus candidates per row; longer ones are cut into blocks of decision points.
     """
 
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Trajectories per device and step."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the labelled trajectories."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: all columns are read."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to log to."})
 
     adapter_scope: str = field(
         default="candidate",
@@ -74,31 +71,49 @@ class S2TConfig(TrainingArguments):
     reserved_token_ids: list[int] | None = field(
         default=None, metadata={"help": "Token ids that carry the score; found in the tokenizer where not given."}
     )
+    allow_labels_of_other_model: bool = field(
+        default=False, metadata={"help": "Train on trajectories that another model wrote."}
+    )
     add_reserved_tokens: bool = field(
         default=False, metadata={"help": "Resize the embeddings of a model that has too few reserved tokens."}
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
+    model_init_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keyword arguments of from_pretrained where `model` is a name or path."}
     )
 
     def __post_init__(self):
-        _check_choice("adapter_scope", self.adapter_scope, ("candidate", "sequence"))
-        _check_choice("proposals", self.proposals, ("base", "adapted"))
-        _check_choice("score_head", self.score_head, ("bins", "linear"))
-        if self.proposals == "adapted" and self.adapter_scope != "sequence":
-            raise ValueError("`proposals='adapted'` needs `adapter_scope='sequence'`, got adapter_scope='candidate'.")
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` must be above 0, got {self.temperature!r}.")
-        for name in ("cross_entropy_weight", "distribution_kl_weight", "hinge_weight", "prefix_kl_weight"):
+        # what is stored with the adapter is checked where it is defined
+        SelectorConfig(
+            self.reserved_token_ids if self.reserved_token_ids is not None else (0, 1),
+            adapter_scope=self.adapter_scope,
+            proposals=self.proposals,
+            score_head=self.score_head,
+        )
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"`temperature` must be above 0 and finite, got {self.temperature!r}.")
+        weights = (
+            "cross_entropy_weight",
+            "distribution_kl_weight",
+            "hinge_weight",
+            "hinge_margin",
+            "prefix_kl_weight",
+        )
+        for name in (*weights, "logprob_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)!r}.")
         if self.cross_entropy_weight + self.distribution_kl_weight + self.hinge_weight == 0:
             raise ValueError(
                 "One of `cross_entropy_weight`, `distribution_kl_weight`, `hinge_weight` must be above 0."
             )
-        _check_range("num_candidates", self.num_candidates, 2, 64, integer=True)
+        _check_range("num_candidates", self.num_candidates, 2, MAX_CANDIDATES, integer=True)
         _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
         _check_range("max_packed_tokens", self.max_packed_tokens, 16, 1 << 24, integer=True)
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads every column of the labels.")
         super().__post_init__()
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "`gradient_checkpointing` must be False: it drops the key/value cache that candidates share in packed "
+                "training. With adapter_scope='candidate' the prefix holds no activations anyway; bound memory with "
+                "`max_packed_tokens`."
+            )

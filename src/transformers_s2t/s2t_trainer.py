@@ -8,8 +8,8 @@ Legend: B trajectories, T tokens, N decision points, K candidates, M packed cand
 from __future__ import annotations
 
 import copy
-import json
 import os
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -27,28 +27,26 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.utils import logging
 
 from . import losses
-from .config import SelectorConfig
-from .proposals import floor_mask
-from .reserved_tokens import find_reserved_token_ids, resize_for_reserved_tokens, vocab_hash
+from .config import DEFAULT_NUM_CANDIDATES, SelectorConfig
+from .reserved_tokens import find_reserved_token_ids, model_hash, resize_for_reserved_tokens, vocab_hash
 from .s2t_config import S2TConfig
 from .scoring import (
     AdapterSwitch,
     PackedPoints,
     bin_logits,
     candidate_scores,
+    check_tree_support,
     get_decoder,
     packed_hidden,
     reserved_rows,
     valid_candidates,
 )
-from .trajectories import TrajectoryCollator, TrajectoryHeader, read_labels
+from .trajectories import TrajectoryCollator, TrajectoryHeader, read_labels, validate_row
 
 
-logger = logging.get_logger(__name__)
-
+_HUB_KWARGS = ("revision", "token", "trust_remote_code", "cache_dir")
 _TEXT_KL_CHUNK = 2048  # positions whose (V,) logits are alive at one time
 
 
@@ -73,8 +71,6 @@ class S2TTrainer(Trainer):
     """
 
     _tag_names = ["transformers-s2t", "s2t"]
-    _name = "S2T"
-    _paper = {"title": "Select to Think", "id": "2604.26940"}
     loss_is_scaled_for_ga = False  # compute_loss returns a per-batch mean
 
     def __init__(
@@ -90,9 +86,18 @@ class S2TTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
+        if args is not None and not isinstance(args, S2TConfig):
+            raise TypeError(f"`args` must be an S2TConfig, got {type(args)}.")
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = S2TConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-s2t-local")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"S2TTrainer runs one process per GPU, but this one sees {args.n_gpu}: start it with "
+                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
+            )
+        if not isinstance(model, str) and (args.model_init_kwargs or quantization_config is not None):
+            raise ValueError("`model_init_kwargs` and `quantization_config` need `model` as a name or path.")
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: a folder of labels (recipes/label.py) or a Dataset.")
         train_dataset, header = _load_labels(train_dataset, "train_dataset", label_header)
@@ -104,13 +109,13 @@ class S2TTrainer(Trainer):
                 raise ValueError("`train_dataset` and `eval_dataset` were labelled with different tokenizers.")
 
         if isinstance(model, str):
-            init_kwargs = args.model_init_kwargs or {}
-            init_kwargs = json.loads(init_kwargs) if isinstance(init_kwargs, str) else dict(init_kwargs)
+            init_kwargs = dict(args.model_init_kwargs or {})
             if quantization_config is not None:
                 init_kwargs["quantization_config"] = quantization_config
             name_or_path = model
             if processing_class is None:
-                processing_class = AutoTokenizer.from_pretrained(name_or_path)
+                hub = {key: init_kwargs[key] for key in _HUB_KWARGS if key in init_kwargs}
+                processing_class = AutoTokenizer.from_pretrained(name_or_path, **hub)
             _check_labels_fit(header, processing_class, name_or_path)
             model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         else:
@@ -121,16 +126,14 @@ class S2TTrainer(Trainer):
                 processing_class = AutoTokenizer.from_pretrained(name_or_path)
             _check_labels_fit(header, processing_class, name_or_path)
 
+        _check_weights_fit(header, model.get_base_model() if isinstance(model, PeftModel) else model, args)
         model, self.reserved_token_ids = _with_adapter(model, args, processing_class, peft_config)
         self.base_model = model.get_base_model()
         self.adapter_name = model.active_adapter
+        check_tree_support(self.base_model)
         self.switch = AdapterSwitch(self.base_model, self.adapter_name)
+        self.switch.set(args.proposals == "adapted")  # `trainer.model.generate` is what will be deployed
         self.label_header = header
-        if args.gradient_checkpointing:
-            raise ValueError(
-                "`gradient_checkpointing=True` drops the key/value cache that packed training shares between "
-                "candidates; turn it off and bound memory with `max_packed_tokens`."
-            )
 
         pad_token_id = processing_class.pad_token_id
         if pad_token_id is None:
@@ -187,9 +190,10 @@ class S2TTrainer(Trainer):
         )
         points = PackedPoints(inputs["positions"], inputs["candidate_ids"], valid_BNK)
         mask_BT = inputs["attention_mask"].bool()
-        hidden_BMD, prefix_BTD = packed_hidden(
-            self.base_model, self.switch, inputs["input_ids"], mask_BT, points, args.adapter_scope
-        )
+        with self.accelerator.autocast():  # Trainer puts it into `forward` only, which is not what runs here
+            hidden_BMD, prefix_BTD = packed_hidden(
+                self.base_model, self.switch, inputs["input_ids"], mask_BT, points, args.adapter_scope
+            )
         rows_RD = reserved_rows(self.base_model, self.reserved_token_ids, self.adapter_name)
         scores_BNK = points.unpack(candidate_scores(bin_logits(hidden_BMD, rows_RD), args.score_head))
 
@@ -219,7 +223,7 @@ class S2TTrainer(Trainer):
 
     def _text_kl(self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, tuned_BTD: torch.Tensor) -> torch.Tensor:
         """Mean KL(base || tuned) over the real tokens, with the base model's logits from the adapter switched off."""
-        with torch.no_grad(), self.switch(False):
+        with torch.no_grad(), self.switch(False), self.accelerator.autocast():
             base_BTD = get_decoder(self.base_model)(
                 input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False
             ).last_hidden_state
@@ -266,7 +270,9 @@ class S2TTrainer(Trainer):
     def _count(self, row_metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         mode = "train" if self.model.training else "eval"
         stacked_BX2 = torch.stack([torch.stack(pair, dim=-1) for pair in row_metrics.values()], dim=1)
-        sums_X2 = self.accelerator.gather_for_metrics(stacked_BX2).sum(0).tolist()
+        # in training nothing is a duplicate: gather_for_metrics would cut batches that accumulation prefetched
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        sums_X2 = gather(stacked_BX2).sum(0).tolist()
         for name, (hits, count) in zip(row_metrics, sums_X2):
             self._row_metrics[mode][name][0] += hits
             self._row_metrics[mode][name][1] += count
@@ -298,7 +304,7 @@ class S2TTrainer(Trainer):
 
     # ---- saving ----
 
-    def selector_config(self, metrics: dict[str, float] | None = None) -> SelectorConfig:
+    def selector_config(self) -> SelectorConfig:
         """What is written beside the adapter as `s2t_config.json`."""
         header = self.label_header
         return SelectorConfig(
@@ -306,20 +312,32 @@ class S2TTrainer(Trainer):
             adapter_scope=self.args.adapter_scope,
             proposals=self.args.proposals,
             score_head=self.args.score_head,
-            num_candidates=min(self.args.num_candidates, 8),
+            num_candidates=min(self.args.num_candidates, DEFAULT_NUM_CANDIDATES),
             min_prob_ratio=self.args.min_prob_ratio,
             base_model=self.base_model.config._name_or_path,
             teacher_model=header.teacher_model if header else "",
             vocab_hash=vocab_hash(self.processing_class),
-            metrics=metrics if metrics is not None else self._last_eval_metrics(),
+            metrics=self._eval_metrics(),
         )
 
-    def _last_eval_metrics(self) -> dict[str, float]:
-        for entry in reversed(self.state.log_history):
-            if "eval_agree_at_1" in entry:
-                names = ("agree_at_1", "fused_agree_at_1", "student_first", "second_candidate", "loss")
-                return {name: entry[f"eval_{name}"] for name in names if f"eval_{name}" in entry}
-        return {}
+    def _eval_metrics(self) -> dict[str, float]:
+        """Figures of the weights that are saved: of the best step where it was loaded, else of the last evaluation."""
+        names = ("agree_at_1", "fused_agree_at_1", "student_first", "second_candidate", "loss")
+        entries = [entry for entry in self.state.log_history if any(key.endswith("agree_at_1") for key in entry)]
+        entries = [entry for entry in entries if any(key.startswith("eval_") for key in entry)]
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        if best is not None and entries and entries[-1]["step"] <= self.state.global_step:
+            entries = [entry for entry in entries if entry["step"] == best] or entries
+        figures: dict[str, float] = {}
+        step = entries[-1]["step"] if entries else None
+        for entry in entries:  # a dict of evaluation sets logs one entry for each
+            if entry["step"] == step:
+                figures |= {
+                    key.removeprefix("eval_"): value
+                    for key, value in entry.items()
+                    if key.startswith("eval_") and key.endswith(names)
+                }
+        return figures
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Saves the LoRA weights, the reserved rows, `s2t_config.json`, the tokenizer and the model card.
@@ -339,6 +357,12 @@ class S2TTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
         (folder / "README.md").write_text(self._card(), encoding="utf-8")
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in `Trainer`, with the selector's config beside the adapter, so that every pushed state can be loaded."""
+        if self.is_world_process_zero():
+            self.selector_config().save_pretrained(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes the model card with the held-out figures into `output_dir`."""
         if self.is_world_process_zero():
@@ -348,8 +372,8 @@ class S2TTrainer(Trainer):
         config = self.selector_config()
         base = config.base_model or "the base model"
         tags = "\n".join(f"- {tag}" for tag in (*self._tag_names, "lora"))
-        hub_base = f"base_model: {base}\n" if base and not os.path.exists(base) else ""
-        name = (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
+        hub_base = f"base_model: {base}\n" if config.base_model and not os.path.exists(base) else ""
+        repository = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name
         rows = "\n".join(f"| {key} | {value:.3f} |" for key, value in config.metrics.items())
         figures = (
             "Agreement with the teacher's best candidate at held-out decision points (Agree@1), and the controls:\n\n"
@@ -364,7 +388,7 @@ tags:
 {tags}
 ---
 
-# {name}
+# {repository.split("/")[-1]}
 
 An S2T-Local selector for `{os.path.basename(base)}`: at uncertain tokens the model chooses among its own proposals
 the one that {os.path.basename(config.teacher_model) or "a larger model"} would choose, without that model at
@@ -374,9 +398,9 @@ inference ([Select to Think](https://arxiv.org/abs/2604.26940)). The text itself
 ```python
 from transformers_s2t import S2T, LocalSelector, s2t_generate
 
-selector = LocalSelector.from_pretrained("{self.args.hub_model_id or name}", model)
+selector = LocalSelector.from_pretrained("{repository}", model)
 model.generate(**inputs, logits_processor=S2T(selector))
-model.generate(**inputs, custom_generate=s2t_generate, selector=selector)  # faster, the same tokens
+model.generate(**inputs, custom_generate=s2t_generate, selector=selector)  # faster, the same tokens in float32
 ```
 
 Load it through `LocalSelector`, not as an ordinary LoRA adapter: adapter scope "{config.adapter_scope}", proposals
@@ -400,6 +424,19 @@ def _load_labels(
     return source, header
 
 
+def _check_weights_fit(header: TrajectoryHeader | None, model: PreTrainedModel, args: S2TConfig) -> None:
+    """Raises a ValueError where the labels are another model's trajectories, of the same tokenizer."""
+    if header is None or not header.model_hash or args.allow_labels_of_other_model:
+        return
+    ours = model_hash(model)
+    if ours != header.model_hash:
+        raise ValueError(
+            f"The labels are trajectories of {header.model!r} (weights {header.model_hash}), but `model` has weights "
+            f"{ours}: its own proposals differ. Label with this model (recipes/label.py --model), or pass "
+            "`allow_labels_of_other_model=True`."
+        )
+
+
 def _check_labels_fit(
     header: TrajectoryHeader | None, processing_class: PreTrainedTokenizerBase, name_or_path: str
 ) -> None:
@@ -411,11 +448,6 @@ def _check_labels_fit(
             f"The labels were made with the tokenizer of {header.model!r} (vocabulary {header.vocab_hash}), but "
             f"`model` {name_or_path!r} has vocabulary {ours}: label with this model (recipes/label.py --model)."
         )
-    if os.path.basename(header.model.rstrip("/")) != os.path.basename(name_or_path.rstrip("/")):
-        logger.warning(
-            f"The labels are trajectories of {header.model!r}, but `model` is {name_or_path!r}: its own proposals may "
-            "differ from the labelled candidates."
-        )
 
 
 def _with_adapter(
@@ -426,6 +458,13 @@ def _with_adapter(
 ) -> tuple[PeftModel, tuple[int, ...]]:
     """The model with LoRA and trainable reserved rows, and the reserved ids."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    text = set(processing_class.get_vocab().values()) - set(processing_class.added_tokens_decoder)
+    ordinary = sorted(text.intersection(args.reserved_token_ids or ()))
+    if ordinary:
+        raise ValueError(
+            f"`reserved_token_ids` must be reserved tokens or rows above the tokenizer, got ordinary text: "
+            f"{processing_class.convert_ids_to_tokens(ordinary)}."
+        )
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError("`peft_config` must be None where `model` is a PeftModel already.")
@@ -436,6 +475,8 @@ def _with_adapter(
                 "`model` is a PeftModel that trains no reserved rows; give its LoraConfig "
                 "`trainable_token_indices={'lm_head': reserved_token_ids}` or pass the base model and `peft_config`."
             )
+        if not set(args.reserved_token_ids or ids) <= set(ids):
+            raise ValueError(f"`reserved_token_ids` must be among those that `model` trains, {list(ids)}.")
         return model, tuple(args.reserved_token_ids or ids)
     head = base.get_output_embeddings()
     ids = args.reserved_token_ids
@@ -466,65 +507,79 @@ def _with_adapter(
     return get_peft_model(base, peft_config), tuple(ids)
 
 
+_POINT_COLUMNS = ("positions", "candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")
+
+
 def _cut_to_blocks(dataset: Dataset, args: S2TConfig, name: str) -> Dataset:
     """Rows whose trajectory and candidates fit `max_packed_tokens`; long ones become several with the same prefix.
 
     Points with a single candidate above the floor are no decisions and are dropped, trajectories without any point
-    too.
+    too. Points so late that their prefix alone exceeds the limit are dropped with a warning.
     """
-
-    def cut(batch: dict[str, list]) -> dict[str, list]:
-        out: dict[str, list] = {key: [] for key in batch}
-        point_columns = ("positions", "candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")
-        for i in range(len(batch["input_ids"])):
-            row = {key: values[i] for key, values in batch.items()}
-            kept, sizes = [], []
-            for n in range(len(row["positions"])):
-                logprobs_K = torch.tensor(row["student_logprobs"][n][: args.num_candidates])
-                size = int(floor_mask(logprobs_K, args.min_prob_ratio).sum())
-                if size > 1:
-                    kept.append(n)
-                    sizes.append(size)
-            block: list[int] = []
-            used = 0
-            for n, size in zip(kept, sizes):
-                if block and row["positions"][n] + used + size > args.max_packed_tokens:
-                    _append_block(out, row, block, point_columns)
-                    block, used = [], 0
-                block.append(n)
-                used += size
-            if block:
-                _append_block(out, row, block, point_columns)
-        return out
-
-    columns = [
-        "input_ids",
-        "prompt_length",
-        "positions",
-        "candidate_ids",
-        "student_logprobs",
-        "teacher_logprobs",
-        "teacher_top_id",
-    ]
+    columns = ["input_ids", "prompt_length", *_POINT_COLUMNS]
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
-        raise ValueError(
-            f"`{name}` lacks the columns {missing}; it has {dataset.column_names} (see recipes/label.py)."
-        )
+        raise ValueError(f"`{name}` lacks the columns {missing}, it has {dataset.column_names}; see recipes/label.py.")
+    settings = {
+        "num_candidates": args.num_candidates,
+        "min_prob_ratio": args.min_prob_ratio,
+        "max_packed_tokens": args.max_packed_tokens,
+    }
+    if "divergence" in dataset.column_names:  # the full schema: checked row by row
+        for row in dataset:
+            validate_row(row)
     result = dataset.select_columns(columns).map(
-        cut, batched=True, batch_size=256, desc=f"Preparing {name}", load_from_cache_file=False
+        _cut_batch, batched=True, batch_size=256, desc=f"Preparing {name}", fn_kwargs=settings
     )
     if len(result) == 0:
         raise ValueError(
-            f"`{name}` has no decision point with two candidates above min_prob_ratio={args.min_prob_ratio}."
+            f"`{name}` has no decision point with two candidates above min_prob_ratio={args.min_prob_ratio} that fits "
+            f"max_packed_tokens={args.max_packed_tokens}."
         )
     return result
 
 
-def _append_block(out: dict[str, list], row: dict[str, Any], block: list[int], point_columns: tuple[str, ...]) -> None:
+def _cut_batch(
+    batch: dict[str, list], num_candidates: int, min_prob_ratio: float, max_packed_tokens: int
+) -> dict[str, list]:
+    out: dict[str, list] = {key: [] for key in batch}
+    num_dropped = 0
+    for i in range(len(batch["input_ids"])):
+        row = {key: values[i] for key, values in batch.items()}
+        if not row["positions"]:
+            continue
+        logprobs_NK = torch.tensor([point[:num_candidates] for point in row["student_logprobs"]])
+        here_N = torch.ones(len(logprobs_NK), dtype=torch.bool)
+        valid_1NK, _ = valid_candidates(logprobs_NK[None], here_N[None], min_prob_ratio)
+        block: list[int] = []
+        used = 0
+        for n, size in enumerate(valid_1NK[0].sum(-1).tolist()):
+            prefix = row["positions"][n] + 1
+            if size < 2:
+                continue
+            if prefix + size > max_packed_tokens:
+                num_dropped += 1
+                continue
+            if block and prefix + used + size > max_packed_tokens:
+                _append_block(out, row, block)
+                block, used = [], 0
+            block.append(n)
+            used += size
+        if block:
+            _append_block(out, row, block)
+    if num_dropped:
+        warnings.warn(
+            f"{num_dropped} decision points lie beyond max_packed_tokens={max_packed_tokens} and are left out; raise "
+            "it to train on them.",
+            stacklevel=2,
+        )
+    return out
+
+
+def _append_block(out: dict[str, list], row: dict[str, Any], block: list[int]) -> None:
     last = row["positions"][block[-1]]
     for key, values in out.items():
-        if key in point_columns:
+        if key in _POINT_COLUMNS:
             values.append([row[key][n] for n in block])
         elif key == "input_ids":
             values.append(row[key][: last + 1])

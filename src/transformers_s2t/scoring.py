@@ -379,8 +379,7 @@ def packed_hidden(
         candidates' hidden states (B, M, D), and the prefix's (B, T, D): with the adapter for "sequence", without it
         and without gradient for "candidate".
 
-    Raises:
-        ValueError: where a tree mask is not exact for this model.
+    Call [`check_tree_support`] once before: where a tree mask is not exact, neither is this.
     """
     positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
     if adapter_scope == "candidate":
@@ -393,13 +392,11 @@ def packed_hidden(
                 past_key_values=cache,
                 use_cache=True,
             )
-        check_tree_training(model, cache)
         with switch(True):
             hidden_BMD, _, _ = append_candidates(
                 model, cache, mask_BT, points.candidate_ids_BM, points.positions_BM, limits_BM=points.positions_BM
             )
         return hidden_BMD, prefix.last_hidden_state
-    check_tree_training(model, DynamicCache(config=model.config))
     num_prefix = input_ids_BT.shape[1]
     mask = packed_mask(mask_BT, points.positions_BM, model.config._attn_implementation, model.dtype)
     with switch(True):
@@ -430,17 +427,12 @@ def packed_mask(
     return allowed_B1NN
 
 
-def check_tree_training(model: PreTrainedModel, cache: Cache) -> None:
+def check_tree_support(model: PreTrainedModel) -> None:
     """Raises a ValueError where packed candidates would not be scored exactly."""
+    cache = DynamicCache(config=model.config)
     if not supports_tree(model, cache):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
             "Packed training needs attention that takes a tree mask (attn_implementation 'sdpa' or 'eager') and plain "
             f"cache layers (DynamicLayer); this model has {model.config._attn_implementation!r} and {kinds}."
-        )
-    if getattr(model, "is_gradient_checkpointing", False) and model.training:
-        raise ValueError(
-            "`gradient_checkpointing=True` drops the key/value cache that packed training shares between candidates; "
-            "turn it off (with adapter_scope='candidate' the prefix holds no activations anyway) and bound memory "
-            "with `max_packed_tokens`."
         )

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,13 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import cached_file
 
 from . import triggers
-from .config import FusionWeights, S2TDecodingConfig, SelectorConfig
+from .config import (
+    DEFAULT_MIN_PROB_RATIO,
+    DEFAULT_NUM_CANDIDATES,
+    FusionWeights,
+    S2TDecodingConfig,
+    SelectorConfig,
+)
 from .proposals import Proposals, propose
 from .reserved_tokens import resize_for_reserved_tokens
 from .scoring import (
@@ -59,7 +65,21 @@ class Selector:
 
     @property
     def config(self) -> S2TDecodingConfig:
-        return S2TDecodingConfig()
+        return S2TDecodingConfig(num_candidates=DEFAULT_NUM_CANDIDATES, min_prob_ratio=DEFAULT_MIN_PROB_RATIO)
+
+    def resolve_config(self, config: S2TDecodingConfig | None) -> S2TDecodingConfig:
+        """The config given, with what it leaves open filled in from this selector's defaults.
+
+        Raises:
+            TypeError: where it is no [`S2TDecodingConfig`].
+        """
+        own = self.config
+        if config is None:
+            return own
+        if not isinstance(config, S2TDecodingConfig):
+            raise TypeError(f"The decoding config must be an S2TDecodingConfig, got {type(config)}.")
+        names = ("num_candidates", "min_prob_ratio")
+        return replace(config, **{name: getattr(own, name) for name in names if getattr(config, name) is None})
 
     def generating(self) -> AbstractContextManager:
         """Entered by `s2t_generate` for the length of a call: puts the model into the state that writes the text."""
@@ -336,7 +356,7 @@ class S2TSession:
         trace: S2TTrace | None = None,
     ):
         self.selector = selector
-        self.config = selector.config if config is None else config
+        self.config = selector.resolve_config(config)
         self.threshold = self.config.resolve_threshold(selector.thresholds)
         self.fusion = self.config.fusion or selector.fusion or FusionWeights()
         self.prompt_length = prompt_length

@@ -71,6 +71,7 @@ class TrajectoryHeader:
         model (`str`): name or path of the student.
         teacher_model (`str`): of the teacher.
         vocab_hash (`str`): fingerprint of the tokenizer that both share.
+        model_hash (`str`): fingerprint of the student's weights; empty until they have been loaded.
         num_candidates (`int`): K. 16 in the paper for labels (arXiv 2604.26940).
         target_rate (`float`): tau, the share of generated positions whose divergence reaches the threshold. 0.1 in
             the paper for labels.
@@ -94,6 +95,7 @@ class TrajectoryHeader:
     model: str
     teacher_model: str
     vocab_hash: str
+    model_hash: str = ""
     num_candidates: int = 16
     target_rate: float = 0.1
     divergence_threshold: float | None = None
@@ -144,6 +146,8 @@ class TrajectoryHeader:
         progress = {"versions", "num_problems", "complete"}
         if self.divergence_threshold is None:
             progress.add("divergence_threshold")
+        if not self.model_hash or not stored.model_hash:
+            progress.add("model_hash")
         return {
             f.name: (getattr(stored, f.name), getattr(self, f.name))
             for f in fields(self)
