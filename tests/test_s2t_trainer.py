@@ -300,3 +300,15 @@ def test_push_to_hub_uploads_adapter_config_and_card(tmp_path, monkeypatch):
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "s2t_config.json", "README.md"} <= files
     assert 'LocalSelector.from_pretrained("you/selector", model)' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_seed_decides_the_adapter_and_nothing_else_does(tmp_path):
+    """LoRA draws its random half when it is put in, before `Trainer` sets the seed."""
+    weights = []
+    for i, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(100 + i)  # whatever ran before in the process
+        trainer = make_trainer(tmp_path / str(i), model=tiny_model(), seed=seed)
+        trainer.train()
+        weights.append({name: value.clone() for name, value in trainer.model.state_dict().items() if "lora_" in name})
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert any(not torch.equal(value, weights[2][name]) for name, value in weights[0].items())

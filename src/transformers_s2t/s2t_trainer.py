@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 
 from . import losses
@@ -127,6 +128,7 @@ class S2TTrainer(Trainer):
             _check_labels_fit(header, processing_class, name_or_path)
 
         _check_weights_fit(header, model.get_base_model() if isinstance(model, PeftModel) else model, args)
+        set_seed(args.seed)  # LoRA's random half is drawn here; Trainer sets the seed only later
         model, self.reserved_token_ids = _with_adapter(model, args, processing_class, peft_config)
         self.base_model = model.get_base_model()
         self.adapter_name = model.active_adapter
