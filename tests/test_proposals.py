@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from transformers_s2t.proposals import floor_mask, propose, stable_topk
+from transformers_s2t.proposals import exclude, floor_mask, propose, stable_topk
 
 
 NEVER = float("-inf")
@@ -51,7 +51,7 @@ def test_the_first_candidate_survives_the_floor_even_where_it_is_forbidden():
 
 def test_excluded_ids_are_not_offered_and_take_no_probability():
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    proposals = propose(logits, 2, excluded_ids=torch.tensor([0, 3]))
+    proposals = propose(exclude(logits, torch.tensor([0, 3])), 2)
     assert proposals.ids_BK.tolist() == [[1, 2]]
     assert torch.allclose(proposals.logprobs_BK.exp(), torch.tensor([[0.6, 0.4]]))
     assert torch.isfinite(logits).all(), "the caller's logits were changed"

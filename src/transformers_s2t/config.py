@@ -9,10 +9,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 S2T_CONFIG_NAME = "s2t_config.json"
@@ -288,14 +289,14 @@ class SelectorConfig:
         return cls(**data)
 
 
-def write_json(file: Path, data: Any) -> Path:
-    """Writes `data` as JSON through a temporary file and a rename, so that a kill never leaves half a file."""
+@contextmanager
+def atomic_write(file: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under its name complete or not at all: temporary file, fsync, rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(data, out, indent=2, ensure_ascii=False)
-            out.write("\n")
+        with os.fdopen(handle, "wb") as out:
+            yield out
             out.flush()
             os.fsync(out.fileno())
         os.chmod(temporary, 0o644)
@@ -303,4 +304,11 @@ def write_json(file: Path, data: Any) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_json(file: Path, data: Any) -> Path:
+    """Writes `data` as JSON, whole or not at all, and returns `file`."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    with atomic_write(file) as out:
+        out.write(text.encode("utf-8"))
     return file

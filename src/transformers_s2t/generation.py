@@ -23,6 +23,7 @@ from transformers.generation import (
 
 from .config import S2TDecodingConfig
 from .logits_process import fix_tokens, resolve_selector
+from .proposals import exclude
 from .selection import S2TSession, S2TTrace, Selector
 
 
@@ -114,7 +115,6 @@ def _decode(
     first_warper = next((i for i, p in enumerate(logits_processor) if isinstance(p, _WARPERS)), len(logits_processor))
     processors = LogitsProcessorList(logits_processor[:first_warper])
     warpers = LogitsProcessorList(logits_processor[first_warper:])
-    excluded_ids = None if selector.excluded_ids is None else selector.excluded_ids.to(input_ids.device)
 
     mask_BT = model_kwargs.get("attention_mask")
     mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
@@ -135,9 +135,7 @@ def _decode(
     del outputs
 
     while True:
-        scores_BV = processors(input_ids, logits_BV)
-        if excluded_ids is not None:
-            scores_BV = scores_BV.index_fill(-1, excluded_ids, float("-inf"))
+        scores_BV = exclude(processors(input_ids, logits_BV), selector.excluded_ids)
 
         # what rows decode to that are not asked
         warped_BV = warpers(input_ids, scores_BV)

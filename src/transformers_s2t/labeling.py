@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PretrainedConfig, PreTrainedModel
 
 from .config import _check_choice, _check_range
-from .proposals import floor_mask, propose
+from .proposals import exclude, floor_mask, propose
 from .reserved_tokens import model_hash
 from .trajectories import (
     HEADER_NAME,
@@ -170,8 +170,7 @@ def score_positions(
     """Scores of some positions from the next-token logits of both models there. The heads may differ in rows."""
     logits_SV, teacher_logits_SV = logits_SV.float(), teacher_logits_SV.float()
     num_rows, num_teacher_rows = logits_SV.shape[-1], teacher_logits_SV.shape[-1]
-    if excluded_ids is not None and len(excluded_ids):  # reserved tokens are no text: as in decoding
-        logits_SV = logits_SV.index_fill(-1, excluded_ids.to(logits_SV.device), float("-inf"))
+    logits_SV = exclude(logits_SV, excluded_ids)
     proposals = propose(logits_SV, num_candidates)
     teacher_logp_SV = torch.log_softmax(teacher_logits_SV, dim=-1)
     teacher_logprobs_SK = teacher_logp_SV.gather(-1, proposals.ids_BK.clamp_max(num_teacher_rows - 1))

@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .config import S2TDecodingConfig
+from .proposals import exclude
 from .selection import S2TSession, S2TTrace, Selector, TeacherSelector, check_teacher
 
 
@@ -77,10 +78,7 @@ class S2TLogitsProcessor(LogitsProcessor):
         mask_BT = columns_T >= self._num_padding_B[:, None]
         with torch.no_grad():
             result = self._session.step(input_ids, mask_BT, scores)
-        scores = scores.clone()
-        if self.selector.excluded_ids is not None:
-            scores[:, self.selector.excluded_ids.to(scores.device)] = float("-inf")
-        return fix_tokens(scores, result.token_B, result.asked_B)
+        return fix_tokens(exclude(scores, self.selector.excluded_ids), result.token_B, result.asked_B)
 
     def _goes_on(self, input_ids: torch.Tensor) -> bool:
         seen = self._seen_BT

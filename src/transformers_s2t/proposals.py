@@ -42,9 +42,14 @@ def floor_mask(logprobs_BK: torch.Tensor, min_prob_ratio: float) -> torch.Tensor
     return mask_BK
 
 
-def propose(
-    logits_BV: torch.Tensor, num_candidates: int, min_prob_ratio: float = 0.0, excluded_ids: torch.Tensor | None = None
-) -> Proposals:
+def exclude(logits_BV: torch.Tensor, excluded_ids: torch.Tensor | None) -> torch.Tensor:
+    """Logits with -inf at `excluded_ids` (R,): reserved tokens are no text, for triggers as for proposals."""
+    if excluded_ids is None or len(excluded_ids) == 0:
+        return logits_BV
+    return logits_BV.index_fill(-1, excluded_ids.to(logits_BV.device), float("-inf"))
+
+
+def propose(logits_BV: torch.Tensor, num_candidates: int, min_prob_ratio: float = 0.0) -> Proposals:
     """The student's `num_candidates` best next tokens.
 
     Args:
@@ -52,11 +57,8 @@ def propose(
             shape.
         num_candidates: K; fewer are returned where the vocabulary is smaller.
         min_prob_ratio: the candidate floor, see [`floor_mask`].
-        excluded_ids: token ids (R,) that are never proposed: the reserved tokens.
     """
     logits_BV = logits_BV.float()
-    if excluded_ids is not None and len(excluded_ids) > 0:
-        logits_BV = logits_BV.index_fill(-1, excluded_ids.to(logits_BV.device), float("-inf"))
     k = min(num_candidates, logits_BV.shape[-1])
     top_BK, ids_BK = stable_topk(logits_BV, k)
     logprobs_BK = top_BK - torch.logsumexp(logits_BV, dim=-1, keepdim=True)

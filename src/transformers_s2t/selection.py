@@ -29,7 +29,7 @@ from .config import (
     S2TDecodingConfig,
     SelectorConfig,
 )
-from .proposals import Proposals, propose
+from .proposals import Proposals, exclude, propose
 from .reserved_tokens import resize_for_reserved_tokens
 from .scoring import (
     AdapterSwitch,
@@ -391,8 +391,7 @@ class S2TSession:
         """
         self.input_ids_BT, self.mask_BT, self._teacher_logits_BV = input_ids_BT, mask_BT, None
         config, device = self.config, logits_BV.device
-        if self.selector.excluded_ids is not None:
-            logits_BV = logits_BV.index_fill(-1, self.selector.excluded_ids.to(device), float("-inf"))
+        logits_BV = exclude(logits_BV, self.selector.excluded_ids)
         if active_B is None:
             active_B = torch.ones(len(logits_BV), dtype=torch.bool, device=device)
         past_warmup = input_ids_BT.shape[1] - self.prompt_length >= config.warmup_tokens

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
 
-from .config import MAX_CANDIDATES, _check_choice, _check_range, write_json
+from .config import MAX_CANDIDATES, _check_choice, _check_range, atomic_write, write_json
 
 
 HEADER_NAME = "s2t_labels.json"
@@ -333,18 +332,8 @@ def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[Mapping[st
     if file.exists():
         raise FileExistsError(f"{file} exists.")
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=FEATURES.arrow_schema)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            pq.write_table(table, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_write(file) as out:
+        pq.write_table(table, out)
     return file
 
 
