@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "scoring": {"proposals"},
     "selection": {"config", "proposals", "triggers", "reserved_tokens", "scoring"},
     "logits_process": {"config", "proposals", "selection"},
-    "generation": {"config", "logits_process", "proposals", "selection"},
+    "generation": {"config", "logits_process", "proposals", "scoring", "selection"},
     "trajectories": {"config"},
     "labeling": {"config", "proposals", "reserved_tokens", "triggers", "trajectories"},
     "s2t_config": {"config"},

@@ -6,9 +6,12 @@ Same tokens as the logits processor; does not know how a selector scores.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import StaticLayer
 from transformers.generation import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -24,6 +27,7 @@ from transformers.generation import (
 from .config import S2TDecodingConfig
 from .logits_process import fix_tokens, resolve_selector
 from .proposals import exclude
+from .scoring import cache_argument, head_is_plain, last_hidden_of
 from .selection import S2TSession, S2TTrace, Selector
 
 
@@ -122,16 +126,19 @@ def _decode(
     unfinished_B = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     if text_streamer is not None:
         text_streamer.put(input_ids.cpu())
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    commits = getattr(selector, "tree_commits", False)
+    with last_hidden_of(model) if commits else nullcontext() as seen:
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
     logits_BV = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(cache_argument(model))
     if not isinstance(cache, Cache):
         raise ValueError(
             f"s2t_generate needs a key/value cache to score candidates on, but {type(model).__name__} returned "
             f"{type(cache)}. Use logits_processor=S2T(...) with a teacher, or another model."
         )
     session.student_cache = cache
+    session.head_is_plain = commits and head_is_plain(model, seen, logits_BV)
     del outputs
 
     while True:
@@ -202,7 +209,7 @@ def _refuse_unsupported(
     if generation_config.prompt_lookup_num_tokens:
         raise ValueError("s2t_generate cannot be combined with assisted decoding (`prompt_lookup_num_tokens`).")
     cache = model_kwargs.get("past_key_values")
-    if isinstance(cache, Cache) and any(getattr(layer, "is_compileable", False) for layer in cache.layers):
+    if isinstance(cache, Cache) and any(isinstance(layer, StaticLayer) for layer in cache.layers):
         raise ValueError(
             "s2t_generate needs a cache that grows (cache_implementation='dynamic'); static caches are not supported."
         )

@@ -13,6 +13,8 @@ Legend: B rows, T cached prefix tokens, M appended candidates per row, R reserve
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from .proposals import floor_mask
 
@@ -81,6 +83,8 @@ def supports_tree(model: PreTrainedModel, cache: Cache) -> bool:
     """
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return False
+    if not model._supports_attention_backend:  # ALiBi or windows counted in columns: GPT-Neo, MPT, Bloom
+        return False
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
@@ -99,9 +103,69 @@ def fork_cache(cache: Cache, row_index: torch.Tensor | None = None) -> Cache:
     return fork
 
 
+def is_recurrent(cache: Cache) -> bool:
+    """Whether some layer keeps a state in place of keys and values."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
 def get_decoder(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that ends in hidden states, without the output head."""
     return getattr(model, model.base_model_prefix)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which the model takes its cache.
+
+    Raises:
+        ValueError: where it takes none. A `**kwargs` swallows the cache: every token would be scored without a prefix.
+    """
+    name = _cache_argument(type(get_decoder(model)))
+    if name is None:
+        raise ValueError(f"S2T scores candidates on a cached prefix, but {type(model).__name__} takes no cache.")
+    return name
+
+
+@functools.cache
+def _cache_argument(decoder_class: type[nn.Module]) -> str | None:
+    names = inspect.signature(decoder_class.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in names), None)
+
+
+@contextmanager
+def last_hidden_of(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collects the last hidden states (B, D) of every forward inside."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_decoder().register_forward_hook(lambda *call: seen.append(call[-1][0][:, -1]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def head_is_plain(model: PreTrainedModel, seen: list[torch.Tensor], logits_BV: torch.Tensor) -> bool:
+    """Whether logits are the output embedding of the last hidden state and nothing more (no soft-cap, no scaling).
+
+    Decided by what the model returned for the prompt, never by names in its config: there are too many of them
+    (`final_logit_softcapping`, `logit_scale`, `logits_scaling`, `lm_head_multiplier`, `output_multiplier` ...).
+    """
+    head = model.get_output_embeddings()
+    if not seen or seen[-1].shape[-1] != head.weight.shape[-1]:
+        return False
+    hidden_BD = seen[-1]
+    own_BV = head(hidden_BD).float()
+    tolerance = 1e-2 if hidden_BD.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    difference_BV = (own_BV - logits_BV.to(own_BV.device)).abs()
+    return bool((difference_BV <= tolerance * own_BV.abs().amax()).all())  # False for NaN, which has its own error
+
+
+def check_state_is_cached(model: PreTrainedModel, cache: Cache) -> None:
+    """Raises a ValueError where a model keeps its state in its modules (RecurrentGemma): a cache cannot fork that."""
+    layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+    if model._is_stateful and not all(any(layer.has_previous_state.values()) for layer in layers):
+        raise ValueError(
+            f"S2T scores candidates on a copy of the cache, but {type(model).__name__} keeps its recurrent state "
+            "outside of the cache."
+        )
 
 
 def append_candidates(
@@ -132,6 +196,7 @@ def append_candidates(
     Raises:
         ValueError: where limits differ and only repeated rows would be exact.
     """
+    check_state_is_cached(model, cache)
     batch_size, num_new = candidate_ids_BM.shape
     num_cached = prefix_mask_BT.shape[1]
     if tree is None:
@@ -145,8 +210,8 @@ def append_candidates(
             input_ids=candidate_ids_BM,
             attention_mask=mask,
             position_ids=positions_BM,
-            past_key_values=fed,
             use_cache=True,
+            **{cache_argument(model): fed},
         )
         return output.last_hidden_state, fed, True
     if limits_BM is not None and bool((limits_BM != num_cached).any()):
@@ -157,12 +222,13 @@ def append_candidates(
     repeats = torch.arange(batch_size, device=candidate_ids_BM.device).repeat_interleave(num_new)
     fed = fork_cache(cache, repeats if row_index is None else row_index[repeats])
     mask_BT = torch.cat([prefix_mask_BT, prefix_mask_BT.new_ones(batch_size, 1)], dim=1)[repeats]
+    name = cache_argument(model)
     output = get_decoder(model)(
         input_ids=candidate_ids_BM.reshape(-1, 1),
-        attention_mask=mask_BT.long(),
+        attention_mask=None if name == "cache_params" else mask_BT.long(),  # see PrefixCache.feed
         position_ids=positions_BM.reshape(-1, 1),
-        past_key_values=fed,
         use_cache=True,
+        **{name: fed},
     )
     return output.last_hidden_state.reshape(batch_size, num_new, -1), fed, False
 
@@ -193,11 +259,14 @@ class PrefixCache:
 
     def __init__(self, model: PreTrainedModel, cache: Cache | None = None):
         self.model = model
+        self.cache_argument = cache_argument(model)
         self.cache = DynamicCache(config=model.config) if cache is None else cache
+        self._num_fed = 0 if cache is None else None
 
     @property
     def num_cached(self) -> int:
-        return self.cache.get_seq_length()
+        # not the cache's own count: a cache of recurrent layers alone has none
+        return self.cache.get_seq_length() if self._num_fed is None else self._num_fed
 
     def feed(
         self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, with_logits: bool = False
@@ -210,13 +279,24 @@ class PrefixCache:
             if with_logits:
                 raise AssertionError("the cache already holds this prefix; its logits were returned before")
             return None
+        if start:
+            check_state_is_cached(self.model, self.cache)
+        if start and new_ids.shape[1] > 1 and is_recurrent(self.cache):
+            # several tokens at once would be a new text to Mamba-1 scans: they ignore the state they start from
+            for end in range(start + 1, input_ids_BT.shape[1]):
+                self.feed(input_ids_BT[:, :end], mask_BT[:, :end])
+            return self.feed(input_ids_BT, mask_BT, with_logits)
         inputs = {
             "input_ids": new_ids,
             "attention_mask": mask_BT.long().to(device),
             "position_ids": positions_from_mask(mask_BT)[:, start:].to(device),
-            "past_key_values": self.cache,
+            self.cache_argument: self.cache,
             "use_cache": True,
         }
+        if start and self.cache_argument == "cache_params":
+            del inputs["attention_mask"]  # as `generate` does: Mamba-1 multiplies its one token by the whole mask
+        if self._num_fed is not None:
+            self._num_fed = input_ids_BT.shape[1]
         if with_logits:
             return self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
         get_decoder(self.model)(**inputs)

@@ -362,6 +362,7 @@ class S2TSession:
         self.prompt_length = prompt_length
         self.teacher_model = check_teacher(self.config, selector, teacher_model)
         self.student_cache = student_cache
+        self.head_is_plain = False  # set by the driver after its prefill
         self.trace = trace
         self._random = torch.Generator().manual_seed(self.config.seed)
         self._teacher_prefix: PrefixCache | None = None
@@ -430,7 +431,7 @@ class S2TSession:
                 width = int(proposals.mask_BK[rows_A].sum(-1).max())
                 asked = Proposals(*(tensor[rows_A, :width] for tensor in proposals))
                 commits = self.student_cache is not None and getattr(self.selector, "tree_commits", False)
-                if commits and head_is_plain(self.selector.model):
+                if commits and self.head_is_plain:
                     scores_AK, keep = self._score_and_keep(rows_A, asked, token_B if default_B is None else default_B)
                     choice_A = decide(scores_AK, asked, self.fusion)
                     next_logits_BV = keep(choice_A)
@@ -574,11 +575,3 @@ def check_teacher(
             "trigger that needs none: 'always', 'entropy', 'margin'."
         )
     return teacher_model
-
-
-def head_is_plain(model: PreTrainedModel) -> bool:
-    """Whether logits are the output embedding of the last hidden state and nothing more (no soft-cap, no scaling)."""
-    config = model.config.get_text_config()
-    return not any(
-        getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    )

@@ -1,0 +1,313 @@
+"""Every architecture, tiny and random: S2T equals a naive decoder without caches, or is refused with the reason.
+
+The naive decoder runs the full text again for every step and every candidate, on a fresh model without PEFT, caches or
+masks. Half of the steps trigger, at random, so that caches are also caught up over several tokens at once.
+
+Legend: B rows, T columns, K candidates, D hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import BOS, PAD, RESERVED, SCOPES, VOCAB_SIZE, NaiveModel, prompts, single
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from transformers_s2t import (
+    S2T,
+    LocalSelector,
+    S2TDecodingConfig,
+    S2TTrace,
+    SelectorConfig,
+    TeacherSelector,
+    s2t_generate,
+)
+
+
+NEW_TOKENS, K, THRESHOLD = 8, 4, 0.5
+WINDOW = 6  # of every model that has one: prompt and new tokens are 12 to 15, so it slides
+SETUPS = ("teacher", *SCOPES)
+ROADS = ("processor", "fast")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": None,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+JAMBA = {
+    "num_experts": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "mamba_d_state": 8,
+    "use_mamba_kernels": False,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 4}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a tiny model of one architecture is made, and where LoRA and the reserved rows go in it."""
+
+    config: dict = field(default_factory=dict)
+    targets: str | list[str] = "all-linear"
+    head: str = "lm_head"
+    impls: tuple[str, ...] = ("sdpa", "eager")
+
+
+FAMILIES = {
+    "llama": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "qwen2_moe": Family(MOE, ATTENTION),  # experts are not Linear: LoRA on the attention only, here and below
+    "mistral": Family({"sliding_window": WINDOW}),
+    "gemma2": Family(SLIDING | {"final_logit_softcapping": 5.0}, impls=("eager",)),  # has no sdpa
+    "gemma3_text": Family(SLIDING),
+    "phi3": Family(),
+    "gpt2": Family({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt_neo": Family(
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["local", "global"], 1]], "window_size": WINDOW},
+        impls=("eager",),  # has no sdpa
+    ),
+    "gpt_neox": Family(),
+    "opt": Family({"ffn_dim": 48, "init_std": 0.3}),
+    "biogpt": Family(head="output_projection", impls=("sdpa",)),
+    "gpt_oss": Family(
+        SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        ATTENTION,
+        impls=("eager",),  # has no sdpa
+    ),
+    "lfm2": Family({"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "qwen3_next": Family(MOE | LINEAR, [*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"]),
+    "mamba2": Family(
+        {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 4}, ["in_proj"], impls=("eager",)
+    ),
+    "falcon_h1": Family(
+        MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5}, [*ATTENTION, "in_proj", "gate_proj", "down_proj"]
+    ),
+    "bamba": Family(MAMBA | {"attn_layer_indices": [1]}, [*ATTENTION, "in_proj", "gate_proj", "down_proj"]),
+    "jamba": Family(JAMBA, [*ATTENTION, "in_proj"], impls=("sdpa",)),
+}
+REFUSED = {
+    "recurrent_gemma": Family(
+        {"block_types": ["recurrent", "attention"], "attention_window_size": WINDOW, "lru_width": 32}
+    ),
+}
+
+
+def name_of(setup):
+    return setup if isinstance(setup, str) else "-".join(setup)
+
+
+def make_model(name, attn, seed=0):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, **(COMMON | (FAMILIES | REFUSED)[name].config))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def make_local(model, name, scope, proposals):
+    torch.manual_seed(1)
+    family = (FAMILIES | REFUSED)[name]
+    peft_config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=family.targets,
+        trainable_token_indices={family.head: list(RESERVED)},
+        init_lora_weights=False,
+    )
+    peft_model = get_peft_model(model, peft_config, adapter_name="s2t").eval()
+    for parameter_name, parameter in peft_model.named_parameters():
+        if "trainable_tokens_delta" in parameter_name:
+            torch.nn.init.normal_(parameter.data, std=0.5)
+    config = SelectorConfig(RESERVED, scope, proposals, num_candidates=K, min_prob_ratio=0.0)
+    return LocalSelector(peft_model, config, "s2t")
+
+
+@lru_cache
+def set_up(name, attn, setup):
+    """A model and what selects in it: a teacher of the same family, or the model itself in one of the scopes."""
+    model = make_model(name, attn)
+    if setup == "teacher":
+        return model, TeacherSelector(make_model(name, attn, seed=9))
+    return model, make_local(model, name, *setup)
+
+
+def plain(model, inputs, **kwargs):
+    return model.generate(**inputs, **({"max_new_tokens": NEW_TOKENS, "do_sample": False} | kwargs))
+
+
+def num_flipped(trace):
+    return sum(step["flipped"] for row in trace.rows() for step in row)
+
+
+def generate(road, model, inputs, selector, config, trace=None):
+    if road == "processor":
+        return plain(model, inputs, logits_processor=S2T(selector, config=config, trace=trace))
+    settings = {"selector": selector, "decoding_config": config, "trace": trace}
+    return plain(model, inputs, custom_generate=s2t_generate, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The naive reference
+
+
+class NaiveCausalLM(NaiveModel):
+    """[`NaiveModel`] of any architecture: what the head reads and what the model returns, texts of equal length."""
+
+    def __init__(self, base, selector=None):
+        super().__init__(base, selector)
+        base.get_output_embeddings().register_forward_pre_hook(self._remember)
+
+    def _hook(self, a, b, scale):
+        add = super()._hook(a, b, scale)
+
+        def add_to_texts(module, args, output):  # some layers see all tokens of all texts in one row (OPT)
+            x_BTD, output_BTD = (tensor.unflatten(0, (len(self.texts), -1)) for tensor in (args[0], output))
+            return add(module, (x_BTD,), output_BTD).flatten(0, 1)
+
+        return lambda module, args, output: (add_to_texts if args[0].dim() == 2 else add)(module, args, output)
+
+    def _remember(self, module, args):
+        self.hidden_BD = args[0][:, -1]
+
+    @torch.no_grad()
+    def __call__(self, texts, tokens_adapted="none"):
+        self.texts, self.tokens_adapted = texts, tokens_adapted
+        logits_BV = self.base(input_ids=torch.tensor(texts), use_cache=False).logits[:, -1]
+        return self.hidden_BD, logits_BV
+
+
+def fires(num_rows):
+    """Which rows trigger at which step (steps, B): the "random" trigger with its seed of 0."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.rand(num_rows, generator=generator) >= THRESHOLD for _ in range(NEW_TOKENS)])
+
+
+@lru_cache
+def naive_models(name, setup):
+    if setup == "teacher":
+        return NaiveCausalLM(make_model(name, "eager")), NaiveCausalLM(make_model(name, "eager", seed=9))
+    return NaiveCausalLM(make_model(name, "eager"), set_up(name, "eager", setup)[1]), None
+
+
+@lru_cache
+def naive_row(name, setup, row, num_rows):
+    """New tokens of one row of a batch, and at how many steps they are not the student's first."""
+    local = setup != "teacher"
+    student, teacher = naive_models(name, setup)
+    writes_with = "all" if local and setup[1] == "adapted" else "none"
+    ids = single(prompts(), row)["input_ids"][0].tolist()
+    start, flipped = len(ids), 0
+    for step in range(NEW_TOKENS):
+        logits_V = student([ids], writes_with)[1][0].clone()
+        if local:
+            logits_V[list(RESERVED)] = -torch.inf
+        offered_K = logits_V.topk(K).indices
+        choice = 0
+        if fires(num_rows)[step, row]:
+            if local:
+                texts = [[*ids, candidate] for candidate in offered_K.tolist()]
+                hidden_KD = student(texts, {"candidate": "last", "sequence": "all"}[setup[0]])[0]
+                scores_K = (hidden_KD @ student.rows_RD.T).softmax(-1) @ torch.linspace(0, 1, len(RESERVED))
+            else:
+                scores_K = teacher([ids])[1][0, offered_K]
+            choice = int(scores_K.argmax())
+            flipped += choice != 0
+        ids.append(int(offered_K[choice]))
+    return ids[start:], flipped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+CASES = [
+    pytest.param(name, attn, setup, road, id=f"{name}-{attn}-{name_of(setup)}-{road}")
+    for name, family in FAMILIES.items()
+    for attn in family.impls
+    for setup in SETUPS
+    for road in ROADS
+    if road == "fast" or attn == family.impls[0]  # both roads score with the same functions
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plain_greedy_of_a_left_padded_batch_equals_its_rows(name):
+    """What the next test leans on; it holds for the recurrent models too."""
+    model, batch = make_model(name, FAMILIES[name].impls[0]), prompts()
+    together = plain(model, batch)[:, -NEW_TOKENS:].tolist()
+    assert together == [plain(model, single(batch, row))[0, -NEW_TOKENS:].tolist() for row in range(3)]
+
+
+def test_the_triggers_are_such_that_caches_are_caught_up_over_several_tokens():
+    steps = fires(1)[:, 0].nonzero()[:, 0]
+    assert int(steps.diff().max()) >= 3
+    assert 0 < int((~fires(3).any(-1)).sum())
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_naive_decoder_selects_other_tokens_than_the_students_first(name, setup):
+    batched = [naive_row(name, setup, row, 3)[1] for row in range(3)]
+    assert max(batched) > 0 and naive_row(name, setup, 0, 1)[1] + sum(batched) >= 3
+
+
+@pytest.mark.parametrize(("name", "attn", "setup", "road"), CASES)
+def test_s2t_alone_and_in_a_left_padded_batch_equals_a_naive_decoder(name, attn, setup, road):
+    model, selector = set_up(name, attn, setup)
+    config = S2TDecodingConfig(
+        trigger="random", threshold=THRESHOLD, num_candidates=K, min_prob_ratio=0.0, warmup_tokens=0
+    )
+    for num_rows in (1, 3):
+        inputs = prompts() if num_rows == 3 else single(prompts(), 0)
+        expected, flipped = zip(*(naive_row(name, setup, row, num_rows) for row in range(num_rows)))
+        trace = S2TTrace()
+        got = generate(road, model, inputs, selector, config, trace)[:, -NEW_TOKENS:]
+        assert got.tolist() == list(expected)
+        assert num_flipped(trace) == sum(flipped)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_fast_road_goes_on_with_the_logits_of_the_model_where_it_scored(name):
+    """Scaled or soft-capped logits: temperature, floor and triggers of the step after a tree step depend on them."""
+    model, selector = set_up(name, FAMILIES[name].impls[0], SCOPES[2])
+    config = S2TDecodingConfig(num_candidates=K, min_prob_ratio=0.0, warmup_tokens=0)
+    settings = {"selector": selector, "decoding_config": config, "custom_generate": s2t_generate}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    out = plain(model, prompts(), **settings)
+    student, _ = naive_models(name, SCOPES[2])
+    text = out.sequences[0].tolist()  # the longest: no padding
+    expected = [student([text[: 7 + step]], "all")[1][0] for step in range(NEW_TOKENS)]
+    got = [logits_BV[0] for logits_BV in out.logits]
+    torch.testing.assert_close(torch.stack(got), torch.stack(expected), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("setup", SCOPES, ids=name_of)
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_keeps_its_state_outside_of_the_cache_is_refused(name, setup, road):
+    model, selector = set_up(name, "sdpa", setup)
+    with pytest.raises(ValueError, match="outside of the cache"):
+        generate(road, model, single(prompts(), 0), selector, S2TDecodingConfig(num_candidates=K, warmup_tokens=0))
