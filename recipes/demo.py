@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models import load_pretrained
 from problems import SUFFIXES, Problem, load_problems, split_by_id
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -327,17 +328,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_tokenizer(argument: str, name: str):
-    """The tokenizer of a model, or one line about what is wrong, before anything is written."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"`{argument}` must be a Hub id or a local folder of a model, got {name!r}: {reason}"
-        ) from None
-
-
 def main() -> None:
     args = parse_arguments()
     import torch
@@ -350,7 +340,7 @@ def main() -> None:
     env = dict(os.environ)
     if all(Path(source).exists() for source in (args.model, args.teacher_model, args.dataset)):
         env["HF_HUB_OFFLINE"] = "1"  # nothing to ask the Hub for
-    tokenizers = [load_tokenizer(name, getattr(args, name)) for name in ("model", "teacher_model")]
+    tokenizers = [load_pretrained(name, getattr(args, name), AutoTokenizer) for name in ("model", "teacher_model")]
     check_same_vocabulary(*tokenizers)
     config = AutoConfig.from_pretrained(args.model).get_text_config()
     if not args.add_reserved_tokens:

@@ -18,6 +18,7 @@ import datasets
 import tokenizers
 import torch
 import transformers
+from models import load_pretrained
 from problems import encode_prompts, load_problems
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from trl import TrlParser
@@ -157,11 +158,11 @@ def prepare(args: LabelArguments) -> Plan:
     problems = load_problems(args.dataset, args.split, args.prompt_column, args.answer_column, until)[args.skip :]
     if not problems:
         raise ValueError(f"`skip` must be below the number of problems, got {args.skip}: nothing is left to label.")
-    tokenizer = _load("model", args.model, AutoTokenizer)
-    teacher_tokenizer = _load("teacher_model", args.teacher_model, AutoTokenizer)
+    tokenizer = load_pretrained("model", args.model, AutoTokenizer)
+    teacher_tokenizer = load_pretrained("teacher_model", args.teacher_model, AutoTokenizer)
     vocab = check_same_vocabulary(tokenizer, teacher_tokenizer)
-    config = _load("model", args.model, AutoConfig)
-    teacher_config = _load("teacher_model", args.teacher_model, AutoConfig)
+    config = load_pretrained("model", args.model, AutoConfig)
+    teacher_config = load_pretrained("teacher_model", args.teacher_model, AutoConfig)
 
     num_head_rows = config.get_text_config().vocab_size
     try:
@@ -199,18 +200,6 @@ def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
     if not torch.accelerator.is_available():
         return "float32"
     return str(config.get_text_config().dtype or "float32").removeprefix("torch.")
-
-
-def _load(argument: str, name: str, auto_class: type) -> Any:
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"`{argument}`: there is no folder {name!r}.")
-    try:
-        return auto_class.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"`{argument}` must be a Hub id or a local folder of a model, got {name!r}: {reason}"
-        ) from None
 
 
 def _eos_token_ids(name: str, config: PretrainedConfig, tokenizer_eos: int | None) -> list[int]:

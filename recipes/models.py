@@ -1,6 +1,9 @@
-"""Loads models for inference in the recipes; knows nothing of selectors or problems."""
+"""Loads models, tokenizers and configs in the recipes; knows nothing of selectors or problems."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -19,3 +22,16 @@ def load_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
 def default_device() -> torch.device:
     """The accelerator where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_pretrained(argument: str, name: str, auto_class: type) -> Any:
+    """`auto_class.from_pretrained(name)` of a tokenizer or config, or one line that names the argument."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"`{argument}`: there is no folder {name!r}.")
+    try:
+        return auto_class.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"`{argument}` must be a Hub id or a local folder of a model, got {name!r}: {reason}"
+        ) from None

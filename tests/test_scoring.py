@@ -11,13 +11,13 @@ from tiny import FAMILIES, RESERVED, NaiveModel, lora_model, make_selector, prom
 from transformers_s2t.scoring import (
     AdapterSwitch,
     PrefixCache,
+    ReservedRows,
     append_candidates,
     bin_logits,
     candidate_scores,
     fork_cache,
     keep_candidate,
     positions_from_mask,
-    reserved_rows,
     supports_tree,
     tree_mask,
 )
@@ -323,18 +323,18 @@ def test_the_switch_reaches_every_adapter_layer():
 @pytest.mark.parametrize("tied", [False, True])
 def test_reserved_rows_come_in_the_order_asked_for(tied):
     model = lora_model(tiny_model(tie_word_embeddings=tied)).get_base_model()
-    rows = reserved_rows(model, RESERVED, "s2t")
+    rows = ReservedRows(model, RESERVED, "s2t")()
     assert rows.shape == (16, 32)
-    assert torch.equal(reserved_rows(model, RESERVED[::-1], "s2t"), rows.flip(0))
-    assert torch.equal(reserved_rows(model, (85,), "s2t")[0], rows[4])
+    assert torch.equal(ReservedRows(model, RESERVED[::-1], "s2t")(), rows.flip(0))
+    assert torch.equal(ReservedRows(model, (85,), "s2t")()[0], rows[4])
 
 
 @pytest.mark.parametrize(("ids", "name"), [((80, *RESERVED), "s2t"), (RESERVED, "other")])
 def test_untrained_rows_are_never_read_as_scores(ids, name):
     with pytest.raises(ValueError, match=f"Adapter '{name}' holds no trained rows.*trainable_token_indices"):
-        reserved_rows(lora_model(tiny_model()), ids, name)
+        ReservedRows(lora_model(tiny_model()), ids, name)
 
 
 def test_a_model_without_an_adapter_has_no_reserved_rows():
     with pytest.raises(ValueError, match="holds no trained rows"):
-        reserved_rows(tiny_model(), RESERVED, "s2t")
+        ReservedRows(tiny_model(), RESERVED, "s2t")

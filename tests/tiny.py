@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from transformers_s2t import LocalSelector, SelectorConfig
-from transformers_s2t.scoring import reserved_rows
+from transformers_s2t.scoring import ReservedRows
 
 
 VOCAB_SIZE, PAD, BOS, EOS = 97, 0, 1, 2
@@ -92,7 +92,7 @@ class NaiveModel:
         self.base, self.tokens_adapted = base, "none"
         if selector is None:
             return
-        self.rows_RD = reserved_rows(selector.model, selector.selector_config.reserved_token_ids, "s2t").detach()
+        self.rows_RD = ReservedRows(selector.model, selector.selector_config.reserved_token_ids, "s2t")().detach()
         plain = dict(base.named_modules())
         for name, module in selector.model.named_modules():
             if hasattr(module, "lora_A"):

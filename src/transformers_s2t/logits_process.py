@@ -76,9 +76,10 @@ class S2TLogitsProcessor(LogitsProcessor):
         self._seen_BT = input_ids
         columns_T = torch.arange(input_ids.shape[1], device=input_ids.device)
         mask_BT = columns_T >= self._num_padding_B[:, None]
+        scores = exclude(scores, self.selector.excluded_ids)
         with torch.no_grad():
             result = self._session.step(input_ids, mask_BT, scores)
-        return fix_tokens(exclude(scores, self.selector.excluded_ids), result.token_B, result.asked_B)
+        return fix_tokens(scores, result.token_B, result.asked_B)
 
     def _goes_on(self, input_ids: torch.Tensor) -> bool:
         seen = self._seen_BT

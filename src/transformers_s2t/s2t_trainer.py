@@ -36,12 +36,12 @@ from .s2t_config import S2TConfig
 from .scoring import (
     AdapterSwitch,
     PackedPoints,
+    ReservedRows,
     bin_logits,
     candidate_scores,
     check_tree_support,
     get_decoder,
     packed_hidden,
-    reserved_rows,
     valid_candidates,
 )
 from .trajectories import TrajectoryCollator, TrajectoryHeader, read_labels, validate_row
@@ -134,6 +134,7 @@ class S2TTrainer(Trainer):
         self.adapter_name = model.active_adapter
         check_tree_support(self.base_model)
         self.switch = AdapterSwitch(self.base_model, self.adapter_name)
+        self.rows = ReservedRows(self.base_model, self.reserved_token_ids, self.adapter_name)
         self.switch.set(args.proposals == "adapted")  # `trainer.model.generate` is what will be deployed
         self.label_header = header
 
@@ -196,8 +197,7 @@ class S2TTrainer(Trainer):
             hidden_BMD, prefix_BTD = packed_hidden(
                 self.base_model, self.switch, inputs["input_ids"], mask_BT, points, args.adapter_scope
             )
-        rows_RD = reserved_rows(self.base_model, self.reserved_token_ids, self.adapter_name)
-        scores_BNK = points.unpack(candidate_scores(bin_logits(hidden_BMD, rows_RD), args.score_head))
+        scores_BNK = points.unpack(candidate_scores(bin_logits(hidden_BMD, self.rows()), args.score_head))
 
         # flat over the points that have a choice
         scores_NK, valid_NK = scores_BNK[point_BN], valid_BNK[point_BN]

@@ -369,24 +369,31 @@ def adapter_state(model: nn.Module) -> dict[int, tuple[bool, list[str]]]:
     return state
 
 
-def reserved_rows(model: PreTrainedModel, reserved_token_ids: tuple[int, ...], adapter_name: str) -> torch.Tensor:
-    """The trained rows (R, D) of the output head, in the order of `reserved_token_ids`.
+class ReservedRows:
+    """The trained rows (R, D) of the output head, in the order of `reserved_token_ids`: found once, read by a call.
 
     Raises:
         ValueError: where the adapter holds no such rows, so that untrained logits are never read as scores.
     """
-    for module in model.modules():
-        if isinstance(module, TrainableTokensWrapper):
-            layer = module.token_adapter
-            if adapter_name in layer.trainable_tokens_delta:
-                order = {id: row for row, id in enumerate(layer.token_indices[adapter_name])}
-                if all(id in order for id in reserved_token_ids):
-                    rows = layer.trainable_tokens_delta[adapter_name]
-                    return rows[torch.tensor([order[id] for id in reserved_token_ids], device=rows.device)]
-    raise ValueError(
-        f"Adapter {adapter_name!r} holds no trained rows for the reserved tokens {list(reserved_token_ids)}: its "
-        "LoraConfig needs `trainable_token_indices={'lm_head': reserved_token_ids}` (S2TTrainer sets it)."
-    )
+
+    def __init__(self, model: PreTrainedModel, reserved_token_ids: tuple[int, ...], adapter_name: str):
+        for module in model.modules():
+            if isinstance(module, TrainableTokensWrapper):
+                layer = module.token_adapter
+                if adapter_name in layer.trainable_tokens_delta:
+                    order = {id: row for row, id in enumerate(layer.token_indices[adapter_name])}
+                    if all(id in order for id in reserved_token_ids):
+                        self._rows, self._adapter_name = layer.trainable_tokens_delta, adapter_name
+                        self._order = torch.tensor([order[id] for id in reserved_token_ids])
+                        return
+        raise ValueError(
+            f"Adapter {adapter_name!r} holds no trained rows for the reserved tokens {list(reserved_token_ids)}: its "
+            "LoraConfig needs `trainable_token_indices={'lm_head': reserved_token_ids}` (S2TTrainer sets it)."
+        )
+
+    def __call__(self) -> torch.Tensor:
+        rows = self._rows[self._adapter_name]
+        return rows[self._order.to(rows.device)]
 
 
 def bin_logits(hidden_D: torch.Tensor, rows_RD: torch.Tensor) -> torch.Tensor:

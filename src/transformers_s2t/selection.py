@@ -29,17 +29,17 @@ from .config import (
     S2TDecodingConfig,
     SelectorConfig,
 )
-from .proposals import Proposals, exclude, propose
+from .proposals import Proposals, propose
 from .reserved_tokens import resize_for_reserved_tokens
 from .scoring import (
     AdapterSwitch,
     PrefixCache,
+    ReservedRows,
     adapter_state,
     append_candidates,
     bin_logits,
     candidate_scores,
     keep_candidate,
-    reserved_rows,
 )
 
 
@@ -151,7 +151,7 @@ class LocalSelector(Selector):
         self.thresholds = selector_config.thresholds
         self.fusion = selector_config.fusion
         self.switch = AdapterSwitch(self.model, adapter_name, state)
-        reserved_rows(self.model, selector_config.reserved_token_ids, adapter_name)  # fails early, not at a trigger
+        self.rows = ReservedRows(self.model, selector_config.reserved_token_ids, adapter_name)
         self.excluded_ids = torch.tensor(selector_config.reserved_token_ids)
         self.switch.set(selector_config.proposals == "adapted")
 
@@ -212,8 +212,7 @@ class LocalSelector(Selector):
 
     def read_scores(self, hidden_AKD: torch.Tensor) -> torch.Tensor:
         """Scores (A, K) from the candidates' last hidden states."""
-        rows_RD = reserved_rows(self.model, self.selector_config.reserved_token_ids, self.adapter_name)
-        return candidate_scores(bin_logits(hidden_AKD, rows_RD), self.selector_config.score_head)
+        return candidate_scores(bin_logits(hidden_AKD, self.rows()), self.selector_config.score_head)
 
     def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor:
         in_sequence = self.selector_config.adapter_scope == "sequence"
@@ -386,13 +385,13 @@ class S2TSession:
         Args:
             input_ids_BT: everything so far, prompt included.
             mask_BT: bool, False at padding.
-            logits_BV: the student's next-token logits, after the user's processors, before any sampling warper.
+            logits_BV: the student's next-token logits, after the user's processors, before any sampling warper, and
+                with the selector's `excluded_ids` at -inf: triggers and proposals must not see reserved tokens.
             active_B: rows that have not finished; `None` for all.
             default_B: the tokens of rows that are not asked, where they are known already (see `next_logits_BV`).
         """
         self.input_ids_BT, self.mask_BT, self._teacher_logits_BV = input_ids_BT, mask_BT, None
         config, device = self.config, logits_BV.device
-        logits_BV = exclude(logits_BV, self.selector.excluded_ids)
         if active_B is None:
             active_B = torch.ones(len(logits_BV), dtype=torch.bool, device=device)
         past_warmup = input_ids_BT.shape[1] - self.prompt_length >= config.warmup_tokens
