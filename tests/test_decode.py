@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import (
     EOS,
     FAMILIES,
@@ -362,10 +363,57 @@ def test_a_model_that_repeats_cache_rows_decodes_the_same(setup, monkeypatch, ba
     """The fallback of models without a tree mask, forced upon one that has it."""
     model, selector = set_up(setup)
     expected = generate("fast", model, batch, selector, offer_all())
-    monkeypatch.setattr("transformers_s2t.scoring.supports_tree", lambda model, cache: False)
+    for module in ("scoring", "selection"):
+        monkeypatch.setattr(f"transformers_s2t.{module}.supports_tree", lambda model, cache: False)
     tokens, trace = both_roads(model, batch, selector, offer_all())
     assert tokens.tolist() == expected.tolist()
     assert num_flipped(trace) > 0
+    assert "tree" not in trace.forwards
+
+
+@pytest.mark.parametrize("num_free", [0, 10_000], ids=["two-forwards", "one-forward"])
+@pytest.mark.parametrize("setup", SCOPES, ids=name_of)
+def test_one_forward_and_two_select_the_same(setup, num_free, monkeypatch, batch):
+    """Which is cheaper depends on the device and on how many rows ask; the tokens must not."""
+    model, selector = set_up(setup)
+    config = offer_all(trigger="random", threshold=0.6, warmup_tokens=0)
+    expected = generate("fast", model, batch, selector, config)
+    monkeypatch.setattr("transformers_s2t.scoring.FREE_TOKENS", {"cpu": num_free})
+    tokens, trace = both_roads(model, batch, selector, config)
+    assert tokens.tolist() == expected.tolist()
+    assert num_flipped(trace) > 0
+    shares_the_cache = num_free > 0 and setup != ("sequence", "base")
+    assert ("tree" in trace.forwards) is shares_the_cache
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_that_is_not_plain_lora_takes_two_forwards(dora, batch):
+    """DoRA rescales the base weights: there is no sum that could be added to the last tokens alone."""
+    model = tiny_model()
+    torch.manual_seed(1)
+    peft_config = LoraConfig(
+        target_modules="all-linear",
+        trainable_token_indices={"lm_head": list(RESERVED)},
+        init_lora_weights=False,
+        use_dora=dora,
+    )
+    peft_model = get_peft_model(model, peft_config, adapter_name="s2t").eval()
+    selector = LocalSelector(peft_model, SelectorConfig(RESERVED, num_candidates=5, min_prob_ratio=0.0), "s2t")
+    assert selector.switch.can_split is not dora
+    _, trace = both_roads(model, batch, selector, offer_all())
+    assert ("tree" in trace.forwards) is not dora
+
+
+def test_a_layer_that_flattens_its_tokens_takes_two_forwards(batch):
+    """Experts see the tokens of all rows in one heap: which of them are the last ones cannot be told."""
+    model, selector = set_up(("candidate", "base"))
+    expected = generate("fast", model, batch, selector, offer_all())
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda hidden: forward(hidden.flatten(0, 1)).reshape(hidden.shape)
+    tokens, trace = both_roads(model, batch, selector, offer_all())
+    assert tokens.tolist() == expected.tolist()
+    assert not selector.switch.can_split and set(trace.forwards) == {"scorer"}
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
@@ -685,7 +733,7 @@ def test_a_candidate_that_the_teachers_head_lacks_is_never_preferred():
 
     ids = torch.tensor([[70, 96, 5, 7]])
     proposals = Proposals(ids, torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool))
-    scores = teacher.score(Session(), torch.tensor([0]), proposals)
+    scores = teacher.score(Session(), torch.tensor([0]), proposals).scores_AK
     assert scores.argsort(descending=True)[0, :2].tolist() == [3, 2]
 
 
@@ -717,16 +765,19 @@ def test_no_forward_is_run_beyond_those_that_a_scope_needs(setup):
     asked = [bool(step["asked_B"][0]) for step in trace.steps]
     assert 0 < sum(asked) < NEW_TOKENS - 3
     greedy = NEW_TOKENS
-    if setup == ("sequence", "adapted"):
-        assert count.calls == greedy + asked[-1]  # the tree is the next step; only after the last there is none
-        assert count.tokens == 6 + sum(5 if a else 1 for a in asked[:-1]) + (5 if asked[-1] else 0)
-    elif setup == ("candidate", "base"):
-        assert count.calls == greedy + sum(asked)
-        assert count.tokens == 6 + (greedy - 1) + 5 * sum(asked)
-    else:  # a second cache, caught up at each question: at most one more forward each
-        assert count.calls == greedy + 2 * sum(asked)
+    if setup == ("sequence", "base"):  # a second cache: its prefix once, then one forward a question with all it lacks
+        assert trace.forwards == {"scorer": 1 + sum(asked)}
+        assert count.calls == greedy + 1 + sum(asked)
         last = max(i for i, a in enumerate(asked) if a)
         assert count.tokens == 6 + (greedy - 1) + 5 * sum(asked) + 6 + last
+    else:  # the tree is the next step; only after the last token there is none
+        assert trace.forwards == {"tree": sum(asked)}
+        assert count.calls == greedy + asked[-1]
+        width = (
+            10 if setup == ("candidate", "base") else 5
+        )  # once as the base writes it, once as the adapter scores it
+        assert count.tokens == 6 + sum(width if a else 1 for a in asked[:-1]) + (width if asked[-1] else 0)
+    assert [sum(step["forwards"].values()) > 0 for step in trace.rows()[0]] == asked
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -753,7 +804,9 @@ def test_the_trace_tells_what_happened(setup, road, batch):
                     assert all(0 <= score <= 1 for score in scores)
             assert step["flipped"] is (step["first"] != step["token"])
     assert num_flipped(trace) > 0
-    kind = {"teacher": "teacher", ("sequence", "adapted"): "tree" if road == "fast" else "scorer"}.get(setup, "scorer")
+    kind = "teacher" if setup == "teacher" else "scorer"
+    if road == "fast" and setup in (("candidate", "base"), ("sequence", "adapted")):
+        kind = "tree"
     assert set(trace.forwards) == set(trace.tokens) == {kind}
 
 

@@ -28,7 +28,7 @@ from .config import S2TDecodingConfig
 from .logits_process import fix_tokens, resolve_selector
 from .proposals import exclude
 from .scoring import cache_argument, head_is_plain, last_hidden_of
-from .selection import S2TSession, S2TTrace, Selector
+from .selection import LocalSelector, S2TSession, S2TTrace, Selector
 
 
 _WARPERS = (
@@ -126,8 +126,8 @@ def _decode(
     unfinished_B = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     if text_streamer is not None:
         text_streamer.put(input_ids.cpu())
-    commits = getattr(selector, "tree_commits", False)
-    with last_hidden_of(model) if commits else nullcontext() as seen:
+    local = isinstance(selector, LocalSelector)
+    with last_hidden_of(model) if local else nullcontext() as seen:
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
     logits_BV = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -138,7 +138,7 @@ def _decode(
             f"{type(cache)}. Use logits_processor=S2T(...) with a teacher, or another model."
         )
     session.student_cache = cache
-    session.head_is_plain = commits and head_is_plain(model, seen, logits_BV)
+    session.head_is_plain = local and head_is_plain(model, seen, logits_BV)
     del outputs
 
     while True:
@@ -169,8 +169,8 @@ def _decode(
         if not bool(unfinished_B.any()):
             break
 
-        if result.next_logits_BV is not None:  # scoring was the next forward: only the bookkeeping is left to do
-            logits_BV = result.next_logits_BV
+        if result.advance is not None:  # scoring was the next forward: only the bookkeeping is left to do
+            logits_BV = result.advance()
             model_kwargs = model._update_model_kwargs_for_generation({}, model_kwargs)
             continue
         model_inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)

@@ -3,11 +3,13 @@
 The trainer and the decoder call the same functions, so a training score is a decoding score. Two exact ways lead from
 a cached prefix to the hidden states of M appended candidates:
 
-- *tree*: one forward of M tokens per row; a 4D mask lets each see its prefix and itself;
+- *tree*: one forward of M tokens per row; a 4D mask lets each see its prefix and itself. Tokens of the prefix that the
+  cache does not hold yet (N of them) ride in front of them in the same forward;
 - *repeat*: every row of the cache repeated once per candidate, one ordinary token each. Slower, for attention
   kernels and cache layers that a tree mask does not describe (flash attention, sliding windows, linear attention).
 
-Legend: B rows, T cached prefix tokens, M appended candidates per row, R reserved tokens, D hidden size.
+Legend: B rows, T prefix tokens, the last N of them not cached yet, M appended candidates per row, R reserved tokens,
+D hidden size.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.pytorch_utils import Conv1D
 
 from .proposals import floor_mask
 
@@ -49,30 +53,37 @@ def positions_from_mask(attention_mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def tree_mask(
-    prefix_mask_BT: torch.Tensor, limits_BM: torch.Tensor, attn_implementation: str, dtype: torch.dtype
+    prefix_mask_BT: torch.Tensor,
+    limits_BM: torch.Tensor,
+    attn_implementation: str,
+    dtype: torch.dtype,
+    num_new: int = 0,
 ) -> torch.Tensor:
-    """4D attention mask of M candidates on T cached tokens.
+    """4D attention mask of N new prefix tokens and M candidates.
 
-    Candidate m of a row sees the real tokens among the first `limits_BM[b, m]` cached ones, and itself.
+    Candidate m of a row sees the real tokens among the first `limits_BM[b, m]` of the prefix, and itself. New tokens
+    are causal: each sees the real ones up to itself.
 
     Args:
-        prefix_mask_BT: bool, False where the cache holds padding.
-        limits_BM: int, how many cached columns each candidate may see.
+        prefix_mask_BT: bool, False at padding; the last `num_new` columns are the new tokens.
+        limits_BM: int, how many prefix columns each candidate may see.
         attn_implementation: "sdpa" gets a bool mask, "eager" an additive one (a bool mask is silently wrong there).
         dtype: of the additive mask.
+        num_new: N.
 
     Returns:
-        (B, 1, M, T + M).
+        (B, 1, N + M, T + M).
     """
-    batch_size, num_cached = prefix_mask_BT.shape
-    num_new = limits_BM.shape[1]
-    columns_T = torch.arange(num_cached, device=prefix_mask_BT.device)
-    prefix_BMT = prefix_mask_BT[:, None, :].bool() & (columns_T < limits_BM[..., None])
-    itself_BMM = torch.eye(num_new, dtype=torch.bool, device=prefix_mask_BT.device).expand(batch_size, -1, -1)
-    allowed_B1MN = torch.cat([prefix_BMT, itself_BMM], dim=-1)[:, None]
+    batch_size, num_prefix = prefix_mask_BT.shape
+    num_candidates, device = limits_BM.shape[1], prefix_mask_BT.device
+    columns_T = torch.arange(num_prefix, device=device)
+    limits_BQ = torch.cat([(columns_T[num_prefix - num_new :] + 1).expand(batch_size, -1), limits_BM], dim=1)
+    prefix_BQT = prefix_mask_BT[:, None, :].bool() & (columns_T < limits_BQ[..., None])
+    itself_QM = torch.eye(num_new + num_candidates, dtype=torch.bool, device=device)[:, num_new:]
+    allowed_B1QC = torch.cat([prefix_BQT, itself_QM.expand(batch_size, -1, -1)], dim=-1)[:, None]
     if attn_implementation == "eager":
-        return torch.zeros_like(allowed_B1MN, dtype=dtype).masked_fill(~allowed_B1MN, torch.finfo(dtype).min)
-    return allowed_B1MN
+        return torch.zeros_like(allowed_B1QC, dtype=dtype).masked_fill(~allowed_B1QC, torch.finfo(dtype).min)
+    return allowed_B1QC
 
 
 def supports_tree(model: PreTrainedModel, cache: Cache) -> bool:
@@ -177,35 +188,42 @@ def append_candidates(
     limits_BM: torch.Tensor | None = None,
     row_index: torch.Tensor | None = None,
     tree: bool | None = None,
+    new_ids_BN: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Cache, bool]:
     """Hidden states of candidates, each appended to its prefix on its own.
 
     Args:
         model: causal language model (adapters on or off as the caller has set them).
-        cache: holds T tokens per row; it is left as it was.
-        prefix_mask_BT: bool, False where the cache holds padding.
+        cache: holds the prefix but for `new_ids_BN`; it is left as it was.
+        prefix_mask_BT: bool, False at padding.
         candidate_ids_BM: the tokens to append.
         positions_BM: position of each candidate in its own text.
-        limits_BM: how many cached columns each candidate sees; `None` for all T.
+        limits_BM: how many prefix columns each candidate sees; `None` for all T.
         row_index: which rows of the cache the B rows are, `None` for all of them in order.
         tree: `None` chooses by [`supports_tree`].
+        new_ids_BN: the last tokens of the prefix, where the cache lacks them (tree only).
 
     Returns:
-        hidden_BMD, the fed cache (tree: M more columns per row; repeat: B * M rows), and whether it was the tree.
+        hidden_BMD, the fed cache (tree: M columns more than the prefix; repeat: B * M rows), and whether it was the
+        tree.
 
     Raises:
         ValueError: where limits differ and only repeated rows would be exact.
     """
     check_state_is_cached(model, cache)
-    batch_size, num_new = candidate_ids_BM.shape
-    num_cached = prefix_mask_BT.shape[1]
+    batch_size, num_candidates = candidate_ids_BM.shape
+    num_prefix = prefix_mask_BT.shape[1]
     if tree is None:
         tree = supports_tree(model, cache)
     if tree:
         fed = fork_cache(cache, row_index)
         if limits_BM is None:
-            limits_BM = torch.full_like(candidate_ids_BM, num_cached)
-        mask = tree_mask(prefix_mask_BT, limits_BM, model.config._attn_implementation, model.dtype)
+            limits_BM = torch.full_like(candidate_ids_BM, num_prefix)
+        num_new = 0 if new_ids_BN is None else new_ids_BN.shape[1]
+        if num_new:
+            candidate_ids_BM = torch.cat([new_ids_BN, candidate_ids_BM], dim=1)
+            positions_BM = torch.cat([positions_from_mask(prefix_mask_BT)[:, -num_new:], positions_BM], dim=1)
+        mask = tree_mask(prefix_mask_BT, limits_BM, model.config._attn_implementation, model.dtype, num_new)
         output = get_decoder(model)(
             input_ids=candidate_ids_BM,
             attention_mask=mask,
@@ -213,13 +231,14 @@ def append_candidates(
             use_cache=True,
             **{cache_argument(model): fed},
         )
-        return output.last_hidden_state, fed, True
-    if limits_BM is not None and bool((limits_BM != num_cached).any()):
+        return output.last_hidden_state[:, num_new:], fed, True
+    assert new_ids_BN is None, "repeated rows need a cache that holds the whole prefix"
+    if limits_BM is not None and bool((limits_BM != num_prefix).any()):
         raise ValueError(
             "Candidates at different places of one cached prefix need a tree mask, which this model's attention "
             f"({model.config._attn_implementation!r}) or cache layers do not support exactly."
         )
-    repeats = torch.arange(batch_size, device=candidate_ids_BM.device).repeat_interleave(num_new)
+    repeats = torch.arange(batch_size, device=candidate_ids_BM.device).repeat_interleave(num_candidates)
     fed = fork_cache(cache, repeats if row_index is None else row_index[repeats])
     mask_BT = torch.cat([prefix_mask_BT, prefix_mask_BT.new_ones(batch_size, 1)], dim=1)[repeats]
     name = cache_argument(model)
@@ -230,22 +249,39 @@ def append_candidates(
         use_cache=True,
         **{name: fed},
     )
-    return output.last_hidden_state.reshape(batch_size, num_new, -1), fed, False
+    return output.last_hidden_state.reshape(batch_size, num_candidates, -1), fed, False
 
 
-def keep_candidate(fed: Cache, chosen_B: torch.Tensor, num_new: int, tree: bool) -> Cache:
+#: Tokens that may ride along in a forward for less than a second forward costs. A forward reads every weight whatever
+#: it is fed: on a CPU that is worth about 25 more tokens, on a GPU hundreds (benchmarks/decode.py).
+FREE_TOKENS = {"cpu": 24}
+FREE_TOKENS_ELSEWHERE = 384
+
+
+def pays_to_merge(num_extra_tokens: int, device: torch.device) -> bool:
+    """Whether one forward with so many more tokens in all is cheaper than two."""
+    return num_extra_tokens <= FREE_TOKENS.get(device.type, FREE_TOKENS_ELSEWHERE)
+
+
+def keep_candidate(fed: Cache, chosen_B: torch.Tensor, num_candidates: int, tree: bool) -> Cache:
     """Turns the fed cache of [`append_candidates`] into that of the chosen candidate: T + 1 tokens, B rows."""
     if not tree:
-        rows = torch.arange(len(chosen_B), device=chosen_B.device) * num_new + chosen_B
+        rows = torch.arange(len(chosen_B), device=chosen_B.device) * num_candidates + chosen_B
         fed.reorder_cache(rows)
         return fed
-    for layer in fed.layers:
+    for layer in (layer for layer in fed.layers if layer.is_initialized):
         for name in ("keys", "values"):
-            states = getattr(layer, name)  # (B, heads, T + M, head size)
-            num_cached = states.shape[-2] - num_new
+            states = getattr(layer, name)  # (B, heads, T + M, head size), made by this forward: free to write to
+            num_prefix = states.shape[-2] - num_candidates
             index = chosen_B.to(states.device).view(-1, 1, 1, 1).expand(-1, states.shape[1], 1, states.shape[3])
-            picked = states[..., num_cached:, :].gather(2, index)
-            setattr(layer, name, torch.cat([states[..., :num_cached, :], picked], dim=-2))
+            states[..., num_prefix : num_prefix + 1, :] = states[..., num_prefix:, :].gather(2, index)
+            setattr(layer, name, states[..., : num_prefix + 1, :])
+    return fed
+
+
+def drop_candidates(fed: Cache, num_candidates: int) -> Cache:
+    """The fed cache of a tree without its candidates: the prefix alone."""
+    fed.crop(-num_candidates)
     return fed
 
 
@@ -302,6 +338,29 @@ class PrefixCache:
         get_decoder(self.model)(**inputs)
         return None
 
+    def feed_and_append(
+        self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, candidate_ids_BM: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states (B, M, D) of candidates, in one forward with the tokens that the cache does not hold yet.
+
+        Where a tree mask is exact, see [`supports_tree`]. The candidates leave no trace in the cache.
+        """
+        device, start = self.model.device, self.num_cached
+        mask_BT, candidate_ids_BM = mask_BT.to(device), candidate_ids_BM.to(device)
+        hidden_BMD, fed, _ = append_candidates(
+            self.model,
+            self.cache,
+            mask_BT,
+            candidate_ids_BM,
+            mask_BT.long().sum(-1, keepdim=True).expand_as(candidate_ids_BM),
+            tree=True,
+            new_ids_BN=input_ids_BT[:, start:].to(device),
+        )
+        self.cache = drop_candidates(fed, candidate_ids_BM.shape[1])
+        if self._num_fed is not None:
+            self._num_fed = input_ids_BT.shape[1]
+        return hidden_BMD
+
 
 class AdapterSwitch:
     """Turns one adapter of a model on and off in microseconds, leaving `requires_grad` alone.
@@ -330,6 +389,8 @@ class AdapterSwitch:
             self.layers.append(layer)
             self._off.append((disabled, active or [adapter_name]))
             self._on.append((False, [adapter_name] if disabled else [*active, adapter_name]))
+        self._adapted = [layer for layer in self.layers if _holds_adapter(layer, adapter_name)]
+        self._can_split = all(_is_plain_lora(layer, adapter_name) for layer in self._adapted)
 
     def set(self, enabled: bool) -> None:
         self._apply(self._on if enabled else self._off)
@@ -354,6 +415,58 @@ class AdapterSwitch:
             yield
         finally:
             self._apply(before)
+
+    @property
+    def can_split(self) -> bool:
+        """Whether [`on_last`] is exact: plain LoRA on linear layers, which adds to each token on its own."""
+        return self._can_split
+
+    def cannot_split(self) -> None:
+        """Remembers that a layer of this model does not see its tokens in rows."""
+        self._can_split = False
+
+    @contextmanager
+    def on_last(self, num_tokens: int) -> Iterator[None]:
+        """On for the last `num_tokens` tokens of each row, off for those before them, in one forward.
+
+        Raises:
+            TokensNotInRows: by the forward inside, where a layer with the adapter flattens its input (experts do).
+        """
+
+        def add(layer: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            if args[0].dim() != 3:
+                raise TokensNotInRows
+            name = self.adapter_name
+            last_BMD = layer._cast_input_dtype(args[0][:, -num_tokens:], layer.lora_A[name].weight.dtype)
+            output[:, -num_tokens:] += layer.lora_B[name](layer.lora_A[name](last_BMD)) * layer.scaling[name]
+
+        handles = [layer.register_forward_hook(add) for layer in self._adapted]
+        try:
+            with self(False):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class TokensNotInRows(Exception):
+    """A layer's input is not (rows, tokens, features), so that its last tokens cannot be told from the others."""
+
+
+def _is_plain_lora(layer: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter's part of this layer's output is B A x times a number, for every token on its own."""
+    return (
+        isinstance(layer, LoraLayer)
+        and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))
+        and adapter_name in layer.lora_A
+        and adapter_name not in layer.lora_variant
+        and not layer.merged
+    )
+
+
+def _holds_adapter(layer: nn.Module, adapter_name: str) -> bool:
+    names = getattr(layer, "adapter_layer_names", ()) + getattr(layer, "other_param_names", ())
+    return any(adapter_name in getattr(layer, name, ()) for name in names)
 
 
 def _adapter_layers(model: nn.Module) -> list[nn.Module]:
@@ -485,7 +598,7 @@ def packed_hidden(
             )
         return hidden_BMD, prefix.last_hidden_state
     num_prefix = input_ids_BT.shape[1]
-    mask = packed_mask(mask_BT, points.positions_BM, model.config._attn_implementation, model.dtype)
+    mask = tree_mask(mask_BT, points.positions_BM, model.config._attn_implementation, model.dtype, num_new=num_prefix)
     with switch(True):
         output = get_decoder(model)(
             input_ids=torch.cat([input_ids_BT, points.candidate_ids_BM], dim=1),
@@ -495,23 +608,6 @@ def packed_hidden(
         )
     hidden = output.last_hidden_state
     return hidden[:, num_prefix:], hidden[:, :num_prefix]
-
-
-def packed_mask(
-    mask_BT: torch.Tensor, limits_BM: torch.Tensor, attn_implementation: str, dtype: torch.dtype
-) -> torch.Tensor:
-    """4D mask (B, 1, T + M, T + M): causal over the trajectory, then M candidates as in [`tree_mask`]."""
-    batch_size, num_prefix = mask_BT.shape
-    num_new = limits_BM.shape[1]
-    causal_TT = torch.ones(num_prefix, num_prefix, dtype=torch.bool, device=mask_BT.device).tril()
-    prefix_BTN = torch.cat(
-        [mask_BT[:, None, :] & causal_TT, mask_BT.new_zeros(batch_size, num_prefix, num_new)], dim=-1
-    )
-    tree_B1MN = tree_mask(mask_BT, limits_BM, "sdpa", dtype)
-    allowed_B1NN = torch.cat([prefix_BTN[:, None], tree_B1MN], dim=2)
-    if attn_implementation == "eager":
-        return torch.zeros_like(allowed_B1NN, dtype=dtype).masked_fill(~allowed_B1NN, torch.finfo(dtype).min)
-    return allowed_B1NN
 
 
 def check_tree_support(model: PreTrainedModel) -> None:

@@ -7,9 +7,10 @@ Legend: B rows, A asked rows, K candidates, T tokens so far, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -35,16 +36,34 @@ from .scoring import (
     AdapterSwitch,
     PrefixCache,
     ReservedRows,
+    TokensNotInRows,
     adapter_state,
     append_candidates,
     bin_logits,
     candidate_scores,
     keep_candidate,
+    pays_to_merge,
+    supports_tree,
 )
 
 
 ADAPTER_NAME = "s2t"
+MAX_CATCH_UP = 512  # tokens that ride along with candidates under one tree mask; longer texts are fed first
 _IMPOSSIBLE = -1e4  # a score for candidates that a teacher with a smaller head cannot emit
+
+
+class Scores(NamedTuple):
+    """What a selector says of the candidates of one step.
+
+    Attributes:
+        scores_AK: bigger = better.
+        advance: where scoring already was the next decoding step of the whole batch: from the chosen candidates (A,)
+            to the logits after the step's tokens (B, V), which also leaves the driving call's cache there. To be
+            called at most once; `None` where the next step is still to run.
+    """
+
+    scores_AK: torch.Tensor
+    advance: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class Selector:
@@ -85,8 +104,8 @@ class Selector:
         """Entered by `s2t_generate` for the length of a call: puts the model into the state that writes the text."""
         return nullcontext()
 
-    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor:
-        """Scores (A, K) of the proposals of the rows `rows_A`, bigger = better."""
+    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> Scores:
+        """Scores (A, K) of the proposals of the rows `rows_A`."""
         raise NotImplementedError
 
 
@@ -114,12 +133,12 @@ class TeacherSelector(Selector):
         self.thresholds = dict(thresholds or {})
         self.takeover = takeover
 
-    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor:
+    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> Scores:
         logits_AV = session.teacher_logits()[rows_A]
         known_AK = proposals.ids_BK < logits_AV.shape[-1]
         logprobs_AV = torch.log_softmax(logits_AV, dim=-1)
         scores_AK = logprobs_AV.gather(-1, proposals.ids_BK.clamp_max(logits_AV.shape[-1] - 1))
-        return scores_AK.clamp_min(_IMPOSSIBLE).masked_fill(~known_AK, _IMPOSSIBLE)
+        return Scores(scores_AK.clamp_min(_IMPOSSIBLE).masked_fill(~known_AK, _IMPOSSIBLE))
 
 
 class LocalSelector(Selector):
@@ -203,35 +222,105 @@ class LocalSelector(Selector):
         )
 
     @property
-    def tree_commits(self) -> bool:
-        """Whether the forward that scores also is the next decoding step (the adapted model writes the text)."""
+    def writes_adapted(self) -> bool:
+        """Whether the adapted model writes the text (`proposals="adapted"`, the paper's form)."""
         return self.selector_config.proposals == "adapted"
 
     def generating(self) -> AbstractContextManager:
-        return self.switch(self.tree_commits)
+        return self.switch(self.writes_adapted)
 
     def read_scores(self, hidden_AKD: torch.Tensor) -> torch.Tensor:
         """Scores (A, K) from the candidates' last hidden states."""
         return candidate_scores(bin_logits(hidden_AKD, self.rows()), self.selector_config.score_head)
 
-    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor:
+    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> Scores:
+        """One forward where a tree mask is exact and it is the cheaper way, otherwise two; the scores are the same.
+
+        - the driving call's own cache is the prefix: candidates are scored and decoded in one forward ("tree");
+        - the prefix lies in a cache of its own: it catches up and scores in one forward ("scorer").
+        """
         in_sequence = self.selector_config.adapter_scope == "sequence"
-        prefix = session.student_prefix(self, adapter_on_prefix=in_sequence)
-        mask_AT = session.mask_BT[rows_A].to(self.model.device)
-        ids_AK = proposals.ids_BK.to(self.model.device)
-        positions_AK = mask_AT.long().sum(-1, keepdim=True).expand_as(ids_AK)
+        prefix, num_new = session.student_prefix(self, adapter_on_prefix=in_sequence)
+        batch_size, (num_asked, width) = session.mask_BT.shape[0], proposals.ids_BK.shape
+        if (in_sequence or self.switch.can_split) and supports_tree(self.model, prefix.cache):
+            try:
+                if num_new == 0 and session.head_is_plain:
+                    copies = width if in_sequence else 2 * width
+                    if pays_to_merge(batch_size * (copies - 1) - num_asked * width, self.model.device):
+                        return self._score_and_decode(session, rows_A, proposals, prefix)
+                elif 0 < num_new <= MAX_CATCH_UP and prefix.num_cached:
+                    if pays_to_merge((batch_size - num_asked) * width, self.model.device):
+                        return Scores(self._catch_up_and_score(session, rows_A, proposals, prefix, num_new))
+            except TokensNotInRows:
+                self.switch.cannot_split()
+        if num_new:
+            session.count_forward("scorer", num_new * batch_size)
+            with self.switch(in_sequence):
+                prefix.feed(session.input_ids_BT, session.mask_BT)
+        return Scores(self._score_alone(session, rows_A, proposals, prefix))
+
+    def _score_alone(
+        self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals, prefix: PrefixCache
+    ) -> torch.Tensor:
+        """Scores (A, K) by a forward over the candidates of the asked rows, on a fork of the cached prefix."""
+        device = self.model.device
+        mask_AT, ids_AK = session.mask_BT[rows_A].to(device), proposals.ids_BK.to(device)
         whole_batch = len(rows_A) == session.mask_BT.shape[0]
+        session.count_forward("scorer", ids_AK.numel())
         with self.switch(True):
-            session.count_forward("scorer", ids_AK.numel())
             hidden_AKD, _, _ = append_candidates(
                 self.model,
                 prefix.cache,
                 mask_AT,
                 ids_AK,
-                positions_AK,
-                row_index=None if whole_batch else rows_A.to(self.model.device),
+                mask_AT.long().sum(-1, keepdim=True).expand_as(ids_AK),
+                row_index=None if whole_batch else rows_A.to(device),
             )
         return self.read_scores(hidden_AKD).to(proposals.logprobs_BK.device)
+
+    def _catch_up_and_score(
+        self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals, prefix: PrefixCache, num_new: int
+    ) -> torch.Tensor:
+        """Scores (A, K) by one forward that also feeds the last `num_new` tokens of the text to the prefix's cache."""
+        width = proposals.ids_BK.shape[1]
+        ids_BK = session.input_ids_BT[:, -1:].repeat(1, width)  # rows that were not asked: any token will do
+        ids_BK[rows_A] = proposals.ids_BK
+        in_sequence = self.selector_config.adapter_scope == "sequence"
+        with self.switch(True) if in_sequence else self.switch.on_last(width):
+            hidden_BKD = prefix.feed_and_append(session.input_ids_BT, session.mask_BT, ids_BK)
+        session.count_forward("scorer", len(ids_BK) * (num_new + width))
+        return self.read_scores(hidden_BKD[rows_A.to(hidden_BKD.device)]).to(proposals.logprobs_BK.device)
+
+    def _score_and_decode(
+        self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals, prefix: PrefixCache
+    ) -> Scores:
+        """The tree step: one forward scores the candidates and is the next decoding step of the whole batch.
+
+        With "candidate" it runs every candidate twice, as the base model that goes on writing sees it and as the
+        adapter scores it. Rows that were not asked run their own token in every column.
+        """
+        width = proposals.ids_BK.shape[1]
+        ids_BK = session.default_B[:, None].repeat(1, width)
+        ids_BK[rows_A] = proposals.ids_BK
+        written_twice = self.selector_config.adapter_scope == "candidate"
+        ids_BM = torch.cat([ids_BK, ids_BK], dim=1) if written_twice else ids_BK
+        positions_BM = session.mask_BT.long().sum(-1, keepdim=True).expand_as(ids_BM)
+        with self.switch.on_last(width) if written_twice else self.switch(True):
+            hidden_BMD, fed, _ = append_candidates(
+                self.model, prefix.cache, session.mask_BT, ids_BM, positions_BM, tree=True
+            )
+        session.count_forward("tree", ids_BM.numel())
+
+        def advance(choice_A: torch.Tensor) -> torch.Tensor:
+            chosen_B = torch.zeros(len(ids_BM), dtype=torch.long, device=ids_BM.device)
+            chosen_B[rows_A] = choice_A
+            kept = keep_candidate(fed, chosen_B, ids_BM.shape[1], tree=True)
+            for layer, new in zip(prefix.cache.layers, kept.layers):
+                layer.__dict__.update(new.__dict__)
+            hidden_BD = hidden_BMD[torch.arange(len(ids_BM), device=ids_BM.device), chosen_B]
+            return self.model.get_output_embeddings()(hidden_BD).float()
+
+        return Scores(self.read_scores(hidden_BMD[rows_A, -width:]), advance)
 
 
 def _check_fits(base: PreTrainedModel, path: str | os.PathLike, hub_kwargs: dict) -> None:
@@ -274,12 +363,13 @@ class StepResult(NamedTuple):
     Attributes:
         token_B: the selected token where `asked_B`, the student's first elsewhere.
         asked_B: rows whose selector was asked; the others decode as the user asked for.
-        next_logits_BV: logits after the step's tokens where scoring already was the next forward, else `None`.
+        advance: where scoring already was the next decoding step: returns the logits (B, V) after the step's tokens
+            and leaves the driving call's cache there. Not to be called after the last token.
     """
 
     token_B: torch.Tensor
     asked_B: torch.Tensor
-    next_logits_BV: torch.Tensor | None = None
+    advance: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass
@@ -291,14 +381,16 @@ class S2TTrace:
     Attributes:
         prompt_length: columns of the prompt.
         steps: per step a dict with `value_B` (trigger value), `triggered_B`, `asked_B`, `first_B` (the student's first
-            token), `token_B` (the selected one; for rows that were asked), and, where any row was asked, `rows_A`,
-            `candidate_ids_AK`, `scores_AK`, `mask_AK`.
-        forwards: forwards run beyond those of plain decoding, by kind ("teacher", "scorer").
-        tokens: tokens run in them, by kind.
+            token), `token_B` (the selected one; for rows that were asked), `forwards` (how many, by kind), and, where
+            any row was asked, `rows_A`, `candidate_ids_AK`, `scores_AK`, `mask_AK`.
+        forwards: forwards of the whole call by kind. "teacher" and "scorer" come on top of plain decoding's own;
+            "tree" takes the place of one of them: it scores and decodes (after the last token there is none to take
+            the place of).
+        tokens: tokens run in them, by kind, all rows together.
     """
 
     prompt_length: int = 0
-    steps: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    steps: list[dict] = field(default_factory=list)
     forwards: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
@@ -308,7 +400,8 @@ class S2TTrace:
 
     def rows(self) -> list[list[dict]]:
         """The same by row: for each a list of steps with `value`, `triggered`, `asked`, `flipped`, `first`, `token`,
-        and, where it was asked, `candidate_ids` and `scores` (candidates above the floor)."""
+        `forwards` (of the step, which all rows share), and, where it was asked, `candidate_ids` and `scores`
+        (candidates above the floor)."""
         if not self.steps:
             return []
         out: list[list[dict]] = [[] for _ in range(len(self.steps[0]["asked_B"]))]
@@ -323,6 +416,7 @@ class S2TTrace:
                     "first": int(step["first_B"][row]),
                     "token": int(step["token_B"][row]),
                     "flipped": asked and int(step["first_B"][row]) != int(step["token_B"][row]),
+                    "forwards": step["forwards"],
                 }
                 if row in where and "scores_AK" in step:
                     mask_K = step["mask_AK"][where[row]]
@@ -369,6 +463,8 @@ class S2TSession:
         self._scorer_prefix: PrefixCache | None = None
         self.input_ids_BT: torch.Tensor | None = None
         self.mask_BT: torch.Tensor | None = None
+        self.default_B: torch.Tensor | None = None
+        self._step_forwards: dict[str, int] = {}
         if trace is not None:
             trace.clear(prompt_length)
 
@@ -388,9 +484,10 @@ class S2TSession:
             logits_BV: the student's next-token logits, after the user's processors, before any sampling warper, and
                 with the selector's `excluded_ids` at -inf: triggers and proposals must not see reserved tokens.
             active_B: rows that have not finished; `None` for all.
-            default_B: the tokens of rows that are not asked, where they are known already (see `next_logits_BV`).
+            default_B: the tokens of rows that are not asked, where they are known already (see `StepResult.advance`).
         """
         self.input_ids_BT, self.mask_BT, self._teacher_logits_BV = input_ids_BT, mask_BT, None
+        self.default_B, self._step_forwards = default_B, {}
         config, device = self.config, logits_BV.device
         if active_B is None:
             active_B = torch.ones(len(logits_BV), dtype=torch.bool, device=device)
@@ -415,7 +512,7 @@ class S2TSession:
         asked_B = triggered_B if self.selector.takeover else triggered_B & (proposals.mask_BK.sum(-1) > 1)
 
         # 3. selection
-        next_logits_BV, asked = None, None
+        scored, advance = {}, None
         any_asked, any_nan = torch.stack([asked_B.any(), proposals.logprobs_BK.isnan().any()]).tolist()
         if any_nan:
             raise ValueError(
@@ -429,22 +526,14 @@ class S2TSession:
                 # the floor keeps a prefix of the candidates, so the widest row tells how many are worth a forward
                 width = int(proposals.mask_BK[rows_A].sum(-1).max())
                 asked = Proposals(*(tensor[rows_A, :width] for tensor in proposals))
-                commits = self.student_cache is not None and getattr(self.selector, "tree_commits", False)
-                if commits and self.head_is_plain:
-                    scores_AK, keep = self._score_and_keep(rows_A, asked, token_B if default_B is None else default_B)
-                    choice_A = decide(scores_AK, asked, self.fusion)
-                    next_logits_BV = keep(choice_A)
-                else:
-                    scores_AK = self.selector.score(self, rows_A, asked)
-                    choice_A = decide(scores_AK, asked, self.fusion)
+                scores_AK, advance_from = self.selector.score(self, rows_A, asked)
+                choice_A = decide(scores_AK, asked, self.fusion)
                 token_B[rows_A] = asked.ids_BK.gather(-1, choice_A[:, None])[:, 0]
-
-        scored = {}
-        if asked is not None:
-            scored = {"rows_A": rows_A, "candidate_ids_AK": asked.ids_BK, "scores_AK": scores_AK}
-            scored |= {"mask_AK": asked.mask_BK}
+                advance = None if advance_from is None else functools.partial(advance_from, choice_A)
+                scored = {"rows_A": rows_A, "candidate_ids_AK": asked.ids_BK, "scores_AK": scores_AK}
+                scored |= {"mask_AK": asked.mask_BK}
         self._record(value_B, triggered_B, asked_B, proposals.ids_BK[:, 0], token_B, **scored)
-        return StepResult(token_B, asked_B, next_logits_BV)
+        return StepResult(token_B, asked_B, advance)
 
     def _record(
         self,
@@ -459,7 +548,8 @@ class S2TSession:
         if self.trace is not None:
             entry = {"value_B": value_B, "triggered_B": triggered_B, "asked_B": asked_B, "first_B": first_B}
             entry |= {"token_B": token_B} | scored
-            self.trace.steps.append({name: tensor.detach().cpu() for name, tensor in entry.items()})
+            entry = {name: tensor.detach().cpu() for name, tensor in entry.items()}
+            self.trace.steps.append(entry | {"forwards": self._step_forwards})
 
     def _takeover(self, rows_A: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         """The teacher's favourite (A,) among the tokens that the student's head has and the user allows."""
@@ -493,55 +583,22 @@ class S2TSession:
             self._teacher_logits_BV = logits_BV.to(self.input_ids_BT.device)
         return self._teacher_logits_BV
 
-    def student_prefix(self, selector: LocalSelector, adapter_on_prefix: bool) -> PrefixCache:
-        """A cache of the small model that holds the whole prefix, computed with the adapter on or off.
+    def student_prefix(self, selector: LocalSelector, adapter_on_prefix: bool) -> tuple[PrefixCache, int]:
+        """A cache of the small model over the prefix with the adapter on or off, and how many tokens it lacks.
 
-        The driving call's own cache serves where it was computed the same way; otherwise one is kept and fed lazily.
+        The driving call's own cache serves where it is computed the same way; otherwise one is kept and fed lazily.
         """
-        own_text = self.student_cache is not None and adapter_on_prefix == selector.tree_commits
-        if own_text:
-            return PrefixCache(selector.model, self.student_cache)
+        if self.student_cache is not None and adapter_on_prefix == selector.writes_adapted:
+            return PrefixCache(selector.model, self.student_cache), 0
         if self._scorer_prefix is None:
             self._scorer_prefix = PrefixCache(selector.model)
-        new_tokens = self.input_ids_BT.shape[1] - self._scorer_prefix.num_cached
-        if new_tokens:
-            self.count_forward("scorer", new_tokens * len(self.input_ids_BT))
-        with selector.switch(adapter_on_prefix):
-            self._scorer_prefix.feed(self.input_ids_BT, self.mask_BT)
-        return self._scorer_prefix
-
-    def _score_and_keep(self, rows_A: torch.Tensor, asked: Proposals, default_B: torch.Tensor):
-        """The tree step: one forward scores the candidates and is the next decoding step of the whole batch.
-
-        Rows that were not asked run their own token in every column. Returns the scores (A, K) and a function from
-        the choices (A,) to the logits after the chosen tokens (B, V), which also leaves the driving cache there.
-        """
-        selector = self.selector
-        width = asked.ids_BK.shape[1]
-        ids_BK = default_B[:, None].repeat(1, width)
-        ids_BK[rows_A] = asked.ids_BK
-        positions_BK = self.mask_BT.long().sum(-1, keepdim=True).expand_as(ids_BK)
-        self.count_forward("tree", 0)
-        with selector.switch(True):
-            hidden_BKD, fed, tree = append_candidates(
-                selector.model, self.student_cache, self.mask_BT, ids_BK, positions_BK
-            )
-        scores_AK = selector.read_scores(hidden_BKD[rows_A])
-
-        def keep(choice_A: torch.Tensor) -> torch.Tensor:
-            chosen_B = torch.zeros(len(ids_BK), dtype=torch.long, device=ids_BK.device)
-            chosen_B[rows_A] = choice_A
-            kept = keep_candidate(fed, chosen_B, width, tree)
-            for layer, new in zip(self.student_cache.layers, kept.layers):
-                layer.__dict__.update(new.__dict__)
-            hidden_BD = hidden_BKD[torch.arange(len(ids_BK), device=ids_BK.device), chosen_B]
-            return selector.model.get_output_embeddings()(hidden_BD).float()
-
-        return scores_AK, keep
+        return self._scorer_prefix, self.input_ids_BT.shape[1] - self._scorer_prefix.num_cached
 
     def count_forward(self, kind: str, num_tokens: int) -> None:
+        """Adds a forward to the trace, where one was asked for."""
         if self.trace is not None:
-            self.trace.forwards[kind] = self.trace.forwards.get(kind, 0) + 1
+            for counts in (self.trace.forwards, self._step_forwards):
+                counts[kind] = counts.get(kind, 0) + 1
             self.trace.tokens[kind] = self.trace.tokens.get(kind, 0) + num_tokens
 
 
