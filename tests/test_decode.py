@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import (
     EOS,
     FAMILIES,
@@ -24,6 +24,7 @@ from tiny import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     PreTrainedTokenizerFast,
     StoppingCriteriaList,
@@ -658,9 +659,9 @@ def test_without_a_dict_no_scores_are_kept(batch):
 def test_text_streams_alike_on_both_roads(setup, streamer_type, tokenizer, capsys):
     model, selector = set_up(setup)
     inputs, texts = prompts((6,)), []
-    for road, argument in zip(ROADS, ("streamer", "text_streamer")):
+    for road in ROADS:
         streamer = streamer_type(tokenizer, skip_prompt=True)
-        got = generate(road, model, inputs, selector, offer_all(), **{argument: streamer})
+        got = generate(road, model, inputs, selector, offer_all(), streamer=streamer)
         text = capsys.readouterr().out if streamer_type is TextStreamer else "".join(streamer)
         texts.append(text.strip())
     assert texts[0] == texts[1] == tokenizer.decode(got[0, 6:])
@@ -733,7 +734,7 @@ def test_a_candidate_that_the_teachers_head_lacks_is_never_preferred():
 
     ids = torch.tensor([[70, 96, 5, 7]])
     proposals = Proposals(ids, torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool))
-    scores = teacher.score(Session(), torch.tensor([0]), proposals).scores_AK
+    scores = teacher.score(Session(), torch.tensor([0]), proposals)
     assert scores.argsort(descending=True)[0, :2].tolist() == [3, 2]
 
 
@@ -943,7 +944,7 @@ def test_the_linear_head_selects_too(road, batch):
     [
         ({"num_beams": 2}, "`num_beams` must be 1"),
         ({"use_cache": False}, "`use_cache` must be True"),
-        ({"cache_implementation": "static"}, "static caches are not supported"),
+        ({"cache_implementation": "static"}, "static and quantized caches are not supported"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         pytest.param({"dola_layers": "low"}, "DoLa|dola"),
         pytest.param({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
@@ -1149,11 +1150,39 @@ def test_a_name_in_the_models_place_is_refused(tmp_path):
 
 
 def test_an_adapter_name_that_is_taken_is_refused(tmp_path):
-    save_adapter(tmp_path)
+    save_adapter(tmp_path / "a")
+    save_adapter(tmp_path / "b", seed=2)
     model = tiny_model()
-    LocalSelector.from_pretrained(tmp_path, model)
+    LocalSelector.from_pretrained(tmp_path / "a", model)
     with pytest.raises(ValueError, match="already holds an adapter named 's2t'"):
-        LocalSelector.from_pretrained(tmp_path, model)
+        LocalSelector.from_pretrained(tmp_path / "b", model)
+
+
+@pytest.mark.parametrize("into_peft", [False, True], ids=["auto", "peft"])
+@pytest.mark.parametrize("setup", SCOPES, ids=name_of)
+def test_a_model_that_was_loaded_with_its_adapter_is_taken_as_it_is(setup, into_peft, batch, tmp_path):
+    """`from_pretrained` of transformers and peft leave the adapter on: loaded twice, it would write the text too."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora_model(model, name="default").save_pretrained(tmp_path / "adapter")
+    selector_config = SelectorConfig(RESERVED, *setup, num_candidates=5, min_prob_ratio=0.0)
+    selector_config.save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = generate("fast", fresh, batch, LocalSelector.from_pretrained(tmp_path / "adapter", fresh))
+    if into_peft:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    selector = LocalSelector.from_pretrained(tmp_path / "adapter", model)
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14  # once each
+    tokens, trace = both_roads(model, batch, selector)
+    assert tokens.tolist() == expected.tolist()
+    assert num_flipped(trace) > 0
+    plain = tiny_model() if setup[1] == "base" else None
+    if plain is not None:
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+        assert model.generate(**batch, **settings).tolist() == plain.generate(**batch, **settings).tolist()
 
 
 def test_an_adapter_without_reserved_rows_is_refused_when_it_is_loaded(tmp_path):

@@ -211,6 +211,7 @@ class SelectorConfig:
         base_model (`str`): name or path of the model that the adapter was trained on.
         teacher_model (`str`): of the labels.
         vocab_hash (`str`): fingerprint of the tokenizer that the labels were made with.
+        model_hash (`str`): fingerprint of the base model's weights.
         metrics (`dict`): held-out figures, for the model card.
     """
 
@@ -225,6 +226,7 @@ class SelectorConfig:
     base_model: str = ""
     teacher_model: str = ""
     vocab_hash: str = ""
+    model_hash: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):

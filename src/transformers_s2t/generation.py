@@ -6,16 +6,21 @@ Same tokens as the logits processor; does not know how a selector scores.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import BaseQuantizedLayer, StaticLayer
 from transformers.generation import (
+    BaseStreamer,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     GenerateDecoderOnlyOutput,
+    GenerationMixin,
+    GenerationMode,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopHLogitsWarper,
@@ -53,12 +58,13 @@ def s2t_generate(
     teacher_model: PreTrainedModel | None = None,
     decoding_config: S2TDecodingConfig | None = None,
     trace: S2TTrace | None = None,
-    text_streamer=None,
     **model_kwargs,
 ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
     """Decoding strategy for `model.generate(**inputs, custom_generate=s2t_generate, selector=selector)`.
 
-    Greedy and sampled decoding as `generate` does them, except that a triggered step emits the selected token.
+    Greedy and sampled decoding as `generate` does them, except that a triggered step emits the selected token. Takes
+    `generate`'s own `streamer=`. In place of `stop_strings=` pass `stopping_criteria=[StopStringCriteria(tokenizer,
+    [...])]`: `generate` keeps `tokenizer` from custom strategies.
 
     Args:
         model: the small model (passed by `generate`, as are `input_ids` (B, T), `logits_processor`,
@@ -67,20 +73,22 @@ def s2t_generate(
         teacher_model: without a selector, the teacher selects; with a local one, the oracle of the "kl" trigger.
         decoding_config: how; `None` for the selector's defaults.
         trace: filled with what happened in this call.
-        text_streamer: a `TextStreamer` or `TextIteratorStreamer`. (`generate` swallows its own `streamer` argument on
-            the way to a custom strategy, and `tokenizer` too: in place of `stop_strings=` pass
-            `stopping_criteria=[StopStringCriteria(tokenizer, [...])]`.)
 
     Returns:
         Token ids (B, T + new), or `GenerateDecoderOnlyOutput` with `return_dict_in_generate=True`.
 
     Raises:
-        ValueError: for generation modes that selection has no meaning for (beams, assisted decoding), static caches,
-            `use_cache=False`, and for thresholds that were never calibrated.
+        ValueError: for generation modes that selection has no meaning for (beams, assisted decoding), caches that do
+            not grow, `use_cache=False`, thresholds that were never calibrated, a teacher with other token ids, a
+            prompt that fills a model's context, more candidates than tokens, and logits that are NaN.
     """
     selector = resolve_selector(selector, teacher_model)
-    _refuse_unsupported(model, selector, generation_config, model_kwargs)
+    swallowed = _arguments_of_generate()
+    _refuse_unsupported(model, selector, generation_config, model_kwargs, swallowed.get("assistant_model"))
     session = S2TSession(selector, decoding_config, input_ids.shape[1], teacher_model=teacher_model, trace=trace)
+    session.check(
+        model_kwargs.get("attention_mask"), model.get_output_embeddings().weight.shape[0], model, input_ids=input_ids
+    )
     with torch.no_grad(), selector.generating():
         return _decode(
             model,
@@ -90,7 +98,7 @@ def s2t_generate(
             generation_config,
             model_kwargs,
             session,
-            text_streamer,
+            swallowed.get("streamer"),
         )
 
 
@@ -102,7 +110,7 @@ def _decode(
     generation_config: GenerationConfig,
     model_kwargs: dict,
     session: S2TSession,
-    text_streamer,
+    streamer: BaseStreamer | None,
 ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
     """The loop: the same order of operations as `GenerationMixin._sample`, with [`S2TSession.step`] in the middle."""
     selector = session.selector
@@ -124,8 +132,6 @@ def _decode(
     mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
 
     unfinished_B = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
-    if text_streamer is not None:
-        text_streamer.put(input_ids.cpu())
     local = isinstance(selector, LocalSelector)
     with last_hidden_of(model) if local else nullcontext() as seen:
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
@@ -163,8 +169,8 @@ def _decode(
 
         input_ids = torch.cat([input_ids, token_B[:, None]], dim=-1)
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=-1)
-        if text_streamer is not None:
-            text_streamer.put(token_B.cpu())
+        if streamer is not None:
+            streamer.put(token_B.cpu())
         unfinished_B = unfinished_B & ~stopping_criteria(input_ids, all_scores)
         if not bool(unfinished_B.any()):
             break
@@ -179,8 +185,8 @@ def _decode(
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         del outputs
 
-    if text_streamer is not None:
-        text_streamer.end()
+    if streamer is not None:
+        streamer.end()
     if as_dict:
         return GenerateDecoderOnlyOutput(
             sequences=input_ids, scores=all_scores, logits=all_logits, past_key_values=cache
@@ -188,15 +194,39 @@ def _decode(
     return input_ids
 
 
+def _arguments_of_generate() -> dict:
+    """What `generate` was called with and keeps from custom strategies without a word: `streamer`, `assistant_model`.
+
+    Read from the frame of the `generate` call that runs this strategy (a streamer that only ever got the prompt would
+    leave its reader waiting for ever). Empty where the strategy was called by other means.
+    """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return {} if frame is None else {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model")}
+
+
 def _refuse_unsupported(
-    model: PreTrainedModel, selector: Selector, generation_config: GenerationConfig, model_kwargs: dict
+    model: PreTrainedModel,
+    selector: Selector,
+    generation_config: GenerationConfig,
+    model_kwargs: dict,
+    assistant_model: PreTrainedModel | None,
 ) -> None:
     """Errors before the prefill for what this loop would silently do wrong."""
     if model.config.is_encoder_decoder:
         raise ValueError(f"S2T is defined for decoder-only models, got {type(model).__name__}.")
-    mode = generation_config.get_generation_mode()
+    mode = generation_config.get_generation_mode(assistant_model)
     if generation_config.num_beams and generation_config.num_beams > 1:
         raise ValueError(f"s2t_generate selects one token per row: `num_beams` must be 1 (mode: {mode.value}).")
+    if mode == GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            "s2t_generate cannot be combined with assisted decoding (`assistant_model`, `prompt_lookup_num_tokens`, "
+            "`assistant_early_exit`, `use_mtp`): a draft's tokens would go unselected."
+        )
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(f"s2t_generate decodes greedily or by sampling, but these settings mean {mode.value}.")
     if not generation_config.use_cache:
         raise ValueError("s2t_generate scores candidates on the key/value cache: `use_cache` must be True.")
     if generation_config.dola_layers is not None:
@@ -206,13 +236,18 @@ def _refuse_unsupported(
             raise ValueError(f"s2t_generate does not return what `{name}` asks for; use logits_processor=S2T(...).")
     if model_kwargs.get("inputs_embeds") is not None and getattr(selector, "teacher_model", None) is not None:
         raise ValueError("A teacher reads token ids: pass `input_ids`, not `inputs_embeds`.")
-    if generation_config.prompt_lookup_num_tokens:
-        raise ValueError("s2t_generate cannot be combined with assisted decoding (`prompt_lookup_num_tokens`).")
     cache = model_kwargs.get("past_key_values")
-    if isinstance(cache, Cache) and any(isinstance(layer, StaticLayer) for layer in cache.layers):
-        raise ValueError(
-            "s2t_generate needs a cache that grows (cache_implementation='dynamic'); static caches are not supported."
-        )
+    if isinstance(cache, Cache):
+        if any(isinstance(layer, (StaticLayer, BaseQuantizedLayer)) for layer in cache.layers):
+            raise ValueError(
+                "s2t_generate needs a cache that grows (cache_implementation='dynamic'); static and quantized caches "
+                "are not supported. logits_processor=S2T(...) works with them."
+            )
+        if cache.offloading:
+            raise ValueError(
+                "s2t_generate forks the cache at every selection: offloaded caches are not supported. "
+                "logits_processor=S2T(...) works with them."
+            )
     scored = getattr(selector, "model", None)
     if scored is not None and scored is not model:
         raise ValueError(

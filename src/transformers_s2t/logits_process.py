@@ -6,7 +6,7 @@ Thin: finds out where a new call starts and which columns are padding, and lets 
 from __future__ import annotations
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import S2TDecodingConfig
 from .proposals import exclude
@@ -27,10 +27,12 @@ class S2TLogitsProcessor(LogitsProcessor):
         config: how; `None` for the selector's defaults.
         pad_token_id: marks left padding. `None` takes it from the scoring model's generation config. A processor
             never sees the attention mask: a run of this token at the start of a row counts as padding.
+        processing_class: with `teacher_model`, the small model's tokenizer, to be compared with the teacher's.
         trace: filled during each call.
 
     Raises:
-        ValueError: for a threshold that was never calibrated, or where neither selector nor teacher is given.
+        ValueError: for a threshold that was never calibrated, or where neither selector nor teacher is given; in the
+            first step of a call for what [`S2TSession.check`] finds.
     """
 
     def __init__(
@@ -40,9 +42,10 @@ class S2TLogitsProcessor(LogitsProcessor):
         teacher_model: PreTrainedModel | None = None,
         config: S2TDecodingConfig | None = None,
         pad_token_id: int | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         trace: S2TTrace | None = None,
     ):
-        self.selector = resolve_selector(selector, teacher_model)
+        self.selector = resolve_selector(selector, teacher_model, processing_class)
         self.teacher_model = teacher_model
         self.config = self.selector.resolve_config(config)
         self.config.resolve_threshold(self.selector.thresholds)  # an uncalibrated threshold fails here, not mid-run
@@ -73,9 +76,14 @@ class S2TLogitsProcessor(LogitsProcessor):
                 self.selector, self.config, input_ids.shape[1], teacher_model=self.teacher_model, trace=self.trace
             )
             self._num_padding_B = self._count_padding(input_ids)
+            is_new = True
+        else:
+            is_new = False
         self._seen_BT = input_ids
         columns_T = torch.arange(input_ids.shape[1], device=input_ids.device)
         mask_BT = columns_T >= self._num_padding_B[:, None]
+        if is_new:
+            self._session.check(mask_BT, scores.shape[-1], input_ids=input_ids)
         scores = exclude(scores, self.selector.excluded_ids)
         with torch.no_grad():
             result = self._session.step(input_ids, mask_BT, scores)
@@ -133,15 +141,12 @@ class S2T(LogitsProcessorList):
         teacher_model: PreTrainedModel | None = None,
         config: S2TDecodingConfig | None = None,
         pad_token_id: int | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         trace: S2TTrace | None = None,
     ):
-        super().__init__(
-            [
-                S2TLogitsProcessor(
-                    selector, teacher_model=teacher_model, config=config, pad_token_id=pad_token_id, trace=trace
-                )
-            ]
-        )
+        settings = {"teacher_model": teacher_model, "config": config, "pad_token_id": pad_token_id}
+        settings |= {"processing_class": processing_class, "trace": trace}
+        super().__init__([S2TLogitsProcessor(selector, **settings)])
 
     def __iter__(self):
         # `generate` goes through the list once, when it merges it with its own processors: the start of a new call
@@ -155,12 +160,16 @@ class S2T(LogitsProcessorList):
         return scores
 
 
-def resolve_selector(selector: Selector | None, teacher_model: PreTrainedModel | None) -> Selector:
+def resolve_selector(
+    selector: Selector | None,
+    teacher_model: PreTrainedModel | None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+) -> Selector:
     """The selector given, or a [`TeacherSelector`] of the teacher given."""
     if selector is None and teacher_model is None:
         raise ValueError("Pass `selector` (S2T-Local) or `teacher_model` (S2T), got neither.")
     if selector is None:
-        return TeacherSelector(teacher_model)
+        return TeacherSelector(teacher_model, processing_class=processing_class)
     if not isinstance(selector, Selector):
         raise TypeError(
             f"`selector` must be a LocalSelector or TeacherSelector, got {type(selector)}; a larger model goes into "

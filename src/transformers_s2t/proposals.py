@@ -55,12 +55,17 @@ def propose(logits_BV: torch.Tensor, num_candidates: int, min_prob_ratio: float 
     Args:
         logits_BV: next-token logits after the user's own processors (-inf entries are never proposed). Any leading
             shape.
-        num_candidates: K; fewer are returned where the vocabulary is smaller.
+        num_candidates: K.
         min_prob_ratio: the candidate floor, see [`floor_mask`].
+
+    Raises:
+        ValueError: where the vocabulary is smaller than K.
     """
     logits_BV = logits_BV.float()
-    k = min(num_candidates, logits_BV.shape[-1])
-    top_BK, ids_BK = stable_topk(logits_BV, k)
+    vocab_size = logits_BV.shape[-1]
+    if num_candidates > vocab_size:
+        raise ValueError(f"`num_candidates` must be in [1, {vocab_size}], the vocabulary, got {num_candidates}.")
+    top_BK, ids_BK = stable_topk(logits_BV, num_candidates)
     logprobs_BK = top_BK - torch.logsumexp(logits_BV, dim=-1, keepdim=True)
     return Proposals(ids_BK, logprobs_BK, floor_mask(logprobs_BK, min_prob_ratio))
 

@@ -5,11 +5,12 @@ Knows tokenizers and the size of an output head; knows nothing of scores.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 #: R = 16 reserved tokens, as in arXiv 2604.26940.
@@ -84,10 +85,11 @@ def vocab_hash(processing_class: PreTrainedTokenizerBase) -> str:
 
 
 def model_hash(model: PreTrainedModel) -> str:
-    """Fingerprint of a model's weights: 16 hex digits of the SHA-256 over a few rows of its embeddings and norms.
+    """Fingerprint of a model's weights: 16 hex digits of the SHA-256 over the signs of a few rows of its embeddings.
 
-    Taken in bfloat16, so that one checkpoint has one fingerprint whichever type it is loaded in. Adapters and added
-    rows do not change it.
+    Signs, because a checkpoint has one fingerprint whichever type it is loaded in (float16 rounds small values to
+    zero, but keeps their sign). Adapters and added rows do not change it; nor does fine-tuning that leaves the
+    embeddings alone.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -95,8 +97,8 @@ def model_hash(model: PreTrainedModel) -> str:
         if parameter.ndim == 1 or ("embed" in name and parameter.ndim == 2):
             if "lora_" in name or "trainable_tokens" in name:
                 continue
-            rows = parameter.detach()[:64].to("cpu", torch.bfloat16).contiguous()
-            digest.update(name.encode() + rows.view(torch.uint8).numpy().tobytes())
+            signs = torch.signbit(parameter.detach()[:64].cpu())
+            digest.update(name.encode() + signs.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -125,3 +127,43 @@ def check_same_vocabulary(
         f"`model` and `teacher_model` must share one tokenizer, but their vocabularies differ ({len(student)} and "
         f"{len(teacher)} tokens): {what}. Choose two models of one family."
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model by its name or folder, from this machine alone; `None` where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False) if name else None
+    except (OSError, ValueError, KeyError):  # not in the cache, no tokenizer, or code of its own
+        return None
+
+
+@functools.lru_cache(maxsize=8)
+def check_same_ids(
+    processing_class: PreTrainedTokenizerBase | str, teacher_processing_class: PreTrainedTokenizerBase | str
+) -> None:
+    """Whether ids that two models exchange mean the same to both. One may know more of them than the other.
+
+    Args:
+        processing_class: the small model's tokenizer, or its name or folder, looked up on this machine alone.
+        teacher_processing_class: likewise, of the teacher.
+
+    Nothing is compared where a name has no tokenizer on this machine.
+
+    Raises:
+        ValueError: where some id means two different tokens, naming the first.
+    """
+    ours, theirs = (
+        _local_tokenizer(given) if isinstance(given, str) else given
+        for given in (processing_class, teacher_processing_class)
+    )
+    if ours is None or theirs is None:
+        return
+    tokens = {id: token for token, id in theirs.get_vocab().items()}
+    different = [(id, token) for token, id in ours.get_vocab().items() if tokens.get(id, token) != token]
+    if different:
+        id, token = min(different)
+        raise ValueError(
+            f"`model` and `teacher_model` must share token ids, but their tokenizers differ: id {id} is {token!r} for "
+            f"`model` and {tokens[id]!r} for `teacher_model`. Choose two models of one family."
+        )

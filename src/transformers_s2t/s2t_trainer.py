@@ -319,6 +319,7 @@ class S2TTrainer(Trainer):
             base_model=self.base_model.config._name_or_path,
             teacher_model=header.teacher_model if header else "",
             vocab_hash=vocab_hash(self.processing_class),
+            model_hash=model_hash(self.base_model),
             metrics=self._eval_metrics(),
         )
 

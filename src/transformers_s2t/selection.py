@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from . import triggers
@@ -31,7 +31,7 @@ from .config import (
     SelectorConfig,
 )
 from .proposals import Proposals, propose
-from .reserved_tokens import resize_for_reserved_tokens
+from .reserved_tokens import check_same_ids, model_hash, resize_for_reserved_tokens, vocab_hash
 from .scoring import (
     AdapterSwitch,
     PrefixCache,
@@ -48,6 +48,7 @@ from .scoring import (
 
 
 ADAPTER_NAME = "s2t"
+_TRAINED_ROWS = "trainable_tokens_delta"  # PEFT's name for them, in files as in modules
 MAX_CATCH_UP = 512  # tokens that ride along with candidates under one tree mask; longer texts are fed first
 _IMPOSSIBLE = -1e4  # a score for candidates that a teacher with a smaller head cannot emit
 
@@ -104,8 +105,8 @@ class Selector:
         """Entered by `s2t_generate` for the length of a call: puts the model into the state that writes the text."""
         return nullcontext()
 
-    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> Scores:
-        """Scores (A, K) of the proposals of the rows `rows_A`."""
+    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor | Scores:
+        """Scores (A, K) of the proposals of the rows `rows_A`, bigger = better."""
         raise NotImplementedError
 
 
@@ -117,6 +118,12 @@ class TeacherSelector(Selector):
         thresholds: calibrated thresholds, trigger -> {target rate: threshold}; without them `threshold=` of
             [`S2TDecodingConfig`] must be given for triggers that need one.
         takeover: emit the teacher's argmax over the whole vocabulary in place of selecting. The paper's baseline.
+        processing_class: the small model's tokenizer, to be compared with the teacher's own (which is looked up in the
+            teacher's local folder or the Hub's cache).
+
+    Raises:
+        TypeError: for a teacher that is not a loaded model.
+        ValueError: where the two tokenizers give different meanings to one id.
 
     The score of a candidate is the teacher's log-probability of it given the same prefix, in nats.
     """
@@ -126,19 +133,22 @@ class TeacherSelector(Selector):
         teacher_model: PreTrainedModel,
         thresholds: Mapping[str, Mapping[float, float]] | None = None,
         takeover: bool = False,
+        processing_class: PreTrainedTokenizerBase | None = None,
     ):
         if not isinstance(teacher_model, (PreTrainedModel, PeftModel)):
             raise TypeError(f"`teacher_model` must be a loaded causal language model, got {type(teacher_model)}.")
+        if processing_class is not None:
+            check_same_ids(processing_class, _name_of(teacher_model))
         self.teacher_model = teacher_model
         self.thresholds = dict(thresholds or {})
         self.takeover = takeover
 
-    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> Scores:
+    def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor:
         logits_AV = session.teacher_logits()[rows_A]
         known_AK = proposals.ids_BK < logits_AV.shape[-1]
         logprobs_AV = torch.log_softmax(logits_AV, dim=-1)
         scores_AK = logprobs_AV.gather(-1, proposals.ids_BK.clamp_max(logits_AV.shape[-1] - 1))
-        return Scores(scores_AK.clamp_min(_IMPOSSIBLE).masked_fill(~known_AK, _IMPOSSIBLE))
+        return scores_AK.clamp_min(_IMPOSSIBLE).masked_fill(~known_AK, _IMPOSSIBLE)
 
 
 class LocalSelector(Selector):
@@ -165,6 +175,12 @@ class LocalSelector(Selector):
         state: dict[int, tuple[bool, list[str]]] | None = None,
     ):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        num_rows = self.model.get_output_embeddings().weight.shape[0]
+        if max(selector_config.reserved_token_ids) >= num_rows:
+            raise ValueError(
+                f"`reserved_token_ids` must be below {num_rows}, the rows of the model's head, got "
+                f"{max(selector_config.reserved_token_ids)}."
+            )
         self.selector_config = selector_config
         self.adapter_name = adapter_name
         self.thresholds = selector_config.thresholds
@@ -180,30 +196,44 @@ class LocalSelector(Selector):
         path: str | os.PathLike,
         model: PreTrainedModel | PeftModel,
         *,
+        processing_class: PreTrainedTokenizerBase | None = None,
         adapter_name: str = ADAPTER_NAME,
+        allow_other_model: bool = False,
         **hub_kwargs,
     ) -> LocalSelector:
         """Loads an adapter and its `s2t_config.json` into `model`.
 
         Args:
             path: local folder or Hub repository.
-            model: the base model that the adapter was trained on; PEFT injects the adapter in place.
-            adapter_name: name inside the model. Loading again under the same name is an error.
+            model: the base model that the adapter was trained on; PEFT injects the adapter in place. A model that
+                holds this very adapter already, as `AutoModelForCausalLM.from_pretrained(path)` returns it, is taken
+                as it is, and the adapter is switched off for its own text.
+            processing_class: the model's tokenizer, to be compared with the one that the labels were made with.
+            adapter_name: name inside the model. Loading another adapter under the same name is an error.
+            allow_other_model: skip the comparison of the model's weights with those that the adapter was trained on.
             hub_kwargs: `revision`, `token`, `cache_dir` ... as in `from_pretrained` of transformers.
 
         Raises:
             FileNotFoundError: where the folder or repository holds no `s2t_config.json`.
-            ValueError: where the name is taken, or the adapter does not fit the model.
+            ValueError: where the name is taken, or the adapter was trained for another model or tokenizer.
         """
         config = SelectorConfig.from_pretrained(path, **hub_kwargs)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(base, PreTrainedModel):
             raise TypeError(f"`model` must be a loaded causal language model, got {type(model)}.")
+        weights = _find_weights(path, hub_kwargs)
+        _check_fits(base, path, weights, config)
+        _check_trained_on(base, path, config, processing_class, allow_other_model)
+        if held := _held_as(base, weights):
+            state = {
+                layer: (disabled or set(active) <= {held}, active)
+                for layer, (disabled, active) in adapter_state(base).items()
+            }
+            return cls(base, config, held, state)
         if adapter_name in _adapter_names(model, base):
             raise ValueError(
                 f"`model` already holds an adapter named {adapter_name!r}; pass another `adapter_name` or a new model."
             )
-        _check_fits(base, path, hub_kwargs)
         state = adapter_state(base)
         resize_for_reserved_tokens(base, max(config.reserved_token_ids) + 1)
         if isinstance(model, PeftModel):
@@ -323,31 +353,78 @@ class LocalSelector(Selector):
         return Scores(self.read_scores(hidden_BMD[rows_A, -width:]), advance)
 
 
-def _check_fits(base: PreTrainedModel, path: str | os.PathLike, hub_kwargs: dict) -> None:
-    """Compares the stored shapes with the model's, before anything is injected.
+def _find_weights(path: str | os.PathLike, hub_kwargs: dict) -> str:
+    """The adapter's file of weights.
 
     Raises:
-        ValueError: where the adapter was trained on a model of another hidden size or depth.
-        FileNotFoundError: where the folder or repository holds no adapter weights.
+        FileNotFoundError: where the folder or repository holds none.
     """
     file = cached_file(str(path), SAFETENSORS_WEIGHTS_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
     if file is None:
         raise FileNotFoundError(f"{str(path)!r} holds no {SAFETENSORS_WEIGHTS_NAME}: the adapter itself is missing.")
-    shape = base.config.get_text_config()
-    with safe_open(file, framework="pt") as weights:
-        names = list(weights.keys())
-        sizes = [weights.get_slice(n).get_shape()[1] for n in names if n.endswith("trainable_tokens_delta")]
+    return file
+
+
+def _check_fits(base: PreTrainedModel, path: str | os.PathLike, weights: str, config: SelectorConfig) -> None:
+    """Compares the stored shapes with the model's, before anything is injected.
+
+    Raises:
+        ValueError: where the adapter was trained on a model of another hidden size, depth or vocabulary.
+    """
+    with safe_open(weights, framework="pt") as file:
+        names = list(file.keys())
+        sizes = [file.get_slice(n).get_shape()[1] for n in names if n.endswith(_TRAINED_ROWS)]
     depths = [int(match.group(1)) for name in names if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))]
-    hidden_size, depth = base.get_output_embeddings().weight.shape[1], getattr(shape, "num_hidden_layers", None)
+    num_rows, hidden_size = base.get_output_embeddings().weight.shape
+    depth = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    beyond = sorted(id for id in config.reserved_token_ids if id >= num_rows)
     wrong = None
     if sizes and sizes[0] != hidden_size:
         wrong = f"hidden_size={sizes[0]}, but `model` has {hidden_size}"
     elif depths and depth is not None and max(depths) >= depth:
         wrong = f"{max(depths) + 1} or more layers, but `model` has {depth}"
+    elif 0 < len(beyond) < len(config.reserved_token_ids):  # all of them: rows that training added
+        wrong = f"reserved token ids up to {beyond[-1]}, but the head of `model` has {num_rows} rows"
     if wrong:
         raise ValueError(
             f"The adapter {str(path)!r} was trained on a model with {wrong}: load the one it was trained on."
         )
+
+
+def _check_trained_on(
+    base: PreTrainedModel,
+    path: str | os.PathLike,
+    config: SelectorConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+    allow_other_model: bool,
+) -> None:
+    """Raises a ValueError where the adapter was trained on other weights or with another tokenizer.
+
+    An adapter of another model of the same shapes would load, and score by chance.
+    """
+    if config.model_hash and not allow_other_model and model_hash(base) != config.model_hash:
+        raise ValueError(
+            f"The adapter {str(path)!r} was trained on {config.base_model!r} (weights {config.model_hash}), but "
+            f"`model` ({_name_of(base)!r}) has weights {model_hash(base)}: load the one it was trained on, or pass "
+            "`allow_other_model=True`."
+        )
+    if processing_class is not None and config.vocab_hash and vocab_hash(processing_class) != config.vocab_hash:
+        raise ValueError(
+            f"The adapter {str(path)!r} was trained with the tokenizer of {config.base_model!r} (vocabulary "
+            f"{config.vocab_hash}), but `processing_class` has {vocab_hash(processing_class)}."
+        )
+
+
+def _held_as(base: PreTrainedModel, weights: str) -> str | None:
+    """The name under which a model holds these very weights already, told by their trained rows; else `None`."""
+    with safe_open(weights, framework="pt") as file:
+        stored = [file.get_tensor(name) for name in file.keys() if name.endswith(_TRAINED_ROWS)]
+    for module in base.modules():
+        for name, rows_RD in getattr(module, _TRAINED_ROWS, {}).items():
+            if stored and rows_RD.shape == stored[0].shape:
+                if torch.equal(rows_RD.detach().cpu(), stored[0].to(rows_RD.dtype)):
+                    return name
+    return None
 
 
 def _adapter_names(model: PreTrainedModel | PeftModel, base: PreTrainedModel) -> set[str]:
@@ -468,6 +545,52 @@ class S2TSession:
         if trace is not None:
             trace.clear(prompt_length)
 
+    def check(
+        self,
+        mask_BT: torch.Tensor | None,
+        num_head_rows: int,
+        model: PreTrainedModel | None = None,
+        input_ids: torch.Tensor | None = None,
+    ) -> None:
+        """What can be known to go wrong before the first token.
+
+        Args:
+            mask_BT: of the prompt; `None` where nothing is padding.
+            num_head_rows: V, of the small model.
+            model: the small model, where it is at hand.
+            input_ids: the prompt.
+
+        Raises:
+            ValueError: more candidates than tokens; a prompt that fills the context of the model or the teacher; a
+                teacher whose token ids mean something else.
+        """
+        num_tokens = num_head_rows - (0 if self.selector.excluded_ids is None else len(self.selector.excluded_ids))
+        if self.config.num_candidates > num_tokens:
+            raise ValueError(
+                f"`num_candidates` must be in [1, {num_tokens}], the model's vocabulary without reserved tokens, got "
+                f"{self.config.num_candidates}."
+            )
+        length = self.prompt_length if mask_BT is None else int(mask_BT.sum(-1).max())
+        model = getattr(self.selector, "model", None) if model is None else model
+        for name, reader in (("model", model), ("teacher_model", self.teacher_model)):
+            context = (
+                None if reader is None else getattr(reader.config.get_text_config(), "max_position_embeddings", None)
+            )
+            if context is not None and length >= context:
+                raise ValueError(
+                    f"The prompt has {length} tokens, but `{name}` reads at most {context} (max_position_embeddings): "
+                    "shorten the prompt."
+                )
+        if self.teacher_model is not None:
+            if model is not None:
+                check_same_ids(_name_of(model), _name_of(self.teacher_model))
+            num_known = self.teacher_model.get_input_embeddings().weight.shape[0]
+            if input_ids is not None and input_ids.numel() and int(input_ids.max()) >= num_known:
+                raise ValueError(
+                    f"The prompt holds token id {int(input_ids.max())}, but `teacher_model` knows {num_known} tokens: "
+                    "choose a teacher with the tokenizer of `model`."
+                )
+
     def step(
         self,
         input_ids_BT: torch.Tensor,
@@ -491,7 +614,10 @@ class S2TSession:
         config, device = self.config, logits_BV.device
         if active_B is None:
             active_B = torch.ones(len(logits_BV), dtype=torch.bool, device=device)
-        past_warmup = input_ids_BT.shape[1] - self.prompt_length >= config.warmup_tokens
+        num_done = input_ids_BT.shape[1] - self.prompt_length
+        past_warmup = num_done >= config.warmup_tokens
+        if num_done == 0:
+            _check_not_nan(logits_BV)  # before the first token; later ones are looked at where they matter
 
         # 1. trigger
         value_B = self._trigger_value(logits_BV)
@@ -499,7 +625,7 @@ class S2TSession:
         if config.trigger == "never":
             triggered_B = torch.zeros_like(triggered_B)
         elif self.threshold is not None:
-            triggered_B = triggered_B & (value_B >= self.threshold)
+            triggered_B = triggered_B & ~(value_B < self.threshold)  # NaN fires, and is refused below
 
         if not bool(triggered_B.any()):  # an ordinary step costs no more than its trigger
             first_B = logits_BV.argmax(-1)
@@ -515,9 +641,7 @@ class S2TSession:
         scored, advance = {}, None
         any_asked, any_nan = torch.stack([asked_B.any(), proposals.logprobs_BK.isnan().any()]).tolist()
         if any_nan:
-            raise ValueError(
-                "The model's logits are NaN: there is nothing to select from (check its dtype and weights)."
-            )
+            _check_not_nan(proposals.logprobs_BK)
         if any_asked:
             rows_A = asked_B.nonzero()[:, 0]
             if self.selector.takeover:
@@ -526,7 +650,8 @@ class S2TSession:
                 # the floor keeps a prefix of the candidates, so the widest row tells how many are worth a forward
                 width = int(proposals.mask_BK[rows_A].sum(-1).max())
                 asked = Proposals(*(tensor[rows_A, :width] for tensor in proposals))
-                scores_AK, advance_from = self.selector.score(self, rows_A, asked)
+                scores = self.selector.score(self, rows_A, asked)
+                scores_AK, advance_from = scores if isinstance(scores, Scores) else Scores(scores)
                 choice_A = decide(scores_AK, asked, self.fusion)
                 token_B[rows_A] = asked.ids_BK.gather(-1, choice_A[:, None])[:, 0]
                 advance = None if advance_from is None else functools.partial(advance_from, choice_A)
@@ -600,6 +725,15 @@ class S2TSession:
             for counts in (self.trace.forwards, self._step_forwards):
                 counts[kind] = counts.get(kind, 0) + 1
             self.trace.tokens[kind] = self.trace.tokens.get(kind, 0) + num_tokens
+
+
+def _check_not_nan(logits: torch.Tensor) -> None:
+    if bool(logits.isnan().any()):
+        raise ValueError("The model's logits are NaN: there is nothing to select from (check its dtype and weights).")
+
+
+def _name_of(model: PreTrainedModel | PeftModel) -> str:
+    return model.config._name_or_path or ""
 
 
 def decide(scores_AK: torch.Tensor, proposals: Proposals, fusion: FusionWeights) -> torch.Tensor:

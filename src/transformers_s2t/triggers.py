@@ -9,7 +9,7 @@ import torch
 
 
 def entropy(logits_BV: torch.Tensor, top_k: int = 64) -> torch.Tensor:
-    """Entropy of the student over its renormalised `top_k` tokens, nats, shape (B,).
+    """Entropy of the student over its renormalised `top_k` tokens (all, where there are fewer), nats, shape (B,).
 
     64 tokens as in arXiv 2604.26940 (LLM-free triggers).
     """
