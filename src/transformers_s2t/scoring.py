@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -390,7 +390,10 @@ class AdapterSwitch:
             self._off.append((disabled, active or [adapter_name]))
             self._on.append((False, [adapter_name] if disabled else [*active, adapter_name]))
         self._adapted = [layer for layer in self.layers if _holds_adapter(layer, adapter_name)]
-        self._can_split = all(_is_plain_lora(layer, adapter_name) for layer in self._adapted)
+        plain = {layer for layer in self._adapted if _is_plain_lora(layer, adapter_name)}
+        self._can_split = len(plain) == len(self._adapted)
+        self._places = [(parent, name, child) for parent, name, child in _places(model) if child in plain]
+        self._bypassing = False
 
     def set(self, enabled: bool) -> None:
         self._apply(self._on if enabled else self._off)
@@ -398,6 +401,25 @@ class AdapterSwitch:
     def _apply(self, states: list[tuple[bool, list[str]]]) -> None:
         for layer, (disabled, active) in zip(self.layers, states):
             layer._disable_adapters, layer._active_adapter = disabled, active
+        if self._bypassing:
+            for parent, name, layer in self._places:
+                parent._modules[name] = layer.base_layer if layer._disable_adapters else layer
+
+    @contextmanager
+    def bypassing(self) -> Iterator[None]:
+        """Inside, the base layer stands in the place of a layer that is off.
+
+        PEFT's way there, through the layer that is off, costs a tenth of a step of a small model on a fast device:
+        ordinary steps are to cost what they cost without an adapter.
+        """
+        self._bypassing = True
+        try:
+            self._apply([(layer._disable_adapters, layer._active_adapter) for layer in self.layers])
+            yield
+        finally:
+            self._bypassing = False
+            for parent, name, layer in self._places:
+                parent._modules[name] = layer
 
     @property
     def enabled(self) -> bool:
@@ -433,14 +455,20 @@ class AdapterSwitch:
             TokensNotInRows: by the forward inside, where a layer with the adapter flattens its input (experts do).
         """
 
-        def add(layer: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            if args[0].dim() != 3:
-                raise TokensNotInRows
-            name = self.adapter_name
-            last_BMD = layer._cast_input_dtype(args[0][:, -num_tokens:], layer.lora_A[name].weight.dtype)
-            output[:, -num_tokens:] += layer.lora_B[name](layer.lora_A[name](last_BMD)) * layer.scaling[name]
+        name = self.adapter_name
 
-        handles = [layer.register_forward_hook(add) for layer in self._adapted]
+        def adding(layer: LoraLayer) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], None]:
+            lora_a, lora_b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+
+            def add(base_layer: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+                if args[0].dim() != 3:
+                    raise TokensNotInRows
+                last_BMD = layer._cast_input_dtype(args[0][:, -num_tokens:], lora_a.weight.dtype)
+                output[:, -num_tokens:] += lora_b(lora_a(last_BMD)) * scaling
+
+            return add
+
+        handles = [layer.base_layer.register_forward_hook(adding(layer)) for layer in self._adapted]
         try:
             with self(False):
                 yield
@@ -462,6 +490,13 @@ def _is_plain_lora(layer: nn.Module, adapter_name: str) -> bool:
         and adapter_name not in layer.lora_variant
         and not layer.merged
     )
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every module of a model as (parent, name in it, module)."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            yield parent, name, child
 
 
 def _holds_adapter(layer: nn.Module, adapter_name: str) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -256,8 +256,10 @@ class LocalSelector(Selector):
         """Whether the adapted model writes the text (`proposals="adapted"`, the paper's form)."""
         return self.selector_config.proposals == "adapted"
 
-    def generating(self) -> AbstractContextManager:
-        return self.switch(self.writes_adapted)
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        with self.switch(self.writes_adapted), self.switch.bypassing():
+            yield
 
     def read_scores(self, hidden_AKD: torch.Tensor) -> torch.Tensor:
         """Scores (A, K) from the candidates' last hidden states."""
