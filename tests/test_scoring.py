@@ -115,7 +115,7 @@ def test_appended_candidates_equal_a_naive_forward_of_every_text(family, attn, t
     candidates = torch.tensor([[5, 6, 7, 5], [10, 11, 12, 13], [20, 3, 40, 60]])
     positions = batch["attention_mask"].sum(-1, keepdim=True).expand_as(candidates)
     with torch.no_grad():
-        hidden, fed, was_tree = append_candidates(
+        hidden, fed, was_tree, _ = append_candidates(
             model, cache, batch["attention_mask"].bool(), candidates, positions, tree=tree
         )
     assert was_tree is tree
@@ -134,7 +134,7 @@ def test_candidates_at_different_places_of_one_prefix_equal_their_own_texts(fami
     candidates = torch.tensor([[5, 6, 7], [10, 11, 12], [20, 3, 40]])
     starts = width - batch["attention_mask"].sum(-1, keepdim=True)
     with torch.no_grad():
-        hidden, _, _ = append_candidates(
+        hidden, *_ = append_candidates(
             model, cache, batch["attention_mask"].bool(), candidates, limits - starts, limits_BM=limits
         )
     naive = NaiveModel(model)
@@ -152,7 +152,7 @@ def test_some_rows_of_a_cache_can_be_scored_in_any_order(tree, batch):
     candidates = torch.tensor([[5, 6], [7, 8]])
     picked = {name: tensor[rows] for name, tensor in batch.items()}
     with torch.no_grad():
-        hidden, _, _ = append_candidates(
+        hidden, *_ = append_candidates(
             model,
             cache,
             picked["attention_mask"].bool(),
@@ -175,18 +175,20 @@ def test_different_places_of_a_prefix_are_refused_where_only_repeating_is_exact(
 
 
 @pytest.mark.parametrize("length", [3, 9])
-def test_a_sliding_window_model_repeats_rows_and_stays_exact(length):
+def test_a_sliding_window_model_is_exact_in_a_tree(length):
     """Within the window (4 tokens) and beyond it."""
     model = tiny_model("mistral", sliding_window=4)
     inputs = prompts((length, length), seed=3)
     cache = cached_prefix(model, inputs)
-    assert not supports_tree(model, cache)
+    assert supports_tree(model, cache)
     candidates = torch.tensor([[5, 6, 7], [10, 11, 12]])
     positions = torch.full_like(candidates, length)
     for _ in range(2):  # the second time tells whether the first one moved the cache
         with torch.no_grad():
-            hidden, _, tree = append_candidates(model, cache, inputs["attention_mask"].bool(), candidates, positions)
-        assert not tree
+            hidden, _, tree, _ = append_candidates(
+                model, cache, inputs["attention_mask"].bool(), candidates, positions
+            )
+        assert tree
         assert torch.allclose(hidden, naive_hidden(model, inputs, candidates), **EXACT)
     assert cache.get_seq_length() == length
 
@@ -233,7 +235,7 @@ def test_the_kept_candidate_leaves_the_cache_that_its_text_would(tree, attn, bat
     mask = batch["attention_mask"].bool()
     positions = batch["attention_mask"].sum(-1, keepdim=True).expand_as(candidates)
     with torch.no_grad():
-        _, fed, _ = append_candidates(model, cached_prefix(model, batch), mask, candidates, positions, tree=tree)
+        _, fed, *_ = append_candidates(model, cached_prefix(model, batch), mask, candidates, positions, tree=tree)
     kept = keep_candidate(fed, chosen, 3, tree)
     longer = {
         "input_ids": torch.cat([batch["input_ids"], candidates.gather(1, chosen[:, None])], dim=1),

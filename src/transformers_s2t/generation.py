@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -32,8 +31,8 @@ from transformers.generation import (
 from .config import S2TDecodingConfig
 from .logits_process import fix_tokens, resolve_selector
 from .proposals import exclude
-from .scoring import cache_argument, head_is_plain, last_hidden_of
-from .selection import LocalSelector, S2TSession, S2TTrace, Selector
+from .scoring import cache_argument
+from .selection import S2TSession, S2TTrace, Selector
 
 
 _WARPERS = (
@@ -132,9 +131,7 @@ def _decode(
     mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
 
     unfinished_B = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
-    local = isinstance(selector, LocalSelector)
-    with last_hidden_of(model) if local else nullcontext() as seen:
-        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
     logits_BV = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     cache = model_kwargs.get(cache_argument(model))
@@ -144,7 +141,6 @@ def _decode(
             f"{type(cache)}. Use logits_processor=S2T(...) with a teacher, or another model."
         )
     session.student_cache = cache
-    session.head_is_plain = local and head_is_plain(model, seen, logits_BV)
     del outputs
 
     while True:

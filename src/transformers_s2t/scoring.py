@@ -6,7 +6,7 @@ a cached prefix to the hidden states of M appended candidates:
 - *tree*: one forward of M tokens per row; a 4D mask lets each see its prefix and itself. Tokens of the prefix that the
   cache does not hold yet (N of them) ride in front of them in the same forward;
 - *repeat*: every row of the cache repeated once per candidate, one ordinary token each. Slower, for attention
-  kernels and cache layers that a tree mask does not describe (flash attention, sliding windows, linear attention).
+  kernels and cache layers that a tree mask does not describe (flash attention, linear attention).
 
 Legend: B rows, T prefix tokens, the last N of them not cached yet, M appended candidates per row, R reserved tokens,
 D hidden size.
@@ -19,6 +19,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -26,7 +27,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
 from transformers.pytorch_utils import Conv1D
 
 from .proposals import floor_mask
@@ -58,6 +64,7 @@ def tree_mask(
     attn_implementation: str,
     dtype: torch.dtype,
     num_new: int = 0,
+    window: int | None = None,
 ) -> torch.Tensor:
     """4D attention mask of N new prefix tokens and M candidates.
 
@@ -70,6 +77,7 @@ def tree_mask(
         attn_implementation: "sdpa" gets a bool mask, "eager" an additive one (a bool mask is silently wrong there).
         dtype: of the additive mask.
         num_new: N.
+        window: of sliding attention: a token sees so many columns, its own included; `None` for all.
 
     Returns:
         (B, 1, N + M, T + M).
@@ -79,6 +87,10 @@ def tree_mask(
     columns_T = torch.arange(num_prefix, device=device)
     limits_BQ = torch.cat([(columns_T[num_prefix - num_new :] + 1).expand(batch_size, -1), limits_BM], dim=1)
     prefix_BQT = prefix_mask_BT[:, None, :].bool() & (columns_T < limits_BQ[..., None])
+    if window is not None:
+        # a new token stands in the last column that it may see, a candidate in the one after
+        own_BQ = limits_BQ - (torch.arange(limits_BQ.shape[1], device=device) < num_new).long()
+        prefix_BQT = prefix_BQT & (columns_T > (own_BQ - window)[..., None])
     itself_QM = torch.eye(num_new + num_candidates, dtype=torch.bool, device=device)[:, num_new:]
     allowed_B1QC = torch.cat([prefix_BQT, itself_QM.expand(batch_size, -1, -1)], dim=-1)[:, None]
     if attn_implementation == "eager":
@@ -86,8 +98,40 @@ def tree_mask(
     return allowed_B1QC
 
 
+def tree_attention(
+    model: PreTrainedModel,
+    prefix_mask_BT: torch.Tensor,
+    limits_BM: torch.Tensor,
+    num_new: int = 0,
+    cache: Cache | None = None,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What the model takes as `attention_mask` of a tree: one [`tree_mask`], or one for each kind of its layers.
+
+    Each is cut to the columns that layers of its kind attend to: those that `cache` still holds, and the new ones.
+    """
+    masks = {}
+    for kind, (layer_index, window) in _attention_kinds(model).items():
+        mask = tree_mask(
+            prefix_mask_BT, limits_BM, model.config._attn_implementation, model.dtype, num_new, window=window
+        )
+        if cache is not None:
+            num_columns, _ = cache.layers[layer_index].get_mask_sizes(mask.shape[-2])
+            mask = mask[..., mask.shape[-1] - num_columns :]
+        masks[kind] = mask
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def _attention_kinds(model: PreTrainedModel) -> dict[str, tuple[int, int | None]]:
+    """Kind of attention -> (first layer of that kind, its window). By the config: chunks and windows share a cache."""
+    layer_types, settings = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    kinds: dict[str, tuple[int, int | None]] = {}
+    for index, (kind, setting) in enumerate(zip(layer_types, settings)):
+        kinds.setdefault(kind, (index, setting.get("sliding_window")))
+    return kinds
+
+
 def supports_tree(model: PreTrainedModel, cache: Cache) -> bool:
-    """Whether a tree mask is exact: plain growing cache layers only, and attention that takes a 4D mask.
+    """Whether a tree mask is exact: growing cache layers, full or windowed attention, a kernel that takes a 4D mask.
 
     Decided by what the cache is made of after the prefill, never by the model's name: hybrid models accept a tree
     mask and silently ignore it in their recurrent layers.
@@ -96,7 +140,9 @@ def supports_tree(model: PreTrainedModel, cache: Cache) -> bool:
         return False
     if not model._supports_attention_backend:  # ALiBi or windows counted in columns: GPT-Neo, MPT, Bloom
         return False
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    if not set(_attention_kinds(model)) <= {"full_attention", "sliding_attention"}:
+        return False
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def fork_cache(cache: Cache, row_index: torch.Tensor | None = None) -> Cache:
@@ -142,31 +188,21 @@ def _cache_argument(decoder_class: type[nn.Module]) -> str | None:
     return next((name for name in ("past_key_values", "cache_params") if name in names), None)
 
 
-@contextmanager
-def last_hidden_of(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Collects the last hidden states (B, D) of every forward inside."""
+def _hidden_and_logits(model: PreTrainedModel, num_logits: int, **inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Last hidden states (B, Q, D) of one forward and, where asked for, the logits of its last `num_logits` tokens.
+
+    Logits are the model's own, with whatever its head does beside the matrix: soft-caps, scales.
+    """
+    if not num_logits:
+        return get_decoder(model)(**inputs).last_hidden_state, None
     seen: list[torch.Tensor] = []
-    handle = model.get_decoder().register_forward_hook(lambda *call: seen.append(call[-1][0][:, -1]))
+    handle = model.get_decoder().register_forward_hook(lambda *call: seen.append(call[-1][0]))
     try:
-        yield seen
+        keep = {"logits_to_keep": num_logits} if model._supports_logits_to_keep() else {}
+        logits_BQV = model(**inputs, **keep).logits
     finally:
         handle.remove()
-
-
-def head_is_plain(model: PreTrainedModel, seen: list[torch.Tensor], logits_BV: torch.Tensor) -> bool:
-    """Whether logits are the output embedding of the last hidden state and nothing more (no soft-cap, no scaling).
-
-    Decided by what the model returned for the prompt, never by names in its config: there are too many of them
-    (`final_logit_softcapping`, `logit_scale`, `logits_scaling`, `lm_head_multiplier`, `output_multiplier` ...).
-    """
-    head = model.get_output_embeddings()
-    if not seen or seen[-1].shape[-1] != head.weight.shape[-1]:
-        return False
-    hidden_BD = seen[-1]
-    own_BV = head(hidden_BD).float()
-    tolerance = 1e-2 if hidden_BD.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    difference_BV = (own_BV - logits_BV.to(own_BV.device)).abs()
-    return bool((difference_BV <= tolerance * own_BV.abs().amax()).all())  # False for NaN, which has its own error
+    return seen[-1], logits_BQV[:, -num_logits:]
 
 
 def check_state_is_cached(model: PreTrainedModel, cache: Cache) -> None:
@@ -179,6 +215,22 @@ def check_state_is_cached(model: PreTrainedModel, cache: Cache) -> None:
         )
 
 
+class Appended(NamedTuple):
+    """What [`append_candidates`] returns.
+
+    Attributes:
+        hidden_BMD: the candidates' last hidden states.
+        fed: the fed cache; tree: M columns more than the prefix, repeat: B * M rows.
+        tree: whether it was the tree.
+        logits_BLV: of the last candidates, where asked for.
+    """
+
+    hidden_BMD: torch.Tensor
+    fed: Cache
+    tree: bool
+    logits_BLV: torch.Tensor | None = None
+
+
 def append_candidates(
     model: PreTrainedModel,
     cache: Cache,
@@ -189,7 +241,8 @@ def append_candidates(
     row_index: torch.Tensor | None = None,
     tree: bool | None = None,
     new_ids_BN: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Cache, bool]:
+    num_logits: int = 0,
+) -> Appended:
     """Hidden states of candidates, each appended to its prefix on its own.
 
     Args:
@@ -202,10 +255,7 @@ def append_candidates(
         row_index: which rows of the cache the B rows are, `None` for all of them in order.
         tree: `None` chooses by [`supports_tree`].
         new_ids_BN: the last tokens of the prefix, where the cache lacks them (tree only).
-
-    Returns:
-        hidden_BMD, the fed cache (tree: M columns more than the prefix; repeat: B * M rows), and whether it was the
-        tree.
+        num_logits: of how many of the last candidates to return the logits too (tree only).
 
     Raises:
         ValueError: where limits differ and only repeated rows would be exact.
@@ -223,16 +273,21 @@ def append_candidates(
         if num_new:
             candidate_ids_BM = torch.cat([new_ids_BN, candidate_ids_BM], dim=1)
             positions_BM = torch.cat([positions_from_mask(prefix_mask_BT)[:, -num_new:], positions_BM], dim=1)
-        mask = tree_mask(prefix_mask_BT, limits_BM, model.config._attn_implementation, model.dtype, num_new)
-        output = get_decoder(model)(
+        mask = tree_attention(model, prefix_mask_BT, limits_BM, num_new, fed)
+        for layer in fed.layers:
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.activate_past_recording()  # what slides out of the window comes back when candidates are dropped
+        hidden_BQD, logits_BLV = _hidden_and_logits(
+            model,
+            num_logits,
             input_ids=candidate_ids_BM,
             attention_mask=mask,
             position_ids=positions_BM,
             use_cache=True,
             **{cache_argument(model): fed},
         )
-        return output.last_hidden_state[:, num_new:], fed, True
-    assert new_ids_BN is None, "repeated rows need a cache that holds the whole prefix"
+        return Appended(hidden_BQD[:, num_new:], fed, True, logits_BLV)
+    assert new_ids_BN is None and not num_logits, "repeated rows need a cache that holds the whole prefix"
     if limits_BM is not None and bool((limits_BM != num_prefix).any()):
         raise ValueError(
             "Candidates at different places of one cached prefix need a tree mask, which this model's attention "
@@ -249,7 +304,7 @@ def append_candidates(
         use_cache=True,
         **{name: fed},
     )
-    return output.last_hidden_state.reshape(batch_size, num_candidates, -1), fed, False
+    return Appended(output.last_hidden_state.reshape(batch_size, num_candidates, -1), fed, False)
 
 
 #: Tokens that may ride along in a forward for less than a second forward costs. A forward reads every weight whatever
@@ -270,18 +325,22 @@ def keep_candidate(fed: Cache, chosen_B: torch.Tensor, num_candidates: int, tree
         fed.reorder_cache(rows)
         return fed
     for layer in (layer for layer in fed.layers if layer.is_initialized):
-        for name in ("keys", "values"):
-            states = getattr(layer, name)  # (B, heads, T + M, head size), made by this forward: free to write to
-            num_prefix = states.shape[-2] - num_candidates
+        for states in (
+            layer.keys,
+            layer.values,
+        ):  # (B, heads, T + M, head size), made by this forward: free to write to
+            new = states[..., states.shape[-2] - num_candidates :, :]
             index = chosen_B.to(states.device).view(-1, 1, 1, 1).expand(-1, states.shape[1], 1, states.shape[3])
-            states[..., num_prefix : num_prefix + 1, :] = states[..., num_prefix:, :].gather(2, index)
-            setattr(layer, name, states[..., : num_prefix + 1, :])
-    return fed
+            new[..., :1, :] = new.gather(2, index)
+    return drop_candidates(fed, num_candidates - 1)
 
 
 def drop_candidates(fed: Cache, num_candidates: int) -> Cache:
-    """The fed cache of a tree without its candidates: the prefix alone."""
-    fed.crop(-num_candidates)
+    """The fed cache of a tree without its last `num_candidates` columns."""
+    for layer in fed.layers:
+        layer.crop(-num_candidates)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.record_past = False
     return fed
 
 
@@ -347,7 +406,7 @@ class PrefixCache:
         """
         device, start = self.model.device, self.num_cached
         mask_BT, candidate_ids_BM = mask_BT.to(device), candidate_ids_BM.to(device)
-        hidden_BMD, fed, _ = append_candidates(
+        appended = append_candidates(
             self.model,
             self.cache,
             mask_BT,
@@ -356,10 +415,10 @@ class PrefixCache:
             tree=True,
             new_ids_BN=input_ids_BT[:, start:].to(device),
         )
-        self.cache = drop_candidates(fed, candidate_ids_BM.shape[1])
+        self.cache = drop_candidates(appended.fed, candidate_ids_BM.shape[1])
         if self._num_fed is not None:
             self._num_fed = input_ids_BT.shape[1]
-        return hidden_BMD
+        return appended.hidden_BMD
 
 
 class AdapterSwitch:
@@ -440,7 +499,7 @@ class AdapterSwitch:
 
     @property
     def can_split(self) -> bool:
-        """Whether [`on_last`] is exact: plain LoRA on linear layers, which adds to each token on its own."""
+        """Whether [`on_tokens`] is exact: plain LoRA on linear layers, which adds to each token on its own."""
         return self._can_split
 
     def cannot_split(self) -> None:
@@ -448,13 +507,12 @@ class AdapterSwitch:
         self._can_split = False
 
     @contextmanager
-    def on_last(self, num_tokens: int) -> Iterator[None]:
-        """On for the last `num_tokens` tokens of each row, off for those before them, in one forward.
+    def on_tokens(self, tokens: slice) -> Iterator[None]:
+        """On for these tokens of each row, off for the others, in one forward.
 
         Raises:
             TokensNotInRows: by the forward inside, where a layer with the adapter flattens its input (experts do).
         """
-
         name = self.adapter_name
 
         def adding(layer: LoraLayer) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], None]:
@@ -463,8 +521,8 @@ class AdapterSwitch:
             def add(base_layer: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
                 if args[0].dim() != 3:
                     raise TokensNotInRows
-                last_BMD = layer._cast_input_dtype(args[0][:, -num_tokens:], lora_a.weight.dtype)
-                output[:, -num_tokens:] += lora_b(lora_a(last_BMD)) * scaling
+                chosen_BMD = layer._cast_input_dtype(args[0][:, tokens], lora_a.weight.dtype)
+                output[:, tokens] += lora_b(lora_a(chosen_BMD)) * scaling
 
             return add
 
@@ -478,7 +536,7 @@ class AdapterSwitch:
 
 
 class TokensNotInRows(Exception):
-    """A layer's input is not (rows, tokens, features), so that its last tokens cannot be told from the others."""
+    """A layer's input is not (rows, tokens, features), so that one token cannot be told from another."""
 
 
 def _is_plain_lora(layer: nn.Module, adapter_name: str) -> bool:
@@ -619,7 +677,7 @@ def packed_hidden(
     positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
     if adapter_scope == "candidate":
         with torch.no_grad(), switch(False):
-            cache = DynamicCache(config=model.config)
+            cache = DynamicCache()  # windowed layers keep everything too: candidates stand all along the text
             prefix = get_decoder(model)(
                 input_ids=input_ids_BT,
                 attention_mask=mask_BT.long(),
@@ -628,12 +686,12 @@ def packed_hidden(
                 use_cache=True,
             )
         with switch(True):
-            hidden_BMD, _, _ = append_candidates(
+            appended = append_candidates(
                 model, cache, mask_BT, points.candidate_ids_BM, points.positions_BM, limits_BM=points.positions_BM
             )
-        return hidden_BMD, prefix.last_hidden_state
+        return appended.hidden_BMD, prefix.last_hidden_state
     num_prefix = input_ids_BT.shape[1]
-    mask = tree_mask(mask_BT, points.positions_BM, model.config._attn_implementation, model.dtype, num_new=num_prefix)
+    mask = tree_attention(model, mask_BT, points.positions_BM, num_new=num_prefix)
     with switch(True):
         output = get_decoder(model)(
             input_ids=torch.cat([input_ids_BT, points.candidate_ids_BM], dim=1),
@@ -647,10 +705,9 @@ def packed_hidden(
 
 def check_tree_support(model: PreTrainedModel) -> None:
     """Raises a ValueError where packed candidates would not be scored exactly."""
-    cache = DynamicCache(config=model.config)
-    if not supports_tree(model, cache):
-        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+    if not supports_tree(model, DynamicCache()):
         raise ValueError(
-            "Packed training needs attention that takes a tree mask (attn_implementation 'sdpa' or 'eager') and plain "
-            f"cache layers (DynamicLayer); this model has {model.config._attn_implementation!r} and {kinds}."
+            "Packed training needs attention that takes a tree mask (attn_implementation 'sdpa' or 'eager') in every "
+            f"layer, full or with a sliding window; this model has {model.config._attn_implementation!r} and layers "
+            f"{sorted(_attention_kinds(model))}."
         )

@@ -276,7 +276,7 @@ class LocalSelector(Selector):
         batch_size, (num_asked, width) = session.mask_BT.shape[0], proposals.ids_BK.shape
         if (in_sequence or self.switch.can_split) and supports_tree(self.model, prefix.cache):
             try:
-                if num_new == 0 and session.head_is_plain:
+                if num_new == 0 and session.student_cache is not None:
                     copies = width if in_sequence else 2 * width
                     if pays_to_merge(batch_size * (copies - 1) - num_asked * width, self.model.device):
                         return self._score_and_decode(session, rows_A, proposals, prefix)
@@ -300,7 +300,7 @@ class LocalSelector(Selector):
         whole_batch = len(rows_A) == session.mask_BT.shape[0]
         session.count_forward("scorer", ids_AK.numel())
         with self.switch(True):
-            hidden_AKD, _, _ = append_candidates(
+            appended = append_candidates(
                 self.model,
                 prefix.cache,
                 mask_AT,
@@ -308,7 +308,7 @@ class LocalSelector(Selector):
                 mask_AT.long().sum(-1, keepdim=True).expand_as(ids_AK),
                 row_index=None if whole_batch else rows_A.to(device),
             )
-        return self.read_scores(hidden_AKD).to(proposals.logprobs_BK.device)
+        return self.read_scores(appended.hidden_BMD).to(proposals.logprobs_BK.device)
 
     def _catch_up_and_score(
         self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals, prefix: PrefixCache, num_new: int
@@ -318,7 +318,7 @@ class LocalSelector(Selector):
         ids_BK = session.input_ids_BT[:, -1:].repeat(1, width)  # rows that were not asked: any token will do
         ids_BK[rows_A] = proposals.ids_BK
         in_sequence = self.selector_config.adapter_scope == "sequence"
-        with self.switch(True) if in_sequence else self.switch.on_last(width):
+        with self.switch(True) if in_sequence else self.switch.on_tokens(slice(-width, None)):
             hidden_BKD = prefix.feed_and_append(session.input_ids_BT, session.mask_BT, ids_BK)
         session.count_forward("scorer", len(ids_BK) * (num_new + width))
         return self.read_scores(hidden_BKD[rows_A.to(hidden_BKD.device)]).to(proposals.logprobs_BK.device)
@@ -328,31 +328,35 @@ class LocalSelector(Selector):
     ) -> Scores:
         """The tree step: one forward scores the candidates and is the next decoding step of the whole batch.
 
-        With "candidate" it runs every candidate twice, as the base model that goes on writing sees it and as the
-        adapter scores it. Rows that were not asked run their own token in every column.
+        With "candidate" it runs every candidate twice, as the adapter scores it and as the base model that goes on
+        writing sees it. Rows that were not asked run their own token in every column.
         """
         width = proposals.ids_BK.shape[1]
         ids_BK = session.default_B[:, None].repeat(1, width)
         ids_BK[rows_A] = proposals.ids_BK
-        written_twice = self.selector_config.adapter_scope == "candidate"
-        ids_BM = torch.cat([ids_BK, ids_BK], dim=1) if written_twice else ids_BK
-        positions_BM = session.mask_BT.long().sum(-1, keepdim=True).expand_as(ids_BM)
-        with self.switch.on_last(width) if written_twice else self.switch(True):
-            hidden_BMD, fed, _ = append_candidates(
-                self.model, prefix.cache, session.mask_BT, ids_BM, positions_BM, tree=True
+        twice = self.selector_config.adapter_scope == "candidate"
+        ids_BM = torch.cat([ids_BK, ids_BK], dim=1) if twice else ids_BK
+        with self.switch.on_tokens(slice(0, width)) if twice else self.switch(True):
+            appended = append_candidates(
+                self.model,
+                prefix.cache,
+                session.mask_BT,
+                ids_BM,
+                session.mask_BT.long().sum(-1, keepdim=True).expand_as(ids_BM),
+                tree=True,
+                num_logits=width,
             )
         session.count_forward("tree", ids_BM.numel())
 
         def advance(choice_A: torch.Tensor) -> torch.Tensor:
             chosen_B = torch.zeros(len(ids_BM), dtype=torch.long, device=ids_BM.device)
             chosen_B[rows_A] = choice_A
-            kept = keep_candidate(fed, chosen_B, ids_BM.shape[1], tree=True)
+            kept = keep_candidate(appended.fed, chosen_B + (width if twice else 0), ids_BM.shape[1], tree=True)
             for layer, new in zip(prefix.cache.layers, kept.layers):
                 layer.__dict__.update(new.__dict__)
-            hidden_BD = hidden_BMD[torch.arange(len(ids_BM), device=ids_BM.device), chosen_B]
-            return self.model.get_output_embeddings()(hidden_BD).float()
+            return appended.logits_BLV[torch.arange(len(ids_BM), device=ids_BM.device), chosen_B].float()
 
-        return Scores(self.read_scores(hidden_BMD[rows_A, -width:]), advance)
+        return Scores(self.read_scores(appended.hidden_BMD[rows_A, :width]), advance)
 
 
 def _find_weights(path: str | os.PathLike, hub_kwargs: dict) -> str:
@@ -534,7 +538,6 @@ class S2TSession:
         self.prompt_length = prompt_length
         self.teacher_model = check_teacher(self.config, selector, teacher_model)
         self.student_cache = student_cache
-        self.head_is_plain = False  # set by the driver after its prefill
         self.trace = trace
         self._random = torch.Generator().manual_seed(self.config.seed)
         self._teacher_prefix: PrefixCache | None = None
