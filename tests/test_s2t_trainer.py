@@ -80,10 +80,18 @@ def naive_scores(trainer, row):
     return torch.stack(out)
 
 
+WINDOWED = {  # windows far shorter than the trajectories
+    "mistral": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", *WINDOWED])
 @pytest.mark.parametrize("scope", ["candidate", "sequence"])
-def test_packed_scores_equal_one_forward_per_candidate(tmp_path, scope, attn):
-    trainer = make_trainer(tmp_path, tiny_model(attn=attn), adapter_scope=scope)
+def test_packed_scores_equal_one_forward_per_candidate(tmp_path, scope, family, attn):
+    model = tiny_model(family, attn=attn, **WINDOWED.get(family, {}))
+    trainer = make_trainer(tmp_path, model, adapter_scope=scope)
     randomise(trainer)
     trainer.model.eval()
     rows = [trainer.train_dataset[i] for i in range(4)]
