@@ -1,154 +1,630 @@
-"""What selecting costs: S2T-Local against greedy decoding and against the published procedure, in one run.
+"""What selecting costs: S2T-Local against greedy decoding, the published procedure and majority voting, in one run.
 
-    python benchmarks/decode.py --shape small --rates 0.01 0.1 --output runs/benchmarks/decode.json
+    python benchmarks/decode.py --json runs/benchmarks/decode.json --plot runs/benchmarks/decode.png
+    python benchmarks/decode.py --quick                  # a few minutes on two cores
+    python benchmarks/decode.py --device cuda --dtype bfloat16 --shape qwen2.5-1.5b --naive_batches 1 8
 
-A random model of a given shape decodes the same prompts under every way in turn, A B C A B C ..., and each ratio is
-taken inside one turn, so that it holds when the machine's speed drifts. Steps are triggered at random at the given
-rate with K candidates each, so that every way asks equally often. Absolute times mean little; ratios are printed.
+Random weights of a given shape decode the same prompts in every way in turn, A B C A B C ..., and each ratio to
+greedy is taken inside one turn, so that it holds when the machine's speed drifts; medians over turns are reported,
+of wall time and (on a CPU) of processor time. Absolute times mean little. Steps trigger at random, with a seed that
+was searched for so that the share of asked tokens is the rate and not just close to it. Nothing stops early: every
+way decodes exactly `--new_tokens` tokens.
 
-    greedy       model.generate
-    fast         custom_generate=s2t_generate, adapter on the candidates only (the default)
-    sequence     custom_generate=s2t_generate, adapter on prefix and candidates, base proposals (a second cache)
-    processor    logits_processor=S2T(selector): a cache of its own
-    published    K full prefixes through the adapted model at every trigger, no cache (arXiv 2604.26940, public code)
+    greedy         model.generate of a model that holds no adapter
+    s2t_generate   custom_generate=s2t_generate; scope candidate/base is the default, sequence/adapted the paper's form
+    processor      logits_processor=S2T(selector): a cache of its own
+    naive          the published algorithm (arXiv 2604.26940, public code): K full prefixes through the adapted model
+                   at every trigger, no cache, one row at a time. Favoured here: the base model writes the text, and
+                   the head is read at the last position only
+    maj8           8 sampled paths per prompt, as for a majority vote; no S2T, so it has no rate
+
+`forwards_per_token` counts runs of the decoder: greedy has 1.0, the prompt's forward yielding the first token.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
+import itertools
+import platform
 import statistics
 import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
+import peft
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel, Qwen2Config
 
-from transformers_s2t import S2T, LocalSelector, S2TDecodingConfig, S2TTrace, SelectorConfig, s2t_generate
+from transformers_s2t import S2T, LocalSelector, S2TDecodingConfig, SelectorConfig, s2t_generate
 from transformers_s2t.config import write_json
 from transformers_s2t.scoring import get_decoder
 
 
+# vocabulary: that of `tiny` and `qwen2.5-0.5b` is cut, because a head of 151936 rows would hide the layers
 SHAPES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 1000},
-    "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 32000},
-    "qwen2.5-0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151936},
+    "tiny": (64, 192, 4, 2, 1, 1000),
+    "small": (512, 1408, 8, 8, 2, 32000),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 32768),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936),
+}
+SHAPE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE_FIELDS += ("num_key_value_heads", "vocab_size")
+
+NAMES = ("s2t_generate", "processor", "naive", "maj8")  # and greedy, always
+SCOPES = ("candidate/base", "sequence/base", "sequence/adapted")
+NAIVE_SCOPE = "sequence/base"  # the adapter sees whole prefixes, the base model writes
+NUM_PATHS = 8
+NUM_RESERVED = 16
+FIRST_TOKEN = 3  # of prompts: 0 is padding, 1 begins a text
+WARMUP_TOKENS = S2TDecodingConfig().warmup_tokens
+
+#: Three minutes on two cores at 0.1 s a token. The other scopes (25 s a turn each), `maj8` (35 s) and `naive` at the
+#: other rate (12 s a trigger) would not fit in.
+QUICK = {
+    "vocab_size": 8192,
+    "rates": [0.01, 0.1],
+    "batch_sizes": [1],
+    "prefix_lengths": [256],
+    "turns": 2,
+    "new_tokens": 100,
+    "variants": ["s2t_generate", "processor", "naive"],
+    "scopes": ["candidate/base"],
 }
 
 
-class Published(LogitsProcessor):
-    """The public procedure at the same random steps: every candidate's whole text, without a cache, at batch 1."""
+class Variant(NamedTuple):
+    """One way to decode. `scope` as in `SCOPES`; `scope` and `rate` are `None` where they mean nothing."""
+
+    name: str
+    scope: str | None = None
+    rate: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.scope is None or self.name == "naive" else f"{self.name} {self.scope}"
+
+
+@dataclass
+class Sample:
+    """One timed run: seconds of wall and processor time, decoder forwards, (row, step) pairs that were asked."""
+
+    wall: float
+    cpu: float | None
+    forwards: int
+    asked: int
+
+
+@dataclass
+class Tally:
+    """What all models of a benchmark did since it was last set to zero."""
+
+    forwards: int = 0
+    asked: int = 0
+
+
+class CountingSelector(LocalSelector):
+    """A [`LocalSelector`] that counts the rows that it was asked about."""
+
+    tally: Tally
+
+    def read_scores(self, hidden_AKD: torch.Tensor) -> torch.Tensor:
+        self.tally.asked += len(hidden_AKD)
+        return super().read_scores(hidden_AKD)
+
+
+class Naive(LogitsProcessor):
+    """The published procedure at the random steps of `config`: every candidate's whole text, without a cache."""
 
     def __init__(self, selector: LocalSelector, config: S2TDecodingConfig, prompt_length: int):
         self.selector, self.config, self.prompt_length = selector, config, prompt_length
         self.random = torch.Generator().manual_seed(config.seed)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        fires = torch.rand(len(scores), generator=self.random) >= self.config.resolve_threshold(None)
+        fires_B = torch.rand(len(scores), generator=self.random) >= self.config.resolve_threshold(None)
         if input_ids.shape[1] - self.prompt_length < self.config.warmup_tokens:
             return scores
-        for row in fires.nonzero()[:, 0].tolist():
-            candidates = scores[row].topk(self.config.num_candidates).indices
-            texts = torch.cat([input_ids[row].expand(len(candidates), -1), candidates[:, None]], dim=-1)
+        for row in fires_B.nonzero()[:, 0].tolist():
+            candidates_K = scores[row].topk(self.config.num_candidates).indices
+            texts_KT = torch.cat([input_ids[row].expand(len(candidates_K), -1), candidates_K[:, None]], dim=-1)
             with self.selector.switch(True):
-                hidden = get_decoder(self.selector.model)(input_ids=texts, use_cache=False).last_hidden_state[:, -1]
-            chosen = candidates[self.selector.read_scores(hidden[None])[0].argmax()]
+                hidden_KTD = get_decoder(self.selector.model)(input_ids=texts_KT, use_cache=False).last_hidden_state
+            chosen = candidates_K[self.selector.read_scores(hidden_KTD[None, :, -1])[0].argmax()]
             scores[row] = float("-inf")
             scores[row, chosen] = 0.0
         return scores
 
 
-def make_selector(shape: str, scope: str, dtype: torch.dtype) -> LocalSelector:
+# --- what is asked for -----------------------------------------------------------------------------------------------
+
+
+def num_wanted(rate: float, new_tokens: int, batch_size: int) -> int:
+    """How many (row, step) pairs the rate stands for; no more than there are after the warm-up."""
+    return min(round(rate * new_tokens * batch_size), (new_tokens - WARMUP_TOKENS) * batch_size)
+
+
+def find_seed(rate: float, new_tokens: int, batch_size: int, max_seeds: int = 20_000) -> int:
+    """The first seed with which the "random" trigger fires at the rate exactly, in [`num_wanted`] pairs.
+
+    Draws as a decoding session does: one `torch.rand(B)` per new token, also in the warm-up, where none counts.
+
+    Raises:
+        ValueError: where the rate stands for no pair at all, or no seed was found.
+    """
+    wanted = num_wanted(rate, new_tokens, batch_size)
+    if wanted < 1:
+        raise ValueError(
+            f"a rate of {rate:g} of {new_tokens} new tokens in {batch_size} row(s) is less than one step: raise "
+            "--new_tokens or --rates."
+        )
+    for seed in range(max_seeds):
+        generator = torch.Generator().manual_seed(seed)
+        values_NB = torch.stack([torch.rand(batch_size, generator=generator) for _ in range(new_tokens)])
+        if int((values_NB[WARMUP_TOKENS:] >= 1.0 - rate).sum()) == wanted:
+            return seed
+    raise ValueError(
+        f"none of {max_seeds} seeds triggers exactly {wanted} of {new_tokens * batch_size} tokens (rate {rate:g}, "
+        f"batch {batch_size}, the first {WARMUP_TOKENS} steps never trigger): choose another rate or --new_tokens."
+    )
+
+
+def plan_variants(args: argparse.Namespace, batch_size: int) -> list[Variant]:
+    """What one turn runs, in order: greedy first, what takes long last."""
+    plan = [Variant("greedy")]
+    for rate in args.rates:
+        plan += [Variant("s2t_generate", scope, rate) for scope in args.scopes if "s2t_generate" in args.variants]
+        scopes = SCOPES if args.all_scopes else SCOPES[:1]
+        plan += [Variant("processor", scope, rate) for scope in scopes if "processor" in args.variants]
+    plan += [Variant("maj8")] if "maj8" in args.variants else []
+    if "naive" in args.variants and batch_size in args.naive_batches and args.naive_turns:
+        plan += [Variant("naive", NAIVE_SCOPE, rate) for rate in args.rates if rate in args.naive_rates]
+    return plan
+
+
+def list_skipped(args: argparse.Namespace) -> list[str]:
+    """What this run leaves out, and the flag that brings it in."""
+    skipped = [f"{name} (--variants)" for name in NAMES if name not in args.variants]
+    if "s2t_generate" in args.variants:
+        skipped += [f"s2t_generate {scope} (--scopes)" for scope in SCOPES if scope not in args.scopes]
+    if "processor" in args.variants and not args.all_scopes:
+        skipped += [f"processor {scope} (--all_scopes)" for scope in SCOPES[1:]]
+    if "naive" in args.variants:
+        batches = [size for size in args.batch_sizes if size not in args.naive_batches]
+        skipped += ["naive (--naive_turns 1)"] * (not args.naive_turns)
+        skipped += [f"naive at batch {size} (--naive_batches {size})" for size in batches]
+        rates = [rate for rate in args.rates if rate not in args.naive_rates]
+        skipped += [f"naive at rate {rate:g} (--naive_rates {rate:g})" for rate in rates]
+    return skipped
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The models of one shape, which share their base weights, and the ways to decode with them."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.tally = args, Tally()
+        self.device = torch.device(args.device)
+        self.plain = make_model(args)
+        scopes = {variant.scope for size in args.batch_sizes for variant in plan_variants(args, size)} - {None}
+        self.selectors = {scope: self._make_selector(scope) for scope in sorted(scopes)}
+        for model in [self.plain, *(selector.model for selector in self.selectors.values())]:
+            get_decoder(model).register_forward_hook(self._count_forward)
+
+    def _count_forward(self, *call: Any) -> None:
+        self.tally.forwards += 1
+
+    def _make_selector(self, scope: str) -> CountingSelector:
+        """A selector in a model of its own: other modules, but the very tensors of `self.plain`."""
+        shared = {id(tensor): tensor for tensor in itertools.chain(self.plain.parameters(), self.plain.buffers())}
+        model = copy.deepcopy(self.plain, shared)
+        torch.manual_seed(0)
+        vocab_size = model.config.vocab_size
+        reserved = list(range(vocab_size - NUM_RESERVED, vocab_size))
+        lora = LoraConfig(r=16, target_modules="all-linear", trainable_token_indices={"lm_head": reserved})
+        adapter_scope, proposals = scope.split("/")
+        config = SelectorConfig(reserved, adapter_scope=adapter_scope, proposals=proposals)
+        selector = CountingSelector(get_peft_model(model, lora).eval(), config, "default")
+        selector.tally = self.tally
+        return selector
+
+    def make_prompts(self, batch_size: int, prefix_length: int) -> torch.Tensor:
+        last = self.plain.config.vocab_size - NUM_RESERVED
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(FIRST_TOKEN, last, (batch_size, prefix_length), generator=generator).to(self.device)
+
+    def decode(
+        self, variant: Variant, prompt_BT: torch.Tensor, new_tokens: int, config: S2TDecodingConfig | None
+    ) -> torch.Tensor:
+        common = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT), "max_new_tokens": new_tokens}
+        common["do_sample"] = variant.name == "maj8"
+        if variant.name == "greedy":
+            return self.plain.generate(**common)
+        if variant.name == "maj8":
+            return self.plain.generate(**common, num_return_sequences=NUM_PATHS)
+        selector = self.selectors[variant.scope]
+        if variant.name == "s2t_generate":
+            return selector.model.generate(
+                **common, custom_generate=s2t_generate, selector=selector, decoding_config=config
+            )
+        if variant.name == "processor":
+            return selector.model.generate(**common, logits_processor=S2T(selector, config=config))
+        naive = Naive(selector, config, prompt_BT.shape[1])
+        return selector.model.generate(**common, logits_processor=LogitsProcessorList([naive]))
+
+    def measure(
+        self, variant: Variant, prompt_BT: torch.Tensor, new_tokens: int, config: S2TDecodingConfig | None
+    ) -> Sample:
+        self.tally.forwards = self.tally.asked = 0
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        text = self.decode(variant, prompt_BT, new_tokens, config)
+        if on_cuda:
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        decoded = text.shape[1] - prompt_BT.shape[1]
+        if decoded != new_tokens:
+            raise RuntimeError(f"{variant.label} decoded {decoded} tokens, not {new_tokens}.")
+        return Sample(wall, None if on_cuda else cpu, self.tally.forwards, self.tally.asked)
+
+
+def make_model(args: argparse.Namespace) -> PreTrainedModel:
+    """A Qwen2 of random weights that never ends a text."""
     torch.manual_seed(0)
-    heads = max(SHAPES[shape]["hidden_size"] // 64, 2)
     config = Qwen2Config(
-        **SHAPES[shape],
-        num_attention_heads=heads,
-        num_key_value_heads=2 if heads % 2 == 0 else 1,
-        max_position_embeddings=4096,
+        **dict(zip(SHAPE_FIELDS, SHAPES[args.shape])) | {"vocab_size": args.vocab_size},
+        max_position_embeddings=max(args.prefix_lengths) + args.new_tokens + WARMUP_TOKENS + 2,
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,
     )
-    model = Qwen2ForCausalLM(config).to(dtype).eval()
-    reserved = list(range(config.vocab_size - 16, config.vocab_size))
-    lora = LoraConfig(r=16, target_modules="all-linear", trainable_token_indices={"lm_head": reserved})
-    return LocalSelector(get_peft_model(model, lora), SelectorConfig(reserved, adapter_scope=scope), "default")
+    attention = args.attn_implementation
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation=attention)
+    return model.eval().to(args.device)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--shape", choices=sorted(SHAPES), default="small", help="shape of the random model")
-    add("--rates", type=float, nargs="+", default=[0.01, 0.1], help="shares of steps that trigger")
-    add("--batch_sizes", type=int, nargs="+", default=[1], help="rows decoded together")
-    add("--prompt_tokens", type=int, default=256, help="length of the prompt")
-    add("--new_tokens", type=int, default=200, help="tokens to decode")
-    add("--num_candidates", type=int, default=8, help="K")
-    add("--repeats", type=int, default=3, help="turns")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="weights' type")
-    add("--output", help="JSON file to write")
-    args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    candidate, sequence = (make_selector(args.shape, scope, dtype) for scope in ("candidate", "sequence"))
+def runs_of_block(
+    args: argparse.Namespace, batch_size: int, configs: dict[tuple[float, int], S2TDecodingConfig]
+) -> Iterator[tuple[int, Variant, int, S2TDecodingConfig | None]]:
+    """(turn, variant, new tokens, config) of every run of a block, in order; turn -1 warms up and is not counted.
 
+    The warm-up asks at every step that may trigger, of which there are two. On a CPU it leaves `naive` out: there are
+    no kernels to load, and a single trigger may take as long as decoding a whole text.
+    """
+    plan = plan_variants(args, batch_size)
+    for variant in plan:
+        config = configs.get((variant.rate, batch_size))
+        if variant.rate in (None, args.rates[0]) and (variant.name != "naive" or args.device == "cuda"):
+            yield -1, variant, WARMUP_TOKENS + 2, config and replace(config, target_rate=1.0)
+    for turn in range(args.turns):
+        for variant in plan:
+            if variant.name != "naive" or turn < args.naive_turns:
+                yield turn, variant, args.new_tokens, configs.get((variant.rate, batch_size))
+
+
+def measure_block(
+    bench: Bench, batch_size: int, prefix_length: int, configs: dict[tuple[float, int], S2TDecodingConfig], bar: tqdm
+) -> tuple[list[dict], float]:
+    """The rows of one (batch, prefix), and the median seconds of greedy decoding."""
+    prompt_BT = bench.make_prompts(batch_size, prefix_length)
+    samples: dict[Variant, dict[int, Sample]] = {}
+    for turn, variant, new_tokens, config in runs_of_block(bench.args, batch_size, configs):
+        bar.set_description(f"batch {batch_size}, prefix {prefix_length}, {variant.label}")
+        sample = bench.measure(variant, prompt_BT, new_tokens, config)
+        if turn >= 0:
+            wanted = 0 if variant.rate is None else num_wanted(variant.rate, new_tokens, batch_size)
+            if sample.asked != wanted:
+                raise RuntimeError(f"{variant.label} asked at {sample.asked} tokens, not {wanted}: not comparable.")
+            samples.setdefault(variant, {})[turn] = sample
+        bar.update()
+    greedy = samples[Variant("greedy")]
     rows = []
-    for batch_size in args.batch_sizes:
-        prompt = torch.randint(3, 900, (batch_size, args.prompt_tokens), generator=torch.Generator().manual_seed(1))
-        common = {"input_ids": prompt, "max_new_tokens": args.new_tokens, "do_sample": False}
-        common["attention_mask"] = torch.ones_like(prompt)
-        for rate in args.rates:
-            config = S2TDecodingConfig(
-                trigger="random", target_rate=rate, min_prob_ratio=0.0, num_candidates=args.num_candidates
+    for variant, by_turn in samples.items():
+        pairs = [(sample, greedy[turn]) for turn, sample in by_turn.items()]
+        rows.append(make_row(bench.args, variant, batch_size, prefix_length, pairs))
+    return rows, statistics.median(sample.wall for sample in greedy.values())
+
+
+def make_row(
+    args: argparse.Namespace,
+    variant: Variant,
+    batch_size: int,
+    prefix_length: int,
+    pairs: list[tuple[Sample, Sample]],
+) -> dict:
+    """One row of the JSON from the variant's samples, each beside greedy's of the same turn."""
+    scope, proposals = variant.scope.split("/") if variant.scope else (None, None)
+    ratios = [own.wall / greedy.wall for own, greedy in pairs]
+    cpu = None if pairs[0][0].cpu is None else statistics.median(own.cpu / greedy.cpu for own, greedy in pairs)
+    one = pairs[0][0]  # the counts are those of every turn
+    return {
+        "name": variant.name,
+        "scope": scope,
+        "proposals": proposals,
+        "rate": variant.rate,
+        "batch": batch_size,
+        "prefix": prefix_length,
+        "dtype": args.dtype,
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "cpu_ratio": None if cpu is None else round(cpu, 4),
+        "forwards_per_token": round(one.forwards / args.new_tokens, 4),
+        "asked_rate": None if variant.rate is None else round(one.asked / (args.new_tokens * batch_size), 4),
+        "turns": len(pairs),
+    }
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def make_meta(args: argparse.Namespace, skipped: list[str]) -> dict:
+    return {
+        "shape": args.shape,
+        "vocab": args.vocab_size,
+        "new_tokens": args.new_tokens,
+        "num_candidates": args.num_candidates,
+        "threads": torch.get_num_threads(),
+        "device": device_name(args.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "settings": {name: value for name, value in vars(args).items() if name not in ("json", "plot")},
+        "skipped": skipped,
+        "greedy_seconds": [],
+    }
+
+
+def label_of(row: dict) -> str:
+    scope = None if row["scope"] is None else f"{row['scope']}/{row['proposals']}"
+    return Variant(row["name"], scope).label
+
+
+def format_cell(row: dict | None) -> str:
+    if row is None:
+        return "skipped"
+    low, high = row["ratio_range"]
+    spread = f" [{low:.2f}, {high:.2f}]" if row["turns"] > 1 else ""
+    cpu = "" if row["cpu_ratio"] is None else f" cpu {row['cpu_ratio']:.2f}"
+    return f"{row['ratio']:.2f}{spread}{cpu}"
+
+
+def format_table(rows: list[dict], meta: dict) -> str:
+    """One part per (batch, prefix), one line per way, one column per rate."""
+    settings = meta["settings"]
+    lines = [f"Time relative to greedy, {meta['shape']} with a vocabulary of {meta['vocab']}, {settings['dtype']}, "
+             f"K = {meta['num_candidates']}, {meta['new_tokens']} new tokens,",
+             f"{meta['device']}, {meta['threads']} thread(s): median of {settings['turns']} turn(s), "
+             f"naive {settings['naive_turns']}, [min, max], cpu: of processor time"]  # fmt: skip
+    for block in meta["greedy_seconds"]:
+        here = [row for row in rows if all(row[name] == block[name] for name in ("batch", "prefix"))]
+        labels = list(dict.fromkeys(map(label_of, here)))
+        if "naive" in settings["variants"] and "naive" not in labels:
+            labels.append("naive")
+        by_place = {(label_of(row), row["rate"]): row for row in here}
+        head = f"batch {block['batch']}, prefix {block['prefix']}, greedy {block['seconds']:.3g} s"
+        asked = {row["rate"]: row["asked_rate"] for row in here}  # the same for all: `measure_block` sees to it
+        cells = [[head, *(f"{100 * asked.get(rate, rate):.3g} % asked" for rate in settings["rates"])]]
+        for label in labels:
+            if (label, None) in by_place:
+                cells.append([label, format_cell(by_place[label, None]) + " at any rate"])
+            else:
+                cells.append([label, *(format_cell(by_place.get((label, rate))) for rate in settings["rates"])])
+        columns = zip(*(line for line in cells if len(line) == len(cells[0])))
+        widths = [max(map(len, column)) for column in columns]
+        widths[0] = max(len(line[0]) for line in cells)
+        lines += ["", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)]
+    if meta["skipped"]:
+        lines += ["", "not measured: " + ", ".join(meta["skipped"])]
+    return "\n".join(lines)
+
+
+PLOT_STYLES = {  # Okabe and Ito's colours
+    "s2t_generate candidate/base": ("#0072B2", "o"),
+    "s2t_generate sequence/base": ("#56B4E9", "v"),
+    "s2t_generate sequence/adapted": ("#009E73", "^"),
+    "processor candidate/base": ("#E69F00", "s"),
+    "processor sequence/base": ("#B8860B", "D"),
+    "processor sequence/adapted": ("#8B5A00", "P"),
+    "naive": ("#D55E00", "X"),
+    "maj8": ("#CC79A7", ""),
+}
+
+
+def draw_panel(axes: Any, rows: list[dict], labels: list[str], rates: list[float]) -> None:
+    """One (batch, prefix): a group per rate, a point with its range per way, lines for what has no rate."""
+    axes.axhline(1.0, color="black", linewidth=1, label="greedy")
+    for row in [row for row in rows if row["name"] == "maj8"]:
+        color = PLOT_STYLES["maj8"][0]
+        axes.axhline(row["ratio"], color=color, linewidth=1.5, linestyle="--", label="maj8")
+        axes.axhspan(*row["ratio_range"], color=color, alpha=0.2, linewidth=0)
+    for place, label in enumerate(labels):
+        color, marker = PLOT_STYLES[label]
+        offset = 0.8 * ((place + 0.5) / len(labels) - 0.5)
+        for row in [row for row in rows if label_of(row) == label]:
+            x, ratio, (low, high) = rates.index(row["rate"]) + offset, row["ratio"], row["ratio_range"]
+            style = {"color": color, "marker": marker, "linestyle": "none", "markersize": 5, "capsize": 2}
+            axes.errorbar([x], [ratio], [[ratio - low], [high - ratio]], label=label, elinewidth=1, **style)
+            shift = (0, 11 if place % 2 and len(labels) > 5 else 4)  # neighbours are often equal, and many are narrow
+            style = {"color": color, "fontsize": 6, "ha": "center"}
+            axes.annotate(f"{ratio:.2f}", (x, high), shift, textcoords="offset points", **style)
+
+
+def plot(rows: list[dict], meta: dict, file: Path) -> None:
+    """Ratios to greedy on a logarithmic axis, a panel per (batch, prefix)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    settings = meta["settings"]
+    batches, prefixes, rates = settings["batch_sizes"], settings["prefix_lengths"], settings["rates"]
+    present = {label_of(row) for row in rows if row["rate"] is not None}
+    labels = [label for label in PLOT_STYLES if label in present]
+    figure = Figure(figsize=(1 + 4.5 * len(prefixes), 1.4 + 3 * len(batches)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(batches), len(prefixes), squeeze=False, sharex=True, sharey=True)
+    for (batch, prefix), axes in zip(itertools.product(batches, prefixes), grid.flat):
+        draw_panel(axes, [row for row in rows if (row["batch"], row["prefix"]) == (batch, prefix)], labels, rates)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(range(len(rates)), [f"{100 * rate:g} %" for rate in rates])
+        axes.set_xlim(-0.5, len(rates) - 0.5)
+        axes.margins(y=0.12)
+        axes.set_title(f"batch {batch}, prefix {prefix}", fontsize=9)
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        axes.tick_params(labelsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("share of tokens at which the selector is asked", fontsize=8)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("time / greedy", fontsize=8)
+    title = (meta["shape"], settings["dtype"], f"K = {meta['num_candidates']}", meta["device"])
+    figure.suptitle(", ".join(title), fontsize=9)
+    found = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(4, len(found)), fontsize=7)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"decode.py: {message}\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a preset of a few minutes; flags given beside it win")
+    add("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the random model [%(default)s]")
+    add("--vocab_size", type=int, help="rows of the head; by default the shape's own (qwen2.5-0.5b: cut to 32768)")
+    add("--rates", type=float, nargs="+", default=[0.01, 0.05, 0.1], help="shares of tokens asked %(default)s")
+    add("--batch_sizes", type=int, nargs="+", default=[1, 8], help="prompts decoded together %(default)s")
+    add("--prefix_lengths", type=int, nargs="+", default=[256, 1024], help="tokens of a prompt %(default)s")
+    add("--new_tokens", type=int, default=100, help="to decode [%(default)s]")
+    add("--num_candidates", type=int, default=8, help="K [%(default)s]")
+    add("--turns", type=int, default=5, help="how often everything is timed [%(default)s]")
+    add("--variants", choices=NAMES, nargs="+", default=list(NAMES), help="beside greedy [all]")
+    add("--scopes", choices=SCOPES, nargs="+", default=list(SCOPES), help="of s2t_generate [all]")
+    add("--all_scopes", action="store_true", help="time the processor in every scope, not in candidate/base only")
+    add("--naive_turns", type=int, default=1, help="in how many of the turns naive is timed, 0 for none [%(default)s]")
+    add("--naive_batches", type=int, nargs="+", default=[1], help="batch sizes to time naive at %(default)s")
+    add("--naive_rates", type=float, nargs="+", help="rates to time naive at [all; with --quick the lowest]")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights [%(default)s]")
+    add("--threads", type=int, help="of the CPU [torch's default]")
+    add("--attn_implementation", choices=["sdpa", "eager", "flash_attention_2"], default="sdpa", help="[%(default)s]")
+    add("--json", type=Path, metavar="FILE", help="write the figures here, again after every (batch, prefix)")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the ratios")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises a ValueError for what could not be measured."""
+    for name in ("rates", "naive_rates"):
+        if not all(0 < rate <= 1 for rate in getattr(args, name)):
+            raise ValueError(f"--{name} must be in (0, 1], got {getattr(args, name)}.")
+    least = {"batch_sizes": 1, "prefix_lengths": 1, "turns": 1, "naive_turns": 0, "naive_batches": 1, "threads": 1}
+    least |= {"new_tokens": WARMUP_TOKENS + 1, "num_candidates": 2}
+    least["vocab_size"] = FIRST_TOKEN + args.num_candidates + NUM_RESERVED
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not all(one >= low for one in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"--{name} must be at least {low}, got {value}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here.")
+    if args.attn_implementation == "flash_attention_2":
+        if args.device != "cuda" or args.dtype == "float32":
+            raise ValueError("--attn_implementation flash_attention_2 needs --device cuda and a 16-bit --dtype.")
+        if not transformers.utils.is_flash_attn_2_available():
+            raise ValueError("--attn_implementation flash_attention_2 needs the package flash-attn.")
+    for name in ("json", "plot"):
+        file = getattr(args, name)
+        if file is not None and (file.is_dir() or any(up.exists() and not up.is_dir() for up in file.parents)):
+            raise ValueError(f"--{name} must name a file that can be written, got {str(file)!r}.")
+    if args.plot is not None and args.plot.suffix != ".png":
+        raise ValueError(f"--plot must end in .png, got {str(args.plot)!r}.")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib.")
+
+
+def parse_arguments(
+    argv: list[str] | None,
+) -> tuple[argparse.Namespace, dict[tuple[float, int], S2TDecodingConfig]]:
+    """The settings, and how each (rate, batch size) decodes; leaves with status 2 and one line where one is wrong."""
+    parser = make_parser()
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    for name in ("rates", "batch_sizes", "prefix_lengths", "variants", "scopes", "naive_batches"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # each once
+    args.vocab_size = SHAPES[args.shape][-1] if args.vocab_size is None else args.vocab_size
+    if args.naive_rates is None:
+        args.naive_rates = [min(args.rates)] if args.quick else args.rates
+    args.naive_turns = min(args.naive_turns, args.turns)
+    try:
+        check_arguments(args)
+        configs = {
+            (rate, size): S2TDecodingConfig(
+                trigger="random",
+                target_rate=rate,
+                min_prob_ratio=0.0,
+                num_candidates=args.num_candidates,
+                seed=find_seed(rate, args.new_tokens, size),
             )
+            for rate, size in itertools.product(args.rates, args.batch_sizes)
+        }
+    except ValueError as error:
+        parser.error(str(error))
+    return args, configs
 
-            def fast(selector, config=config, common=common, trace=None):
-                selector.model.generate(
-                    **common, custom_generate=s2t_generate, selector=selector, decoding_config=config, trace=trace
-                )
 
-            def published(config=config, common=common, prompt=prompt):
-                processor = LogitsProcessorList([Published(candidate, config, prompt.shape[1])])
-                candidate.model.generate(**common, logits_processor=processor)
-
-            ways = {
-                "greedy": lambda common=common: candidate.model.generate(**common),
-                "fast": lambda: fast(candidate),
-                "sequence": lambda: fast(sequence),
-                "processor": lambda common=common, config=config: candidate.model.generate(
-                    **common, logits_processor=S2T(candidate, config=config)
-                ),
-                "published": published,
-            }
-            seconds: dict[str, list[float]] = {name: [] for name in ways}
-            for turn in tqdm(range(args.repeats + 1), desc=f"batch {batch_size}, {rate:.0%} triggers", unit="turn"):
-                for name, way in ways.items():
-                    began = time.perf_counter()
-                    way()
-                    if turn:  # the first turn warms up
-                        seconds[name].append(time.perf_counter() - began)
-            trace = S2TTrace()
-            fast(candidate, trace=trace)
-            asked = sum(int(step["asked_B"].sum()) for step in trace.steps) / (len(trace.steps) * batch_size)
-            for name, values in seconds.items():
-                ratios = [value / base for value, base in zip(values, seconds["greedy"])]
-                row = {"way": name, "batch_size": batch_size, "rate": rate, "asked_rate": round(asked, 4)}
-                row |= {"ratio_to_greedy": round(statistics.median(ratios), 3)}
-                row |= {"ratio_range": [round(min(ratios), 3), round(max(ratios), 3)]}
-                rows.append(row)
-
-    meta = {name: value for name, value in vars(args).items() if name != "output"} | {"torch": torch.__version__}
-    print(f"\nTime relative to greedy, {args.shape} shape, {args.dtype}, {torch.get_num_threads()} thread(s), K = "
-          f"{args.num_candidates}, prompt {args.prompt_tokens}, {args.new_tokens} new tokens")  # fmt: skip
-    print(f"{'way':<11} {'batch':>5} {'rate':>6} {'asked':>6} {'ratio':>7}   range of {args.repeats} turns")
-    for row in rows:
-        low, high = row["ratio_range"]
-        print(f"{row['way']:<11} {row['batch_size']:>5} {row['rate']:>6.1%} {row['asked_rate']:>6.1%} "
-              f"{row['ratio_to_greedy']:>6.2f}x   {low:.2f} - {high:.2f}")  # fmt: skip
-    if args.output:
-        print(f"\nwritten to {write_json(Path(args.output), {'meta': meta, 'rows': rows})}")
+def main(argv: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's
+    args, configs = parse_arguments(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    meta, rows = make_meta(args, list_skipped(args)), []
+    total = sum(len(list(runs_of_block(args, size, configs))) for size in args.batch_sizes) * len(args.prefix_lengths)
+    with tqdm(total=total, unit="run") as bar:
+        for batch_size, prefix_length in itertools.product(args.batch_sizes, args.prefix_lengths):
+            block, seconds = measure_block(bench, batch_size, prefix_length, configs, bar)
+            rows += block
+            place = {"batch": batch_size, "prefix": prefix_length, "seconds": round(seconds, 4)}
+            meta["greedy_seconds"].append(place)
+            if args.json is not None:
+                write_json(args.json, {"meta": meta, "rows": rows})
+    print(f"\n{format_table(rows, meta)}")
+    if args.json is not None:
+        print(f"\nwritten to {args.json}")
+    if args.plot is not None:
+        plot(rows, meta, args.plot)
+        print(f"drawn in {args.plot}")
 
 
 if __name__ == "__main__":

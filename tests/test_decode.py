@@ -372,6 +372,31 @@ def test_a_model_that_repeats_cache_rows_decodes_the_same(setup, monkeypatch, ba
     assert "tree" not in trace.forwards
 
 
+@pytest.mark.parametrize("setup", [("candidate", "base"), ("sequence", "adapted")], ids=name_of)
+def test_flex_attention_repeats_cache_rows_and_selects_the_same(setup):
+    """It takes block masks, which a tree would have to be compiled into. (Here it runs uncompiled.)"""
+    model, selector = set_up(setup, hidden_size=64, head_dim=16)
+    inputs, settings = prompts((6,)), {"max_new_tokens": 3, **NEVER_FINISHES}
+    config = offer_all(warmup_tokens=0, num_candidates=2)
+    expected = generate("fast", model, inputs, selector, config, **settings)
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        tokens, trace = both_roads(model, inputs, selector, config, **settings)
+    assert tokens.tolist() == expected.tolist()
+    assert set(trace.forwards) == {"scorer"}
+
+
+def test_a_cache_that_keeps_more_than_the_window_is_masked_by_the_window():
+    """A user's own DynamicCache holds plain layers, whatever the model's attention looks back at."""
+    model, selector = set_up(("candidate", "base"), "mistral", sliding_window=4)
+    inputs, config = prompts((9,)), offer_all(warmup_tokens=0)
+    expected = generate("fast", model, inputs, selector, config)
+    trace = S2TTrace()
+    got = generate("fast", model, inputs, selector, config, trace, past_key_values=DynamicCache())
+    assert got.tolist() == expected.tolist()
+    assert num_flipped(trace) > 0
+
+
 @pytest.mark.parametrize("num_free", [0, 10_000], ids=["two-forwards", "one-forward"])
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
 def test_one_forward_and_two_select_the_same(setup, num_free, monkeypatch, batch):
