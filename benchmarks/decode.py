@@ -61,22 +61,22 @@ SHAPE_FIELDS += ("num_key_value_heads", "vocab_size")
 NAMES = ("s2t_generate", "processor", "naive", "maj8")  # and greedy, always
 SCOPES = ("candidate/base", "sequence/base", "sequence/adapted")
 NAIVE_SCOPE = "sequence/base"  # the adapter sees whole prefixes, the base model writes
+SLOW = ("maj8", "naive")
 NUM_PATHS = 8
 NUM_RESERVED = 16
 FIRST_TOKEN = 3  # of prompts: 0 is padding, 1 begins a text
 WARMUP_TOKENS = S2TDecodingConfig().warmup_tokens
 
-#: Three minutes on two cores at 0.1 s a token. The other scopes (25 s a turn each), `maj8` (35 s) and `naive` at the
-#: other rate (12 s a trigger) would not fit in.
+#: Three minutes on two cores: the width of the default shape with a quarter of its layers. `naive` at a tenth of the
+#: tokens would double that.
 QUICK = {
+    "num_layers": 6,
     "vocab_size": 8192,
     "rates": [0.01, 0.1],
     "batch_sizes": [1],
     "prefix_lengths": [256],
     "turns": 2,
-    "new_tokens": 100,
-    "variants": ["s2t_generate", "processor", "naive"],
-    "scopes": ["candidate/base"],
+    "new_tokens": 200,
 }
 
 
@@ -182,8 +182,8 @@ def plan_variants(args: argparse.Namespace, batch_size: int) -> list[Variant]:
         plan += [Variant("s2t_generate", scope, rate) for scope in args.scopes if "s2t_generate" in args.variants]
         scopes = SCOPES if args.all_scopes else SCOPES[:1]
         plan += [Variant("processor", scope, rate) for scope in scopes if "processor" in args.variants]
-    plan += [Variant("maj8")] if "maj8" in args.variants else []
-    if "naive" in args.variants and batch_size in args.naive_batches and args.naive_turns:
+    plan += [Variant("maj8")] if "maj8" in args.variants and args.slow_turns else []
+    if "naive" in args.variants and batch_size in args.naive_batches and args.slow_turns:
         plan += [Variant("naive", NAIVE_SCOPE, rate) for rate in args.rates if rate in args.naive_rates]
     return plan
 
@@ -195,9 +195,11 @@ def list_skipped(args: argparse.Namespace) -> list[str]:
         skipped += [f"s2t_generate {scope} (--scopes)" for scope in SCOPES if scope not in args.scopes]
     if "processor" in args.variants and not args.all_scopes:
         skipped += [f"processor {scope} (--all_scopes)" for scope in SCOPES[1:]]
+    if "maj8" in args.variants:
+        skipped += ["maj8 (--slow_turns 1)"] * (not args.slow_turns)
     if "naive" in args.variants:
         batches = [size for size in args.batch_sizes if size not in args.naive_batches]
-        skipped += ["naive (--naive_turns 1)"] * (not args.naive_turns)
+        skipped += ["naive (--slow_turns 1)"] * (not args.slow_turns)
         skipped += [f"naive at batch {size} (--naive_batches {size})" for size in batches]
         rates = [rate for rate in args.rates if rate not in args.naive_rates]
         skipped += [f"naive at rate {rate:g} (--naive_rates {rate:g})" for rate in rates]
@@ -282,7 +284,8 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
     """A Qwen2 of random weights that never ends a text."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        **dict(zip(SHAPE_FIELDS, SHAPES[args.shape])) | {"vocab_size": args.vocab_size},
+        **dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
+        | {"vocab_size": args.vocab_size, "num_hidden_layers": args.num_layers},
         max_position_embeddings=max(args.prefix_lengths) + args.new_tokens + WARMUP_TOKENS + 2,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -309,7 +312,7 @@ def runs_of_block(
             yield -1, variant, WARMUP_TOKENS + 2, config and replace(config, target_rate=1.0)
     for turn in range(args.turns):
         for variant in plan:
-            if variant.name != "naive" or turn < args.naive_turns:
+            if variant.name not in SLOW or turn < args.slow_turns:
                 yield turn, variant, args.new_tokens, configs.get((variant.rate, batch_size))
 
 
@@ -380,6 +383,7 @@ def device_name(device: str) -> str:
 def make_meta(args: argparse.Namespace, skipped: list[str]) -> dict:
     return {
         "shape": args.shape,
+        "layers": args.num_layers,
         "vocab": args.vocab_size,
         "new_tokens": args.new_tokens,
         "num_candidates": args.num_candidates,
@@ -411,10 +415,10 @@ def format_cell(row: dict | None) -> str:
 def format_table(rows: list[dict], meta: dict) -> str:
     """One part per (batch, prefix), one line per way, one column per rate."""
     settings = meta["settings"]
-    lines = [f"Time relative to greedy, {meta['shape']} with a vocabulary of {meta['vocab']}, {settings['dtype']}, "
-             f"K = {meta['num_candidates']}, {meta['new_tokens']} new tokens,",
+    lines = [f"Time relative to greedy, {meta['shape']} with {meta['layers']} layers and a vocabulary of "
+             f"{meta['vocab']}, {settings['dtype']}, K = {meta['num_candidates']}, {meta['new_tokens']} new tokens,",
              f"{meta['device']}, {meta['threads']} thread(s): median of {settings['turns']} turn(s), "
-             f"naive {settings['naive_turns']}, [min, max], cpu: of processor time"]  # fmt: skip
+             f"maj8 and naive {settings['slow_turns']}, [min, max], cpu: of processor time"]  # fmt: skip
     for block in meta["greedy_seconds"]:
         here = [row for row in rows if all(row[name] == block[name] for name in ("batch", "prefix"))]
         labels = list(dict.fromkeys(map(label_of, here)))
@@ -521,17 +525,18 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--quick", action="store_true", help="a preset of a few minutes; flags given beside it win")
     add("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the random model [%(default)s]")
+    add("--num_layers", type=int, help="by default the shape's own")
     add("--vocab_size", type=int, help="rows of the head; by default the shape's own (qwen2.5-0.5b: cut to 32768)")
     add("--rates", type=float, nargs="+", default=[0.01, 0.05, 0.1], help="shares of tokens asked %(default)s")
     add("--batch_sizes", type=int, nargs="+", default=[1, 8], help="prompts decoded together %(default)s")
     add("--prefix_lengths", type=int, nargs="+", default=[256, 1024], help="tokens of a prompt %(default)s")
-    add("--new_tokens", type=int, default=100, help="to decode [%(default)s]")
+    add("--new_tokens", type=int, default=256, help="to decode [%(default)s]")
     add("--num_candidates", type=int, default=8, help="K [%(default)s]")
-    add("--turns", type=int, default=5, help="how often everything is timed [%(default)s]")
+    add("--turns", type=int, default=3, help="how often everything is timed [%(default)s]")
     add("--variants", choices=NAMES, nargs="+", default=list(NAMES), help="beside greedy [all]")
     add("--scopes", choices=SCOPES, nargs="+", default=list(SCOPES), help="of s2t_generate [all]")
     add("--all_scopes", action="store_true", help="time the processor in every scope, not in candidate/base only")
-    add("--naive_turns", type=int, default=1, help="in how many of the turns naive is timed, 0 for none [%(default)s]")
+    add("--slow_turns", type=int, default=1, help="in how many turns maj8 and naive are timed, 0: none [%(default)s]")
     add("--naive_batches", type=int, nargs="+", default=[1], help="batch sizes to time naive at %(default)s")
     add("--naive_rates", type=float, nargs="+", help="rates to time naive at [all; with --quick the lowest]")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
@@ -548,8 +553,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("rates", "naive_rates"):
         if not all(0 < rate <= 1 for rate in getattr(args, name)):
             raise ValueError(f"--{name} must be in (0, 1], got {getattr(args, name)}.")
-    least = {"batch_sizes": 1, "prefix_lengths": 1, "turns": 1, "naive_turns": 0, "naive_batches": 1, "threads": 1}
-    least |= {"new_tokens": WARMUP_TOKENS + 1, "num_candidates": 2}
+    least = {"batch_sizes": 1, "prefix_lengths": 1, "turns": 1, "slow_turns": 0, "naive_batches": 1, "threads": 1}
+    least |= {"num_layers": 1, "new_tokens": WARMUP_TOKENS + 1, "num_candidates": 2}
     least["vocab_size"] = FIRST_TOKEN + args.num_candidates + NUM_RESERVED
     for name, low in least.items():
         value = getattr(args, name)
@@ -582,10 +587,12 @@ def parse_arguments(
     args = parser.parse_args(argv)
     for name in ("rates", "batch_sizes", "prefix_lengths", "variants", "scopes", "naive_batches"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # each once
-    args.vocab_size = SHAPES[args.shape][-1] if args.vocab_size is None else args.vocab_size
+    own = dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
+    args.vocab_size = own["vocab_size"] if args.vocab_size is None else args.vocab_size
+    args.num_layers = own["num_hidden_layers"] if args.num_layers is None else args.num_layers
     if args.naive_rates is None:
         args.naive_rates = [min(args.rates)] if args.quick else args.rates
-    args.naive_turns = min(args.naive_turns, args.turns)
+    args.slow_turns = min(args.slow_turns, args.turns)
     try:
         check_arguments(args)
         configs = {

@@ -93,8 +93,11 @@ def test_users_processors_run_before_the_warpers_and_an_s2t_list_is_accepted(bat
 
 def test_every_warper_of_the_library_is_known_to_the_fast_road():
     """One that is not known runs before the proposals on that road, and after them on the processor road."""
-    warpers = {name for name in dir(transformers.generation) if name.endswith("LogitsWarper")}
-    assert warpers == {warper.__name__ for warper in _WARPERS}
+    names = [name for name in dir(transformers.generation) if name.endswith(("LogitsWarper", "Processor"))]
+    added_last = {name for name in names if name.endswith("LogitsWarper") or "Watermark" in name} | {
+        "LogitNormalization"
+    }
+    assert added_last == {warper.__name__ for warper in _WARPERS}
 
 
 def test_a_plain_cache_layer_grows_by_concatenation_and_never_in_place():

@@ -6,35 +6,42 @@ Same tokens as the logits processor; does not know how a selector scores.
 
 from __future__ import annotations
 
-import inspect
-import sys
-
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import BaseQuantizedLayer, StaticLayer
 from transformers.generation import (
     BaseStreamer,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     GenerateDecoderOnlyOutput,
-    GenerationMixin,
     GenerationMode,
+    LogitNormalization,
     MinPLogitsWarper,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
 )
 
 from .config import S2TDecodingConfig
-from .logits_process import fix_tokens, resolve_selector
+from .logits_process import calls_of_generate, fix_tokens, resolve_selector
 from .proposals import exclude
-from .scoring import cache_argument
-from .selection import S2TSession, S2TTrace, Selector
+from .scoring import cache_argument, positions_from_mask
+from .selection import S2TSession, S2TTrace, Selector, check_not_nan
 
 
+# what `generate` puts behind the user's own processors
 _WARPERS = (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -44,6 +51,9 @@ _WARPERS = (
     TypicalLogitsWarper,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    WatermarkLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    LogitNormalization,
 )
 
 
@@ -82,8 +92,8 @@ def s2t_generate(
             prompt that fills a model's context, more candidates than tokens, and logits that are NaN.
     """
     selector = resolve_selector(selector, teacher_model)
-    swallowed = _arguments_of_generate()
-    _refuse_unsupported(model, selector, generation_config, model_kwargs, swallowed.get("assistant_model"))
+    call = next((frame.f_locals for frame in calls_of_generate()), {})
+    _refuse_unsupported(model, selector, generation_config, model_kwargs, call.get("assistant_model"))
     session = S2TSession(selector, decoding_config, input_ids.shape[1], teacher_model=teacher_model, trace=trace)
     session.check(
         model_kwargs.get("attention_mask"), model.get_output_embeddings().weight.shape[0], model, input_ids=input_ids
@@ -97,7 +107,8 @@ def s2t_generate(
             generation_config,
             model_kwargs,
             session,
-            swallowed.get("streamer"),
+            call.get("streamer"),
+            call.get("logits_processor") or [],
         )
 
 
@@ -110,6 +121,7 @@ def _decode(
     model_kwargs: dict,
     session: S2TSession,
     streamer: BaseStreamer | None,
+    own_processors: list[LogitsProcessor],
 ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
     """The loop: the same order of operations as `GenerationMixin._sample`, with [`S2TSession.step`] in the middle."""
     selector = session.selector
@@ -122,13 +134,13 @@ def _decode(
     all_scores = () if as_dict and generation_config.output_scores else None
     all_logits = () if as_dict and generation_config.output_logits else None
 
-    # the user's processors shape the proposals, warpers only the sampling of steps that did not trigger
-    first_warper = next((i for i, p in enumerate(logits_processor) if isinstance(p, _WARPERS)), len(logits_processor))
-    processors = LogitsProcessorList(logits_processor[:first_warper])
-    warpers = LogitsProcessorList(logits_processor[first_warper:])
-
+    processors, warpers = _split_processors(logits_processor, own_processors)
     mask_BT = model_kwargs.get("attention_mask")
-    mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+    if mask_BT is None:
+        embeds_BTD = model_kwargs.get("inputs_embeds")
+        shape = input_ids.shape if embeds_BTD is None else embeds_BTD.shape[:2]
+        mask_BT = torch.ones(shape, dtype=torch.bool, device=input_ids.device)
+    mask_BT = mask_BT.bool()
 
     unfinished_B = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
@@ -149,11 +161,13 @@ def _decode(
         # what rows decode to that are not asked
         warped_BV = warpers(input_ids, scores_BV)
         if do_sample:
+            check_not_nan(scores_BV)  # the error of multinomial does not say so
             default_B = torch.multinomial(nn.functional.softmax(warped_BV, dim=-1), num_samples=1).squeeze(1)
         else:
             default_B = warped_BV.argmax(-1)
-        active_B = unfinished_B.bool()
+        active_B = None  # without an end-of-sequence token, rows that stopped go on until all have
         if has_eos:
+            active_B = unfinished_B.bool()
             default_B = default_B * unfinished_B + pad_token_id * (1 - unfinished_B)
 
         result = session.step(input_ids, mask_BT, scores_BV, active_B=active_B, default_B=default_B)
@@ -190,17 +204,18 @@ def _decode(
     return input_ids
 
 
-def _arguments_of_generate() -> dict:
-    """What `generate` was called with and keeps from custom strategies without a word: `streamer`, `assistant_model`.
+def _split_processors(
+    logits_processor: LogitsProcessorList, own_processors: list[LogitsProcessor]
+) -> tuple[LogitsProcessorList, LogitsProcessorList]:
+    """What shapes the proposals, and what only shapes the steps that are not asked: warpers, watermarks.
 
-    Read from the frame of the `generate` call that runs this strategy (a streamer that only ever got the prompt would
-    leave its reader waiting for ever). Empty where the strategy was called by other means.
+    As on the processor road, where S2T stands behind the user's own processors and before what `generate` adds.
     """
-    code = inspect.unwrap(GenerationMixin.generate).__code__
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return {} if frame is None else {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model")}
+    own = {id(processor) for processor in list.__iter__(own_processors)}
+    start = max((i + 1 for i, processor in enumerate(logits_processor) if id(processor) in own), default=0)
+    tail = (i for i, processor in enumerate(logits_processor) if i >= start and isinstance(processor, _WARPERS))
+    first = next(tail, len(logits_processor))
+    return LogitsProcessorList(logits_processor[:first]), LogitsProcessorList(logits_processor[first:])
 
 
 def _refuse_unsupported(
@@ -230,8 +245,16 @@ def _refuse_unsupported(
     for name in ("output_hidden_states", "output_attentions"):
         if getattr(generation_config, name):
             raise ValueError(f"s2t_generate does not return what `{name}` asks for; use logits_processor=S2T(...).")
-    if model_kwargs.get("inputs_embeds") is not None and getattr(selector, "teacher_model", None) is not None:
-        raise ValueError("A teacher reads token ids: pass `input_ids`, not `inputs_embeds`.")
+    if model_kwargs.get("inputs_embeds") is not None and not getattr(selector, "shares_the_cache", False):
+        raise ValueError(
+            "A teacher, and a selector with a cache of its own (adapter_scope='sequence' with proposals='base'), read "
+            "token ids: pass `input_ids`, not `inputs_embeds`."
+        )
+    positions, mask_BT = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if positions is not None and mask_BT is not None:
+        expected_BT = positions_from_mask(mask_BT)
+        if positions.shape != expected_BT.shape or bool(((positions != expected_BT) & mask_BT.bool()).any()):
+            raise ValueError("s2t_generate numbers tokens from the attention mask: `position_ids` must do so too.")
     cache = model_kwargs.get("past_key_values")
     if isinstance(cache, Cache):
         if any(isinstance(layer, (StaticLayer, BaseQuantizedLayer)) for layer in cache.layers):

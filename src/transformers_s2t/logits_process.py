@@ -5,12 +5,21 @@ Thin: finds out where a new call starts and which columns are padding, and lets 
 
 from __future__ import annotations
 
+import inspect
+import sys
+from types import FrameType
+
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerationMixin, GenerationMode
 
 from .config import S2TDecodingConfig
 from .proposals import exclude
-from .selection import S2TSession, S2TTrace, Selector, TeacherSelector, check_teacher
+from .selection import S2TSession, S2TTrace, Selector, TeacherSelector, check_teacher, check_teacher_tokenizer
+
+
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+_ONE_TOKEN_MODES = (None, GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 class S2TLogitsProcessor(LogitsProcessor):
@@ -18,7 +27,8 @@ class S2TLogitsProcessor(LogitsProcessor):
 
     It keeps its own key/value cache of the scoring model, one per `generate` call, fed lazily with the tokens since
     the last trigger. A call is recognised as going on where its `input_ids` are the last ones and one more column;
-    anything else starts afresh, so one object serves call after call and any batch.
+    anything else starts afresh, so one object serves call after call and any batch. Beams and assisted decoding, which
+    reorder rows or step back, are refused.
 
     Args:
         selector: who chooses: [`LocalSelector`] or [`TeacherSelector`].
@@ -54,36 +64,40 @@ class S2TLogitsProcessor(LogitsProcessor):
         scorer = getattr(self.selector, "model", None) or getattr(self.selector, "teacher_model", None)
         self._padding = _padding_token(scorer, pad_token_id)
         self._session: S2TSession | None = None
+        self._call: int | None = None
         self._seen_BT: torch.Tensor | None = None
         self._num_padding_B: torch.Tensor | None = None
-        self._announced = False
 
     def start(self) -> None:
         """Says that a new `generate` call begins: what was seen before is forgotten."""
-        self._session, self._seen_BT, self._announced = None, None, True
+        self._session, self._seen_BT = None, None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (B, V) with every triggered row fixed to its selected token."""
         if input_ids.shape[1] == 0:
             raise ValueError("S2T as a logits processor reads the prompt's `input_ids`; `inputs_embeds` hide them.")
-        if not self._goes_on(input_ids):
-            if self._session is not None and (self._announced or self._is_reordered(input_ids)):
+        calls = calls_of_generate()
+        call = id(calls[0]) if calls else None
+        is_new = self._session is None or call != self._call or not self._goes_on(input_ids)
+        if is_new:
+            if any(frame.f_locals.get("generation_mode") not in _ONE_TOKEN_MODES for frame in calls) or (
+                self._is_reordered(input_ids) and not calls
+            ):
                 raise ValueError(
                     "S2T selects one token per row and step: beam search (`num_beams`) and assisted decoding, which "
                     "reorder rows or step back, are not supported."
                 )
+            self._call = call
             self._session = S2TSession(
                 self.selector, self.config, input_ids.shape[1], teacher_model=self.teacher_model, trace=self.trace
             )
             self._num_padding_B = self._count_padding(input_ids)
-            is_new = True
-        else:
-            is_new = False
         self._seen_BT = input_ids
         columns_T = torch.arange(input_ids.shape[1], device=input_ids.device)
         mask_BT = columns_T >= self._num_padding_B[:, None]
         if is_new:
-            self._session.check(mask_BT, scores.shape[-1], input_ids=input_ids)
+            model = calls[0].f_locals.get("self") if calls else None
+            self._session.check(mask_BT, scores.shape[-1], model, input_ids=input_ids)
         scores = exclude(scores, self.selector.excluded_ids)
         with torch.no_grad():
             result = self._session.step(input_ids, mask_BT, scores)
@@ -165,7 +179,7 @@ def resolve_selector(
     teacher_model: PreTrainedModel | None,
     processing_class: PreTrainedTokenizerBase | None = None,
 ) -> Selector:
-    """The selector given, or a [`TeacherSelector`] of the teacher given."""
+    """The selector given, or a [`TeacherSelector`] of the teacher given; checked against the tokenizer given."""
     if selector is None and teacher_model is None:
         raise ValueError("Pass `selector` (S2T-Local) or `teacher_model` (S2T), got neither.")
     if selector is None:
@@ -178,7 +192,26 @@ def resolve_selector(
     own_teacher = getattr(selector, "teacher_model", None)
     if teacher_model is not None and own_teacher is not None and own_teacher is not teacher_model:
         raise ValueError("`teacher_model` differs from the teacher of `selector`; pass one of them.")
+    if processing_class is not None:
+        selector.check_tokenizer(processing_class)
+        if teacher_model is not None:
+            check_teacher_tokenizer(processing_class, teacher_model)
     return selector
+
+
+def calls_of_generate() -> list[FrameType]:
+    """Frames of the `generate` calls that this code runs in, innermost first; none where it was called by hand.
+
+    `generate` keeps from processors and custom strategies what they need to know: which model and mode it runs, the
+    user's own processors, `streamer`, `assistant_model`. Without a word: a streamer that only ever gets the prompt
+    leaves its reader waiting for ever. So they are read where they are.
+    """
+    frames, frame = [], sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _GENERATE:
+            frames.append(frame)
+        frame = frame.f_back
+    return frames
 
 
 def fix_tokens(scores_BV: torch.Tensor, token_B: torch.Tensor, asked_B: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ def model_hash(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         name = name.replace(".token_adapter", "").replace(".base_layer", "").removeprefix("base_model.model.")
-        if parameter.ndim == 1 or ("embed" in name and parameter.ndim == 2):
+        if parameter.ndim == 1 or (parameter.ndim == 2 and ("embed" in name or "wte" in name)):
             if "lora_" in name or "trainable_tokens" in name:
                 continue
             signs = torch.signbit(parameter.detach()[:64].cpu())

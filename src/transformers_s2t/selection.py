@@ -101,6 +101,9 @@ class Selector:
         names = ("num_candidates", "min_prob_ratio")
         return replace(config, **{name: getattr(own, name) for name in names if getattr(config, name) is None})
 
+    def check_tokenizer(self, processing_class: PreTrainedTokenizerBase) -> None:
+        """Raises a ValueError where the small model's tokenizer is not the one that this selector was made for."""
+
     def generating(self) -> AbstractContextManager:
         """Entered by `s2t_generate` for the length of a call: puts the model into the state that writes the text."""
         return nullcontext()
@@ -137,11 +140,14 @@ class TeacherSelector(Selector):
     ):
         if not isinstance(teacher_model, (PreTrainedModel, PeftModel)):
             raise TypeError(f"`teacher_model` must be a loaded causal language model, got {type(teacher_model)}.")
-        if processing_class is not None:
-            check_same_ids(processing_class, _name_of(teacher_model))
         self.teacher_model = teacher_model
         self.thresholds = dict(thresholds or {})
         self.takeover = takeover
+        if processing_class is not None:
+            self.check_tokenizer(processing_class)
+
+    def check_tokenizer(self, processing_class: PreTrainedTokenizerBase) -> None:
+        check_teacher_tokenizer(processing_class, self.teacher_model)
 
     def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor:
         logits_AV = session.teacher_logits()[rows_A]
@@ -223,7 +229,9 @@ class LocalSelector(Selector):
             raise TypeError(f"`model` must be a loaded causal language model, got {type(model)}.")
         weights = _find_weights(path, hub_kwargs)
         _check_fits(base, path, weights, config)
-        _check_trained_on(base, path, config, processing_class, allow_other_model)
+        _check_trained_on(base, path, config, allow_other_model)
+        if processing_class is not None:
+            _check_vocabulary(config, processing_class)
         if held := _held_as(base, weights):
             state = {
                 layer: (disabled or set(active) <= {held}, active)
@@ -251,6 +259,14 @@ class LocalSelector(Selector):
             num_candidates=self.selector_config.num_candidates, min_prob_ratio=self.selector_config.min_prob_ratio
         )
 
+    def check_tokenizer(self, processing_class: PreTrainedTokenizerBase) -> None:
+        _check_vocabulary(self.selector_config, processing_class)
+
+    @property
+    def shares_the_cache(self) -> bool:
+        """Whether `s2t_generate` scores on the cache that it decodes with: the text is written as it is scored."""
+        return (self.selector_config.adapter_scope == "sequence") == self.writes_adapted
+
     @property
     def writes_adapted(self) -> bool:
         """Whether the adapted model writes the text (`proposals="adapted"`, the paper's form)."""
@@ -272,7 +288,7 @@ class LocalSelector(Selector):
         - the prefix lies in a cache of its own: it catches up and scores in one forward ("scorer").
         """
         in_sequence = self.selector_config.adapter_scope == "sequence"
-        prefix, num_new = session.student_prefix(self, adapter_on_prefix=in_sequence)
+        prefix, num_new = session.student_prefix(self)
         batch_size, (num_asked, width) = session.mask_BT.shape[0], proposals.ids_BK.shape
         if (in_sequence or self.switch.can_split) and supports_tree(self.model, prefix.cache):
             try:
@@ -383,13 +399,13 @@ def _check_fits(base: PreTrainedModel, path: str | os.PathLike, weights: str, co
     depths = [int(match.group(1)) for name in names if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))]
     num_rows, hidden_size = base.get_output_embeddings().weight.shape
     depth = getattr(base.config.get_text_config(), "num_hidden_layers", None)
-    beyond = sorted(id for id in config.reserved_token_ids if id >= num_rows)
+    beyond = sorted(id for id in config.reserved_token_ids if id >= num_rows)  # all of them: rows that training added
     wrong = None
     if sizes and sizes[0] != hidden_size:
         wrong = f"hidden_size={sizes[0]}, but `model` has {hidden_size}"
     elif depths and depth is not None and max(depths) >= depth:
         wrong = f"{max(depths) + 1} or more layers, but `model` has {depth}"
-    elif 0 < len(beyond) < len(config.reserved_token_ids):  # all of them: rows that training added
+    elif beyond and (len(beyond) < len(config.reserved_token_ids) or (not config.model_hash and beyond[0] > num_rows)):
         wrong = f"reserved token ids up to {beyond[-1]}, but the head of `model` has {num_rows} rows"
     if wrong:
         raise ValueError(
@@ -401,23 +417,26 @@ def _check_trained_on(
     base: PreTrainedModel,
     path: str | os.PathLike,
     config: SelectorConfig,
-    processing_class: PreTrainedTokenizerBase | None,
     allow_other_model: bool,
 ) -> None:
-    """Raises a ValueError where the adapter was trained on other weights or with another tokenizer.
+    """Raises a ValueError where the adapter was trained on other weights.
 
     An adapter of another model of the same shapes would load, and score by chance.
     """
     if config.model_hash and not allow_other_model and model_hash(base) != config.model_hash:
         raise ValueError(
             f"The adapter {str(path)!r} was trained on {config.base_model!r} (weights {config.model_hash}), but "
-            f"`model` ({_name_of(base)!r}) has weights {model_hash(base)}: load the one it was trained on, or pass "
+            f"`model` ({name_of(base)!r}) has weights {model_hash(base)}: load the one it was trained on, or pass "
             "`allow_other_model=True`."
         )
-    if processing_class is not None and config.vocab_hash and vocab_hash(processing_class) != config.vocab_hash:
+
+
+def _check_vocabulary(config: SelectorConfig, processing_class: PreTrainedTokenizerBase) -> None:
+    """Raises a ValueError where the labels were made with another tokenizer."""
+    if config.vocab_hash and vocab_hash(processing_class) != config.vocab_hash:
         raise ValueError(
-            f"The adapter {str(path)!r} was trained with the tokenizer of {config.base_model!r} (vocabulary "
-            f"{config.vocab_hash}), but `processing_class` has {vocab_hash(processing_class)}."
+            f"The adapter was trained with the tokenizer of {config.base_model!r} (vocabulary {config.vocab_hash}), "
+            f"but `processing_class` has {vocab_hash(processing_class)}."
         )
 
 
@@ -541,6 +560,7 @@ class S2TSession:
         self.trace = trace
         self._random = torch.Generator().manual_seed(self.config.seed)
         self._teacher_prefix: PrefixCache | None = None
+        self._teacher_rows: int | None = None
         self._teacher_logits_BV: torch.Tensor | None = None
         self._scorer_prefix: PrefixCache | None = None
         self.input_ids_BT: torch.Tensor | None = None
@@ -588,13 +608,20 @@ class S2TSession:
                 )
         if self.teacher_model is not None:
             if model is not None:
-                check_same_ids(_name_of(model), _name_of(self.teacher_model))
+                check_same_ids(name_of(model), name_of(self.teacher_model))
             num_known = self.teacher_model.get_input_embeddings().weight.shape[0]
-            if input_ids is not None and input_ids.numel() and int(input_ids.max()) >= num_known:
-                raise ValueError(
-                    f"The prompt holds token id {int(input_ids.max())}, but `teacher_model` knows {num_known} tokens: "
-                    "choose a teacher with the tokenizer of `model`."
-                )
+            if num_known < num_head_rows:
+                self._teacher_rows = num_known
+                if input_ids is not None and input_ids.numel():
+                    self._check_known(input_ids if mask_BT is None else input_ids.masked_fill(~mask_BT.bool(), 0))
+
+    def _check_known(self, ids: torch.Tensor) -> None:
+        """Raises a ValueError for ids that the teacher's embedding lacks."""
+        if int(ids.max()) >= self._teacher_rows:
+            raise ValueError(
+                f"The text holds token id {int(ids.max())}, but `teacher_model` knows {self._teacher_rows} tokens: "
+                "choose a teacher with the tokenizer of `model`."
+            )
 
     def step(
         self,
@@ -619,10 +646,7 @@ class S2TSession:
         config, device = self.config, logits_BV.device
         if active_B is None:
             active_B = torch.ones(len(logits_BV), dtype=torch.bool, device=device)
-        num_done = input_ids_BT.shape[1] - self.prompt_length
-        past_warmup = num_done >= config.warmup_tokens
-        if num_done == 0:
-            _check_not_nan(logits_BV)  # before the first token; later ones are looked at where they matter
+        past_warmup = input_ids_BT.shape[1] - self.prompt_length >= config.warmup_tokens
 
         # 1. trigger
         value_B = self._trigger_value(logits_BV)
@@ -630,9 +654,13 @@ class S2TSession:
         if config.trigger == "never":
             triggered_B = torch.zeros_like(triggered_B)
         elif self.threshold is not None:
-            triggered_B = triggered_B & ~(value_B < self.threshold)  # NaN fires, and is refused below
-
-        if not bool(triggered_B.any()):  # an ordinary step costs no more than its trigger
+            triggered_B = triggered_B & (value_B >= self.threshold)
+        unsound_B = active_B & (logits_BV.amax(-1).isnan() | value_B.isnan())
+        any_triggered, any_unsound = torch.stack([triggered_B.any(), unsound_B.any()]).tolist()
+        if any_unsound:
+            check_not_nan(logits_BV)
+            check_not_nan(value_B, "trigger's values")
+        if not any_triggered:  # an ordinary step costs no more than its trigger
             first_B = logits_BV.argmax(-1)
             self._record(value_B, triggered_B, triggered_B, first_B, first_B)
             return StepResult(first_B, triggered_B)
@@ -644,10 +672,7 @@ class S2TSession:
 
         # 3. selection
         scored, advance = {}, None
-        any_asked, any_nan = torch.stack([asked_B.any(), proposals.logprobs_BK.isnan().any()]).tolist()
-        if any_nan:
-            _check_not_nan(proposals.logprobs_BK)
-        if any_asked:
+        if bool(asked_B.any()):
             rows_A = asked_B.nonzero()[:, 0]
             if self.selector.takeover:
                 token_B[rows_A] = self._takeover(rows_A, logits_BV)
@@ -657,6 +682,7 @@ class S2TSession:
                 asked = Proposals(*(tensor[rows_A, :width] for tensor in proposals))
                 scores = self.selector.score(self, rows_A, asked)
                 scores_AK, advance_from = scores if isinstance(scores, Scores) else Scores(scores)
+                check_not_nan(scores_AK, "selector's scores")
                 choice_A = decide(scores_AK, asked, self.fusion)
                 token_B[rows_A] = asked.ids_BK.gather(-1, choice_A[:, None])[:, 0]
                 advance = None if advance_from is None else functools.partial(advance_from, choice_A)
@@ -684,6 +710,7 @@ class S2TSession:
     def _takeover(self, rows_A: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         """The teacher's favourite (A,) among the tokens that the student's head has and the user allows."""
         shared = min(self.teacher_logits().shape[-1], logits_BV.shape[-1])
+        check_not_nan(self.teacher_logits()[rows_A], "teacher's logits")
         allowed_AV = torch.isfinite(logits_BV[rows_A, :shared])
         return self.teacher_logits()[rows_A, :shared].masked_fill(~allowed_AV, float("-inf")).argmax(-1)
 
@@ -707,18 +734,22 @@ class S2TSession:
         if self._teacher_logits_BV is None:
             if self._teacher_prefix is None:
                 self._teacher_prefix = PrefixCache(self.teacher_model)
-            new_tokens = self.input_ids_BT.shape[1] - self._teacher_prefix.num_cached
-            self.count_forward("teacher", new_tokens * len(self.input_ids_BT))
-            logits_BV = self._teacher_prefix.feed(self.input_ids_BT, self.mask_BT, with_logits=True)
+            num_cached = self._teacher_prefix.num_cached
+            ids_BT = self.input_ids_BT
+            if self._teacher_rows is not None:  # it knows fewer tokens than the model writes
+                ids_BT = ids_BT.masked_fill(~self.mask_BT, 0)
+                self._check_known(ids_BT[:, num_cached:])
+            self.count_forward("teacher", (ids_BT.shape[1] - num_cached) * len(ids_BT))
+            logits_BV = self._teacher_prefix.feed(ids_BT, self.mask_BT, with_logits=True)
             self._teacher_logits_BV = logits_BV.to(self.input_ids_BT.device)
         return self._teacher_logits_BV
 
-    def student_prefix(self, selector: LocalSelector, adapter_on_prefix: bool) -> tuple[PrefixCache, int]:
-        """A cache of the small model over the prefix with the adapter on or off, and how many tokens it lacks.
+    def student_prefix(self, selector: LocalSelector) -> tuple[PrefixCache, int]:
+        """A cache of the small model over the prefix, as the selector reads it, and how many tokens it lacks.
 
         The driving call's own cache serves where it is computed the same way; otherwise one is kept and fed lazily.
         """
-        if self.student_cache is not None and adapter_on_prefix == selector.writes_adapted:
+        if self.student_cache is not None and selector.shares_the_cache:
             return PrefixCache(selector.model, self.student_cache), 0
         if self._scorer_prefix is None:
             self._scorer_prefix = PrefixCache(selector.model)
@@ -732,12 +763,13 @@ class S2TSession:
             self.trace.tokens[kind] = self.trace.tokens.get(kind, 0) + num_tokens
 
 
-def _check_not_nan(logits: torch.Tensor) -> None:
-    if bool(logits.isnan().any()):
-        raise ValueError("The model's logits are NaN: there is nothing to select from (check its dtype and weights).")
+def check_not_nan(values: torch.Tensor, what: str = "model's logits") -> None:
+    """Raises a ValueError where there is nothing to select from or by."""
+    if bool(values.isnan().any()):
+        raise ValueError(f"The {what} are NaN: there is nothing to select from (check its dtype and weights).")
 
 
-def _name_of(model: PreTrainedModel | PeftModel) -> str:
+def name_of(model: PreTrainedModel | PeftModel) -> str:
     return model.config._name_or_path or ""
 
 
@@ -753,6 +785,11 @@ def decide(scores_AK: torch.Tensor, proposals: Proposals, fusion: FusionWeights)
         others_K = torch.arange(fused_AK.shape[-1], device=fused_AK.device) > 0
         fused_AK = fused_AK + fusion.switch * others_K
     return fused_AK.masked_fill(~proposals.mask_BK, float("-inf")).argmax(-1)
+
+
+def check_teacher_tokenizer(processing_class: PreTrainedTokenizerBase, teacher_model: PreTrainedModel) -> None:
+    """Raises a ValueError where ids mean other tokens to the teacher, whose tokenizer is looked up on this machine."""
+    check_same_ids(processing_class, name_of(teacher_model))
 
 
 def check_teacher(
