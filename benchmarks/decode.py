@@ -12,6 +12,7 @@ way decodes exactly `--new_tokens` tokens.
 
     greedy         model.generate of a model that holds no adapter
     s2t_generate   custom_generate=s2t_generate; scope candidate/base is the default, sequence/adapted the paper's form
+                   (the adapter merged: every token sees it)
     processor      logits_processor=S2T(selector): a cache of its own
     naive          the published algorithm (arXiv 2604.26940, public code): K full prefixes through the adapted model
                    at every trigger, no cache, one row at a time. Favoured here: the base model writes the text, and
@@ -225,9 +226,16 @@ class Bench:
         self.tally.forwards += 1
 
     def _make_selector(self, scope: str) -> CountingSelector:
-        """A selector in a model of its own: other modules, but the very tensors of `self.plain`."""
+        """A selector in a model of its own: other modules, but the very tensors of `self.plain`.
+
+        Where the adapted model writes the text, the adapter is merged, into tensors of its own.
+        """
+        if scope == "sequence/adapted":
+            return self._add_adapter(copy.deepcopy(self.plain), scope).merge()
         shared = {id(tensor): tensor for tensor in itertools.chain(self.plain.parameters(), self.plain.buffers())}
-        model = copy.deepcopy(self.plain, shared)
+        return self._add_adapter(copy.deepcopy(self.plain, shared), scope)
+
+    def _add_adapter(self, model: PreTrainedModel, scope: str) -> CountingSelector:
         torch.manual_seed(0)
         vocab_size = model.config.vocab_size
         reserved = list(range(vocab_size - NUM_RESERVED, vocab_size))

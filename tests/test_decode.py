@@ -457,6 +457,28 @@ def test_ordinary_steps_run_the_base_layers_alone_and_the_model_is_left_as_it_wa
     assert calls
 
 
+def test_a_merged_selector_selects_the_same_without_an_adapter_in_the_way(batch):
+    model, selector = set_up(("sequence", "adapted"))
+    expected, _ = both_roads(model, batch, selector, offer_all())
+    assert selector.merge() is selector
+    assert not any(hasattr(module, "lora_A") for module in model.modules() if module is not model.lm_head)
+    tokens, trace = both_roads(model, batch, selector, offer_all())
+    assert tokens.tolist() == expected.tolist()
+    assert num_flipped(trace) > 0 and set(trace.forwards) == {"tree"}
+
+
+def test_merging_is_exact_or_refused(tmp_path):
+    for setup in SCOPES[:2]:
+        with pytest.raises(ValueError, match="Merging takes `proposals='adapted'`"):
+            set_up(setup)[1].merge()
+    model = tiny_model()
+    model = lora_model(model, seed=5, name="own", reserved=(3, 4))
+    save_adapter(tmp_path, ("sequence", "adapted"))
+    selector = LocalSelector.from_pretrained(tmp_path, model)
+    with pytest.raises(ValueError, match="cannot be merged exactly"):
+        selector.merge()
+
+
 def test_a_layer_that_flattens_its_tokens_takes_two_forwards(batch):
     """Experts see the tokens of all rows in one heap: which of them are the last ones cannot be told."""
     model, selector = set_up(("candidate", "base"))

@@ -480,6 +480,29 @@ class AdapterSwitch:
             for parent, name, layer in self._places:
                 parent._modules[name] = layer
 
+    def merge(self) -> None:
+        """Adds the adapter to the base weights for good and takes its layers out of the model.
+
+        Raises:
+            ValueError: where that would not be exact: quantized weights, adapters that are not plain LoRA, or others
+                beside this one.
+        """
+        for layer in self._adapted:
+            others = {*layer.lora_A} - {self.adapter_name} if isinstance(layer, LoraLayer) else {"?"}
+            exact = not others and self._can_split and layer.get_base_layer().weight.is_floating_point()
+            if not exact:
+                raise ValueError(
+                    f"Adapter {self.adapter_name!r} cannot be merged exactly: that takes plain LoRA without another "
+                    f"adapter beside it, on weights that are not quantized, got {type(layer).__name__}."
+                )
+        for parent, name, layer in self._places:
+            layer.merge(safe_merge=True, adapter_names=[self.adapter_name])
+            parent._modules[name] = layer.base_layer
+        merged = {id(layer) for _, _, layer in self._places}
+        kept = [i for i, layer in enumerate(self.layers) if id(layer) not in merged]
+        self.layers, self._off, self._on = ([items[i] for i in kept] for items in (self.layers, self._off, self._on))
+        self._adapted, self._places = [], []
+
     @property
     def enabled(self) -> bool:
         return (

@@ -253,6 +253,25 @@ class LocalSelector(Selector):
             model.train(training)
         return cls(model, config, adapter_name, state)
 
+    def merge(self) -> LocalSelector:
+        """Merges the adapter into the model, so that a step costs what it costs without one. Returns the selector.
+
+        For `proposals="adapted"` alone, where every token sees the adapter anyway; the reserved rows stay apart. The
+        base model is gone for good. In 16-bit weights the sum is rounded: scores then differ by that.
+
+        Raises:
+            ValueError: where the base model is needed, or merging would not be exact (quantized weights, DoRA, another
+                adapter in the same layers).
+        """
+        if not self.writes_adapted:
+            raise ValueError(
+                f"Merging takes `proposals='adapted'`, got {self.selector_config.proposals!r}: the base model writes "
+                "the text."
+            )
+        self.switch.set(True)
+        self.switch.merge()
+        return self
+
     @property
     def config(self) -> S2TDecodingConfig:
         return S2TDecodingConfig(
