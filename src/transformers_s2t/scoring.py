@@ -627,7 +627,7 @@ class ReservedRows:
 
 def bin_logits(hidden_D: torch.Tensor, rows_RD: torch.Tensor) -> torch.Tensor:
     """Reserved logits z = h W[reserved]^T, float32; any leading shape. Reads R rows, never the whole head."""
-    return hidden_D.float() @ rows_RD.float().T
+    return hidden_D.float() @ rows_RD.to(hidden_D.device).float().T
 
 
 def valid_candidates(

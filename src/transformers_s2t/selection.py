@@ -389,9 +389,11 @@ class LocalSelector(Selector):
             kept = keep_candidate(appended.fed, chosen_B + (width if twice else 0), ids_BM.shape[1], tree=True)
             for layer, new in zip(prefix.cache.layers, kept.layers):
                 layer.__dict__.update(new.__dict__)
-            return appended.logits_BLV[torch.arange(len(ids_BM), device=ids_BM.device), chosen_B].float()
+            logits_BLV = appended.logits_BLV.to(ids_BM.device)
+            return logits_BLV[torch.arange(len(ids_BM), device=ids_BM.device), chosen_B].float()
 
-        return Scores(self.read_scores(appended.hidden_BMD[rows_A, :width]), advance)
+        hidden_AKD = appended.hidden_BMD[rows_A.to(appended.hidden_BMD.device), :width]
+        return Scores(self.read_scores(hidden_AKD).to(ids_BM.device), advance)
 
 
 def _find_weights(path: str | os.PathLike, hub_kwargs: dict) -> str:
