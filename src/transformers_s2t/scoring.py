@@ -205,6 +205,20 @@ def _hidden_and_logits(model: PreTrainedModel, num_logits: int, **inputs) -> tup
     return seen[-1], logits_BQV[:, -num_logits:]
 
 
+def head_is_plain(model: PreTrainedModel, hidden_BMD: torch.Tensor, logits_BMV: torch.Tensor) -> bool:
+    """Whether logits are the output embedding of the last hidden state and nothing more (no soft-cap, no scaling).
+
+    Decided by what the model returned, never by names in its config: there are too many of them
+    (`final_logit_softcapping`, `logit_scale`, `logits_scaling`, `lm_head_multiplier`, `output_multiplier` ...).
+    """
+    head = model.get_output_embeddings()
+    if hidden_BMD.shape[-1] != head.weight.shape[-1] or hidden_BMD.device != logits_BMV.device:
+        return False
+    own_BMV = head(hidden_BMD).float()
+    tolerance = 1e-2 if hidden_BMD.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return bool(((own_BMV - logits_BMV.float()).abs() <= tolerance * own_BMV.abs().amax()).all())
+
+
 def check_state_is_cached(model: PreTrainedModel, cache: Cache) -> None:
     """Raises a ValueError where a model keeps its state in its modules (RecurrentGemma): a cache cannot fork that."""
     layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]

@@ -41,6 +41,7 @@ from .scoring import (
     append_candidates,
     bin_logits,
     candidate_scores,
+    head_is_plain,
     keep_candidate,
     pays_to_merge,
     supports_tree,
@@ -379,9 +380,12 @@ class LocalSelector(Selector):
                 ids_BM,
                 session.mask_BT.long().sum(-1, keepdim=True).expand_as(ids_BM),
                 tree=True,
-                num_logits=width,
+                num_logits=0 if session.head_is_plain else width,
             )
         session.count_forward("tree", ids_BM.numel())
+        written_BKD = appended.hidden_BMD[:, -width:]
+        if session.head_is_plain is None:  # then the head need only be applied to what is chosen
+            session.head_is_plain = head_is_plain(self.model, written_BKD, appended.logits_BLV)
 
         def advance(choice_A: torch.Tensor) -> torch.Tensor:
             chosen_B = torch.zeros(len(ids_BM), dtype=torch.long, device=ids_BM.device)
@@ -389,8 +393,11 @@ class LocalSelector(Selector):
             kept = keep_candidate(appended.fed, chosen_B + (width if twice else 0), ids_BM.shape[1], tree=True)
             for layer, new in zip(prefix.cache.layers, kept.layers):
                 layer.__dict__.update(new.__dict__)
-            logits_BLV = appended.logits_BLV.to(ids_BM.device)
-            return logits_BLV[torch.arange(len(ids_BM), device=ids_BM.device), chosen_B].float()
+            where = (torch.arange(len(ids_BM), device=ids_BM.device), chosen_B)
+            if appended.logits_BLV is not None:
+                return appended.logits_BLV.to(ids_BM.device)[where].float()
+            hidden_BD = written_BKD.to(ids_BM.device)[where].to(written_BKD.device)
+            return self.model.get_output_embeddings()(hidden_BD).to(ids_BM.device).float()
 
         hidden_AKD = appended.hidden_BMD[rows_A.to(appended.hidden_BMD.device), :width]
         return Scores(self.read_scores(hidden_AKD).to(ids_BM.device), advance)
@@ -587,6 +594,7 @@ class S2TSession:
         self.input_ids_BT: torch.Tensor | None = None
         self.mask_BT: torch.Tensor | None = None
         self.default_B: torch.Tensor | None = None
+        self.head_is_plain: bool | None = None  # known after the first tree
         self._step_forwards: dict[str, int] = {}
         if trace is not None:
             trace.clear(prompt_length)
