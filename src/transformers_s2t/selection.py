@@ -316,7 +316,8 @@ class LocalSelector(Selector):
                     copies = width if in_sequence else 2 * width
                     if pays_to_merge(batch_size * (copies - 1) - num_asked * width, self.model.device):
                         return self._score_and_decode(session, rows_A, proposals, prefix)
-                elif 0 < num_new <= MAX_CATCH_UP and prefix.num_cached:
+                elif 0 < num_new <= MAX_CATCH_UP and (prefix.num_cached or bool(session.mask_BT.all())):
+                    # (padding would be new tokens that see nothing: NaN)
                     if pays_to_merge((batch_size - num_asked) * width, self.model.device):
                         return Scores(self._catch_up_and_score(session, rows_A, proposals, prefix, num_new))
             except TokensNotInRows:
