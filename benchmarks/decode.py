@@ -538,7 +538,7 @@ def make_parser() -> Parser:
     add("--rates", type=float, nargs="+", default=[0.01, 0.05, 0.1], help="shares of tokens asked %(default)s")
     add("--batch_sizes", type=int, nargs="+", default=[1, 8], help="prompts decoded together %(default)s")
     add("--prefix_lengths", type=int, nargs="+", default=[256, 1024], help="tokens of a prompt %(default)s")
-    add("--new_tokens", type=int, default=256, help="to decode [%(default)s]")
+    add("--new_tokens", type=int, default=300, help="to decode [%(default)s]")
     add("--num_candidates", type=int, default=8, help="K [%(default)s]")
     add("--turns", type=int, default=3, help="how often everything is timed [%(default)s]")
     add("--variants", choices=NAMES, nargs="+", default=list(NAMES), help="beside greedy [all]")
