@@ -250,7 +250,7 @@ def append_candidates(
     cache: Cache,
     prefix_mask_BT: torch.Tensor,
     candidate_ids_BM: torch.Tensor,
-    positions_BM: torch.Tensor,
+    positions_BM: torch.Tensor | None = None,
     limits_BM: torch.Tensor | None = None,
     row_index: torch.Tensor | None = None,
     tree: bool | None = None,
@@ -264,7 +264,7 @@ def append_candidates(
         cache: holds the prefix but for `new_ids_BN`; it is left as it was.
         prefix_mask_BT: bool, False at padding.
         candidate_ids_BM: the tokens to append.
-        positions_BM: position of each candidate in its own text.
+        positions_BM: position of each candidate in its own text; `None` for the one after the prefix.
         limits_BM: how many prefix columns each candidate sees; `None` for all T.
         row_index: which rows of the cache the B rows are, `None` for all of them in order.
         tree: `None` chooses by [`supports_tree`].
@@ -277,6 +277,8 @@ def append_candidates(
     check_state_is_cached(model, cache)
     batch_size, num_candidates = candidate_ids_BM.shape
     num_prefix = prefix_mask_BT.shape[1]
+    if positions_BM is None:
+        positions_BM = prefix_mask_BT.long().sum(-1, keepdim=True).expand_as(candidate_ids_BM)
     if tree is None:
         tree = supports_tree(model, cache)
     if tree:
@@ -339,10 +341,8 @@ def keep_candidate(fed: Cache, chosen_B: torch.Tensor, num_candidates: int, tree
         fed.reorder_cache(rows)
         return fed
     for layer in (layer for layer in fed.layers if layer.is_initialized):
-        for states in (
-            layer.keys,
-            layer.values,
-        ):  # (B, heads, T + M, head size), made by this forward: free to write to
+        # (B, heads, T + M, head size), made by this forward: free to write to
+        for states in (layer.keys, layer.values):
             new = states[..., states.shape[-2] - num_candidates :, :]
             index = chosen_B.to(states.device).view(-1, 1, 1, 1).expand(-1, states.shape[1], 1, states.shape[3])
             new[..., :1, :] = new.gather(2, index)
@@ -425,7 +425,6 @@ class PrefixCache:
             self.cache,
             mask_BT,
             candidate_ids_BM,
-            mask_BT.long().sum(-1, keepdim=True).expand_as(candidate_ids_BM),
             tree=True,
             new_ids_BN=input_ids_BT[:, start:].to(device),
         )

@@ -342,7 +342,6 @@ class LocalSelector(Selector):
                 prefix.cache,
                 mask_AT,
                 ids_AK,
-                mask_AT.long().sum(-1, keepdim=True).expand_as(ids_AK),
                 row_index=None if whole_batch else rows_A.to(device),
             )
         return self.read_scores(appended.hidden_BMD).to(proposals.logprobs_BK.device)
@@ -379,7 +378,6 @@ class LocalSelector(Selector):
                 prefix.cache,
                 session.mask_BT,
                 ids_BM,
-                session.mask_BT.long().sum(-1, keepdim=True).expand_as(ids_BM),
                 tree=True,
                 num_logits=0 if session.head_is_plain else width,
             )
