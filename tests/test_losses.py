@@ -60,3 +60,15 @@ def test_gradients_do_not_reach_masked_candidates():
     total.backward()
     assert scores.grad[1, 2] == 0.0
     assert torch.isfinite(scores.grad).all() and scores.grad.abs().sum() > 0
+
+
+def test_rank_correlation_by_hand():
+    """Ranks 2 1 3 5 4 against 2 1 3 4 5: the squared differences sum to 2, so 1 - 6 * 2 / (5 * 24)."""
+    scores = torch.tensor([[0.2, 0.1, 0.3, 0.5, 0.4], [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    teacher = torch.tensor([[-4.0, -5.0, -3.0, -2.0, -1.0], [-1.0, -2.0, -3.0, -9.0, -9.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 3:] = False  # what is below the floor has no rank
+    expected = [1 - 6 * 2 / 120, -1.0, 0.0]
+    assert torch.allclose(losses.spearman(scores, teacher, mask), torch.tensor(expected))
+    ties = losses.spearman(torch.tensor([[1.0, 1.0, 2.0]]), torch.tensor([[1.0, 2.0, 3.0]]), mask[:1, :3])
+    assert torch.allclose(ties, torch.tensor([0.8660254]))  # ranks 1.5, 1.5, 3 against 1, 2, 3

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import EOS, RESERVED, tiny_model
 from tiny_labels import NUM_CANDIDATES as K
-from tiny_labels import make_labels, tiny_tokenizer
+from tiny_labels import make_labels, make_uneven_labels, tiny_tokenizer
 
 from transformers_s2t import LocalSelector, S2TConfig, S2TTrainer, SelectorConfig
 from transformers_s2t.calibration import score_labels
@@ -320,3 +320,52 @@ def test_the_seed_decides_the_adapter_and_nothing_else_does(tmp_path):
         weights.append({name: value.clone() for name, value in trainer.model.state_dict().items() if "lora_" in name})
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert any(not torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+
+
+def trained(trainer):
+    trainer.train()
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize("scope", ["candidate", "sequence"])
+def test_an_optimizer_step_does_not_depend_on_how_it_is_split(tmp_path, scope):
+    """Rows hold different numbers of points: a mean of the means of batches would weigh them differently."""
+    labels = make_uneven_labels()
+    settings = {"adapter_scope": scope, "max_steps": 3}
+    whole = trained(make_trainer(tmp_path / "a", labels=labels, per_device_train_batch_size=6, **settings))
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    parts = trained(make_trainer(tmp_path / "b", labels=labels, **split, **settings))
+    for name, value in whole.items():
+        assert torch.allclose(value, parts[name], atol=1e-5), name
+
+
+def test_the_held_out_loss_does_not_depend_on_the_batch(tmp_path):
+    figures = []
+    for size in (1, 5):
+        trainer = make_trainer(tmp_path / str(size), adapter_scope="sequence", per_device_eval_batch_size=size)
+        randomise(trainer)
+        figures.append(trainer.evaluate())
+    for name in ("eval_loss", "eval_selection_loss", "eval_prefix_kl", "eval_spearman", "eval_hit_at_2"):
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-5), name
+    assert figures[0]["eval_loss"] == pytest.approx(figures[0]["eval_selection_loss"] + figures[0]["eval_prefix_kl"])
+
+
+def test_hit_at_k_counts_the_teachers_own_token_among_the_students_first(tmp_path):
+    """In these labels it is the largest candidate id."""
+    trainer = make_trainer(tmp_path)
+    rows = [ids for row in make_labels(seed=1) for ids in row["candidate_ids"]]
+    figures = trainer.evaluate()
+    for size in (1, 2, 4):
+        assert figures[f"eval_hit_at_{size}"] == pytest.approx(sum(max(r) in r[:size] for r in rows) / len(rows))
+    assert -1 <= figures["eval_spearman"] <= 1
+
+
+def test_gradient_checkpointing_leaves_the_gradient_what_it_was(tmp_path):
+    """The adapter has to be on again when a checkpoint is computed a second time, in the backward pass."""
+    whole = trained(make_trainer(tmp_path / "a", adapter_scope="sequence", max_steps=3))
+    settings = {"adapter_scope": "sequence", "max_steps": 3, "gradient_checkpointing": True}
+    checkpointed = trained(make_trainer(tmp_path / "b", **settings))
+    for name, value in whole.items():
+        assert torch.allclose(value, checkpointed[name], atol=1e-6), name
+    with pytest.raises(ValueError, match="`gradient_checkpointing` must be False with adapter_scope='candidate'"):
+        S2TConfig(output_dir=str(tmp_path), gradient_checkpointing=True)

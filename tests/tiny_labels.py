@@ -63,3 +63,12 @@ def make_labels(num_rows=12, seed=0):
             }
         )
     return Dataset.from_list(rows)
+
+
+def make_uneven_labels(num_rows=12, seed=0):
+    """[`make_labels`] with one point left in every second row: means of means differ from the mean."""
+    columns = ("positions", "candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")
+    rows = list(make_labels(num_rows, seed))
+    return Dataset.from_list(
+        [row | ({} if i % 2 else {name: row[name][:1] for name in columns}) for i, row in enumerate(rows)]
+    )

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .config import FusionWeights
 from .losses import best_candidate
 from .proposals import Proposals
-from .scoring import PackedPoints, check_tree_support, packed_hidden, valid_candidates
+from .scoring import PackedPoints, packed_hidden, valid_candidates
 from .selection import LocalSelector, decide
 from .trajectories import TrajectoryCollator
 from .triggers import calibrate_threshold
@@ -117,7 +117,6 @@ def score_labels(
     num_candidates = config.num_candidates if num_candidates is None else num_candidates
     min_prob_ratio = config.min_prob_ratio if min_prob_ratio is None else min_prob_ratio
     collate = TrajectoryCollator(pad_token_id=0, num_candidates=num_candidates)
-    check_tree_support(selector.model)
     rows = sorted((row for row in labels if row["positions"]), key=lambda row: len(row["input_ids"]))
     if not rows:
         raise ValueError("The labels hold no decision point: nothing to score.")

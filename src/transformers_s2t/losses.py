@@ -60,3 +60,21 @@ def text_kl(
     base_NV = torch.log_softmax(base_NV, dim=-1)
     tuned_NV = torch.log_softmax(tuned_NV, dim=-1)
     return (base_NV.exp() * (base_NV - tuned_NV)).sum(-1)
+
+
+def spearman(scores_NK: torch.Tensor, teacher_logprobs_NK: torch.Tensor, mask_NK: torch.Tensor) -> torch.Tensor:
+    """Rank correlation of two orders of the candidates in the mask, per point (N,): in [-1, 1], ties share a rank.
+
+    0 where one of the two puts all candidates level. Any leading shape.
+    """
+
+    def centred_ranks(values_NK: torch.Tensor) -> torch.Tensor:
+        below_NKK = (values_NK[..., None, :] < values_NK[..., :, None]) & mask_NK[..., None, :]
+        level_NKK = (values_NK[..., None, :] == values_NK[..., :, None]) & mask_NK[..., None, :]
+        ranks_NK = below_NKK.sum(-1) + 0.5 * level_NKK.sum(-1)
+        mean_N1 = (ranks_NK * mask_NK).sum(-1, keepdim=True) / mask_NK.sum(-1, keepdim=True).clamp_min(1)
+        return (ranks_NK - mean_N1) * mask_NK
+
+    ours_NK, theirs_NK = centred_ranks(scores_NK.float()), centred_ranks(teacher_logprobs_NK.float())
+    norm_N = (ours_NK.square().sum(-1) * theirs_NK.square().sum(-1)).sqrt()
+    return torch.where(norm_N > 0, (ours_NK * theirs_NK).sum(-1) / norm_N.clamp_min(1e-9), torch.zeros_like(norm_N))

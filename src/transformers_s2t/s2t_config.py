@@ -20,6 +20,7 @@ class S2TConfig(TrainingArguments):
       (recipes/embedded/train.yaml).
     - `warmup_steps=10`, `logging_steps=10`.
     - `remove_unused_columns=False`: the collator reads every column.
+    - `gradient_checkpointing_kwargs={"use_reentrant": False}`; checkpointing is for adapter_scope="sequence" alone.
 
     Parameters:
         adapter_scope: "candidate" or "sequence"; see [`SelectorConfig`]. "candidate" is as good wherever both were
@@ -110,10 +111,14 @@ class S2TConfig(TrainingArguments):
         _check_range("max_packed_tokens", self.max_packed_tokens, 16, 1 << 24, integer=True)
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads every column of the labels.")
+        if self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {
+                "use_reentrant": False
+            }  # inputs of the frozen embedding need no grad
         super().__post_init__()
-        if self.gradient_checkpointing:
+        if self.gradient_checkpointing and self.adapter_scope == "candidate":
             raise ValueError(
-                "`gradient_checkpointing` must be False: it drops the key/value cache that candidates share in packed "
-                "training. With adapter_scope='candidate' the prefix holds no activations anyway; bound memory with "
+                "`gradient_checkpointing` must be False with adapter_scope='candidate': it drops the key/value cache "
+                "that candidates share, and the prefix holds no activations anyway. Bound memory with "
                 "`max_packed_tokens`."
             )

@@ -11,6 +11,7 @@ import copy
 import os
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ from .scoring import (
     ReservedRows,
     bin_logits,
     candidate_scores,
-    check_tree_support,
     get_decoder,
     packed_hidden,
     valid_candidates,
+    warn_without_tree,
 )
 from .trajectories import TrajectoryCollator, TrajectoryHeader, read_labels, validate_row
 
@@ -72,7 +73,7 @@ class S2TTrainer(Trainer):
     """
 
     _tag_names = ["transformers-s2t", "s2t"]
-    loss_is_scaled_for_ga = False  # compute_loss returns a per-batch mean
+    loss_is_scaled_for_ga = True  # compute_loss divides by the points of the whole step, see _get_num_items_in_batch
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class S2TTrainer(Trainer):
         model, self.reserved_token_ids = _with_adapter(model, args, processing_class, peft_config)
         self.base_model = model.get_base_model()
         self.adapter_name = model.active_adapter
-        check_tree_support(self.base_model)
+        warn_without_tree(self.base_model)
         self.switch = AdapterSwitch(self.base_model, self.adapter_name)
         self.rows = ReservedRows(self.base_model, self.reserved_token_ids, self.adapter_name)
         self.switch.set(args.proposals == "adapted")  # `trainer.model.generate` is what will be deployed
@@ -177,22 +178,43 @@ class S2TTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ):
-        """Mean loss over the batch's decision points; with `return_outputs` also their scores (B, N, K)."""
+        """Loss per decision point; with `return_outputs` also their scores (B, N, K).
+
+        The mean is over the points of the whole optimizer step, all processes and accumulated batches together
+        (`num_items_in_batch`), so that it does not depend on how a step is split; without that count, over the batch.
+        """
         wrapped = self.accelerator.unwrap_model(model)
         if wrapped is model:
-            loss, scores_BNK, row_metrics = self._loss(inputs)
+            loss, scores_BNK, row_metrics = self._loss(inputs, num_items_in_batch)
         else:
-            loss, scores_BNK, row_metrics = _call_through(model, wrapped, self._loss, inputs)
+            loss, scores_BNK, row_metrics = _call_through(model, wrapped, self._loss, inputs, num_items_in_batch)
         self._count(row_metrics)
         return (loss, {"scores": scores_BNK}) if return_outputs else loss
 
-    def _loss(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Decision points and text tokens (2,) of an optimizer step, over all processes and accumulated batches."""
+        if not batch_samples:
+            return None
+        counts = []
+        for batch in batch_samples:
+            _, point_BN = valid_candidates(batch["student_logprobs"], batch["position_mask"], self.args.min_prob_ratio)
+            counts.append(torch.stack([point_BN.sum(), batch["attention_mask"].sum()]))
+        items_2 = torch.stack(counts).sum(0).to(device)
+        return self.accelerator.gather(items_2[None]).sum(0) if self.args.world_size > 1 else items_2
+
+    def _loss(
+        self, inputs: dict[str, torch.Tensor], items_2: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         args = self.args
         valid_BNK, point_BN = valid_candidates(
             inputs["student_logprobs"], inputs["position_mask"], args.min_prob_ratio
         )
         points = PackedPoints(inputs["positions"], inputs["candidate_ids"], valid_BNK)
         mask_BT = inputs["attention_mask"].bool()
+        if items_2 is None:
+            num_points, num_tokens = point_BN.sum(), mask_BT.sum()
+        else:  # gradients are averaged over processes: each brings its share of the whole
+            num_points, num_tokens = items_2 / self.accelerator.num_processes
         with self.accelerator.autocast():  # Trainer puts it into `forward` only, which is not what runs here
             hidden_BMD, prefix_BTD = packed_hidden(
                 self.base_model, self.switch, inputs["input_ids"], mask_BT, points, args.adapter_scope
@@ -203,28 +225,30 @@ class S2TTrainer(Trainer):
         scores_NK, valid_NK = scores_BNK[point_BN], valid_BNK[point_BN]
         teacher_NK, logprobs_NK = inputs["teacher_logprobs"][point_BN], inputs["student_logprobs"][point_BN]
         target_N = losses.best_candidate(teacher_NK, valid_NK)
-        total = scores_BNK.sum() * 0.0  # keeps the graph where a batch has no point at all
-        if len(target_N):
-            if args.cross_entropy_weight:
-                prior_NK = args.logprob_weight * args.temperature * logprobs_NK
-                term_N = losses.selection_cross_entropy(scores_NK + prior_NK, valid_NK, target_N, args.temperature)
-                total = total + args.cross_entropy_weight * term_N.mean()
-            if args.distribution_kl_weight:
-                term_N = losses.distribution_kl(scores_NK, teacher_NK, valid_NK, args.temperature)
-                total = total + args.distribution_kl_weight * term_N.mean()
-            if args.hinge_weight:
-                term_N = losses.hard_negative_hinge(scores_NK, valid_NK, target_N, args.hinge_margin)
-                total = total + args.hinge_weight * term_N.mean()
+        loss_N = scores_NK.new_zeros(len(scores_NK))
+        if args.cross_entropy_weight:
+            prior_NK = args.logprob_weight * args.temperature * logprobs_NK
+            term_N = losses.selection_cross_entropy(scores_NK + prior_NK, valid_NK, target_N, args.temperature)
+            loss_N = loss_N + args.cross_entropy_weight * term_N
+        if args.distribution_kl_weight:
+            term_N = losses.distribution_kl(scores_NK, teacher_NK, valid_NK, args.temperature)
+            loss_N = loss_N + args.distribution_kl_weight * term_N
+        if args.hinge_weight:
+            term_N = losses.hard_negative_hinge(scores_NK, valid_NK, target_N, args.hinge_margin)
+            loss_N = loss_N + args.hinge_weight * term_N
+        # the second term keeps the graph where a batch has no point at all
+        total = loss_N.sum() / num_points.clamp_min(1) + scores_BNK.sum() * 0.0
         metrics = self._agreement(scores_BNK.detach(), inputs, valid_BNK, point_BN)
+        loss_BN = torch.zeros_like(scores_BNK[..., 0]).masked_scatter(point_BN, loss_N.detach())
+        metrics["selection_loss"] = (loss_BN.sum(-1).float(), point_BN.sum(-1).float())
         if args.adapter_scope == "sequence" and args.prefix_kl_weight:
-            text_kl = self._text_kl(inputs["input_ids"], mask_BT, prefix_BTD)
-            total = total + args.prefix_kl_weight * text_kl
-            rows = torch.ones(len(mask_BT), device=mask_BT.device)
-            metrics["prefix_kl"] = (text_kl.detach() * rows, rows)
+            kl_BT = self._text_kl(inputs["input_ids"], mask_BT, prefix_BTD)
+            total = total + args.prefix_kl_weight * kl_BT.sum() / num_tokens.clamp_min(1)
+            metrics["prefix_kl"] = (kl_BT.detach().sum(-1), mask_BT.sum(-1).float())
         return total, scores_BNK.detach(), metrics
 
     def _text_kl(self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, tuned_BTD: torch.Tensor) -> torch.Tensor:
-        """Mean KL(base || tuned) over the real tokens, with the base model's logits from the adapter switched off."""
+        """KL(base || tuned) at every real token (B, T), the base model being this one with the adapter off."""
         with torch.no_grad(), self.switch(False), self.accelerator.autocast():
             base_BTD = get_decoder(self.base_model)(
                 input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False
@@ -233,13 +257,11 @@ class S2TTrainer(Trainer):
         excluded = torch.tensor(self.reserved_token_ids, device=mask_BT.device)
 
         def chunk_kl(base_PD: torch.Tensor, tuned_PD: torch.Tensor) -> torch.Tensor:
-            return losses.text_kl(head(base_PD), head(tuned_PD), excluded).sum()
+            return losses.text_kl(head(base_PD), head(tuned_PD), excluded)
 
-        base_PD, tuned_PD = base_BTD[mask_BT], tuned_BTD[mask_BT]
-        total = tuned_PD.new_zeros((), dtype=torch.float32)
-        for base, tuned in zip(base_PD.split(_TEXT_KL_CHUNK), tuned_PD.split(_TEXT_KL_CHUNK)):
-            total = total + checkpoint(chunk_kl, base, tuned, use_reentrant=False)
-        return total / len(base_PD)
+        chunks = zip(base_BTD[mask_BT].split(_TEXT_KL_CHUNK), tuned_BTD[mask_BT].split(_TEXT_KL_CHUNK))
+        kl_P = torch.cat([checkpoint(chunk_kl, base, tuned, use_reentrant=False) for base, tuned in chunks])
+        return torch.zeros(mask_BT.shape, dtype=kl_P.dtype, device=kl_P.device).masked_scatter(mask_BT, kl_P)
 
     # ---- metrics ----
 
@@ -250,8 +272,12 @@ class S2TTrainer(Trainer):
         valid_BNK: torch.Tensor,
         point_BN: torch.Tensor,
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Per trajectory (hits (B,), points (B,)) of: the selector, it with the student's log-probability, the
-        student's own first, the second candidate; each against the teacher's best candidate above the floor."""
+        """Per trajectory (sum (B,), points (B,)) of what is counted at decision points.
+
+        Hits of the selector, of it with the student's log-probability, of the student's own first and of the second
+        candidate, each against the teacher's best candidate above the floor; the rank correlation of scores with the
+        teacher's log-probabilities; and whether the teacher's own token is among the student's first 1, 2, 4 ...
+        """
         low = torch.finfo(torch.float32).min
         target_BN = losses.best_candidate(inputs["teacher_logprobs"], valid_BNK)
         masked_BNK = scores_BNK.float().masked_fill(~valid_BNK, low)
@@ -264,10 +290,13 @@ class S2TTrainer(Trainer):
             "student_first": torch.zeros_like(target_BN),
             "second_candidate": torch.ones_like(target_BN),
         }
+        values = {name: (pick_BN == target_BN).float() for name, pick_BN in picks.items()}
+        values["spearman"] = losses.spearman(scores_BNK, inputs["teacher_logprobs"], valid_BNK)
+        is_top_BNK = inputs["candidate_ids"] == inputs["teacher_top_id"][..., None]
+        sizes = [size for size in (1, 2, 4, 8, 16) if size <= is_top_BNK.shape[-1]]
+        values |= {f"hit_at_{size}": is_top_BNK[..., :size].any(-1).float() for size in sizes}
         count_B = point_BN.sum(-1).float()
-        return {
-            name: (((pick_BN == target_BN) & point_BN).sum(-1).float(), count_B) for name, pick_BN in picks.items()
-        }
+        return {name: ((value_BN * point_BN).sum(-1), count_B) for name, value_BN in values.items()}
 
     def _count(self, row_metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         mode = "train" if self.model.training else "eval"
@@ -290,13 +319,25 @@ class S2TTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """As in `Trainer`, plus Agree@1 of the selector and of the controls on the held-out trajectories."""
+        """As in `Trainer`, plus Agree@1 of the selector and of the controls on the held-out trajectories.
+
+        The loss is the mean over all held-out points (and, of the prefix KL, tokens), whatever the batches were.
+        """
         self._row_metrics["eval"].clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         for name, (hits, count) in self._row_metrics["eval"].items():
             if count:
                 output.metrics[f"{metric_key_prefix}_{name}"] = hits / count
+        loss = output.metrics.get(f"{metric_key_prefix}_selection_loss")
+        if loss is not None:
+            kl = output.metrics.get(f"{metric_key_prefix}_prefix_kl", 0.0)
+            output.metrics[f"{metric_key_prefix}_loss"] = loss + self.args.prefix_kl_weight * kl
         return output
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """As in `Trainer`; the adapter stays on until gradients are there, for checkpoints are computed again then."""
+        with self.switch(True) if self.args.gradient_checkpointing else nullcontext():
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -325,7 +366,7 @@ class S2TTrainer(Trainer):
 
     def _eval_metrics(self) -> dict[str, float]:
         """Figures of the weights that are saved: of the best step where it was loaded, else of the last evaluation."""
-        names = ("agree_at_1", "fused_agree_at_1", "student_first", "second_candidate", "loss")
+        names = ("agree_at_1", "fused_agree_at_1", "spearman", "student_first", "second_candidate", "loss")
         entries = [entry for entry in self.state.log_history if any(key.endswith("agree_at_1") for key in entry)]
         entries = [entry for entry in entries if any(key.startswith("eval_") for key in entry)]
         best = self.state.best_global_step if self.args.load_best_model_at_end else None

@@ -17,8 +17,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -708,8 +709,11 @@ def packed_hidden(
         candidates' hidden states (B, M, D), and the prefix's (B, T, D): with the adapter for "sequence", without it
         and without gradient for "candidate".
 
-    Call [`check_tree_support`] once before: where a tree mask is not exact, neither is this.
+    Where a tree mask is not exact ([`supports_tree`]), every point's prefix is run on its own: exact, but N times the
+    work for "candidate", and N K times for "sequence".
     """
+    if not supports_tree(model, DynamicCache()):
+        return _hidden_one_by_one(model, switch, input_ids_BT, mask_BT, points, adapter_scope)
     positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
     if adapter_scope == "candidate":
         with torch.no_grad(), switch(False):
@@ -739,11 +743,57 @@ def packed_hidden(
     return hidden[:, num_prefix:], hidden[:, :num_prefix]
 
 
-def check_tree_support(model: PreTrainedModel) -> None:
-    """Raises a ValueError where packed candidates would not be scored exactly."""
+def _hidden_one_by_one(
+    model: PreTrainedModel,
+    switch: AdapterSwitch,
+    input_ids_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    points: PackedPoints,
+    adapter_scope: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [`packed_hidden`] returns, by one prefix per point or one text per candidate, padded on the left."""
+    in_sequence = adapter_scope == "sequence"
+    with switch(in_sequence), nullcontext() if in_sequence else torch.no_grad():
+        prefix_BTD = get_decoder(model)(
+            input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False
+        ).last_hidden_state
+    places = points.real_BM.nonzero().tolist()  # (row, packed candidate), points one after another
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, m in places:
+        groups.setdefault((row, int(points.positions_BM[row, m])), []).append(m)
+    hidden_BMD = prefix_BTD.new_zeros(*points.candidate_ids_BM.shape, prefix_BTD.shape[-1])
+    rows, columns, found = [], [], []
+    for (row, position), members in groups.items():
+        ids_K = points.candidate_ids_BM[row, members]
+        prefix_1P = input_ids_BT[row : row + 1, :position]
+        if in_sequence:
+            texts_KP = torch.cat([prefix_1P.expand(len(members), -1), ids_K[:, None]], dim=1)
+            with switch(True):
+                hidden_KD = get_decoder(model)(input_ids=texts_KP, use_cache=False).last_hidden_state[:, -1]
+        else:
+            mask_1P = torch.ones_like(prefix_1P, dtype=torch.bool)
+            prefix = PrefixCache(model)
+            with torch.no_grad(), switch(False):
+                prefix.feed(prefix_1P, mask_1P)
+            with switch(True):
+                positions_1K = torch.full((1, len(members)), position, device=ids_K.device)
+                hidden_KD = append_candidates(model, prefix.cache, mask_1P, ids_K[None], positions_1K).hidden_BMD[0]
+        rows += [row] * len(members)
+        columns += members
+        found.append(hidden_KD)
+    if found:
+        index = (torch.tensor(rows, device=hidden_BMD.device), torch.tensor(columns, device=hidden_BMD.device))
+        hidden_BMD = hidden_BMD.index_put(index, torch.cat(found).to(hidden_BMD.dtype))
+    return hidden_BMD, prefix_BTD
+
+
+def warn_without_tree(model: PreTrainedModel) -> None:
+    """Warns where candidates cannot be packed, with what that costs."""
     if not supports_tree(model, DynamicCache()):
-        raise ValueError(
-            "Packed training needs attention that takes a tree mask (attn_implementation 'sdpa' or 'eager') in every "
-            f"layer, full or with a sliding window; this model has {model.config._attn_implementation!r} and layers "
-            f"{sorted(_attention_kinds(model))}."
+        warnings.warn(
+            f"{type(model).__name__} (attention {model.config._attn_implementation!r}, layers "
+            f"{sorted(_attention_kinds(model))}) cannot score packed candidates exactly, so every point's prefix is "
+            "run again: about as many times slower as a trajectory has points, with adapter_scope='sequence' as it "
+            "has candidates. attn_implementation='sdpa' or 'eager' avoids that for full and sliding attention.",
+            stacklevel=3,
         )

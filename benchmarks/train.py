@@ -1,0 +1,540 @@
+"""What training costs: S2TTrainer's packed step against the published procedure, per decision point, in one run.
+
+    python benchmarks/train.py --json runs/benchmarks/train.json
+    python benchmarks/train.py --quick                   # two minutes on two cores
+    python benchmarks/train.py --device cuda --dtype bfloat16 --shape qwen2.5-0.5b --naive_kl all
+
+A trajectory of T random tokens, a quarter of them the prompt, has N decision points ("groups" in the published code)
+of K candidates, spread evenly from the prompt's end to the last token. It trains the same random model with the same
+adapter and optimizer (S2TTrainer's own) in two ways:
+
+    packed   S2TTrainer.compute_loss, backward and the optimizer's step, for adapter scope "candidate", and for
+             "sequence" with its prefix KL; a step holds all points of `--batch_size` trajectories
+    naive    the published procedure (arXiv 2604.26940, public code): at every point K rows of prefix and candidate
+             through the adapted model with gradient, the cross-entropy of their K scores, and the KL of the
+             full-vocabulary logits on the prefix from those of a second, frozen copy of the model
+
+`naive` is favoured here. The KL looks at one of the K rows, for their prefixes are the same (`--naive_kl all`: at all
+of them, and all go through the frozen copy, as in the public code); rows are never padded; the graph of one point is
+held at a time, where the public code holds four; reserved logits come from the reserved rows alone, where the public
+code trains a whole copy of the head. It is slow, so a few points are timed, whose prefixes have the mean length.
+
+There is no published procedure for scope "candidate": `naive` has one row, of scope "sequence", and packed rows of
+both scopes are compared with it.
+
+Every figure comes from a process of its own, A B C A B C ...; ratios are taken inside one turn, medians over turns are
+reported. `peak_bytes` is what the steps take above the model with its adapter, the frozen copy included: resident
+memory on a CPU, allocated memory on a GPU. `tokens_per_group` counts what runs through a decoder, frozen or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import peft
+import torch
+import transformers
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+
+from transformers_s2t import S2TConfig, S2TTrainer
+from transformers_s2t.config import MAX_CANDIDATES, write_json
+from transformers_s2t.scoring import get_decoder
+
+
+# vocabulary: that of `tiny` and `qwen2.5-0.5b` is cut, because a head of 151936 rows would hide the layers
+SHAPES = {
+    "tiny": (64, 192, 4, 2, 1, 1000),
+    "small": (512, 1408, 8, 8, 2, 32000),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 32768),
+}
+SHAPE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE_FIELDS += ("num_key_value_heads", "vocab_size")
+
+SCOPES = ("candidate", "sequence")
+NUM_RESERVED = 16
+FIRST_TOKEN = 3  # of texts: 0 is padding, 1 begins one, 2 ends one
+
+#: Same T, N and K, one turn, and a smaller head.
+QUICK = {"shape": "small", "vocab_size": 8192, "turns": 1}
+
+
+class Variant(NamedTuple):
+    """One way to train."""
+
+    name: str
+    scope: str
+
+    @property
+    def label(self) -> str:
+        return self.name if self.name == "naive" else f"{self.name} {self.scope}"
+
+
+NAIVE = Variant("naive", "sequence")
+
+
+# --- what is trained on ----------------------------------------------------------------------------------------------
+
+
+def spread_points(num_tokens: int, num_points: int) -> list[int]:
+    """Indices of the tokens under decision, which are the lengths of their prefixes: the prompt's to T - 1, evenly."""
+    first, last = num_tokens // 4, num_tokens - 1
+    return [first + round(i * (last - first) / (num_points - 1)) for i in range(num_points)]
+
+
+def choose_groups(num_points: int, num_groups: int) -> list[int]:
+    """Which points stand for all: evenly spread and symmetric, so that their mean prefix is that of all points.
+
+    An odd number of an even number of points has no middle: the mean is then half a step off, divided by their number.
+    """
+    lower = [(2 * g + 1) * num_points // (2 * num_groups) for g in range(num_groups // 2)]
+    middle = [num_points // 2] * (num_groups % 2)
+    return [*lower, *middle, *(num_points - 1 - i for i in reversed(lower))]
+
+
+def make_rows(vocab_size: int, num_rows: int, num_tokens: int, num_points: int, num_candidates: int) -> list[dict]:
+    """Labelled trajectories of random tokens, candidates and log-probabilities."""
+    generator = torch.Generator().manual_seed(1)
+    num_texts = vocab_size - NUM_RESERVED - FIRST_TOKEN  # tokens that texts are made of
+    rows = []
+    for _ in range(num_rows):
+        ids_T = torch.randint(num_texts, (num_tokens,), generator=generator) + FIRST_TOKEN
+        candidates_NK = torch.rand(num_points, num_texts, generator=generator).topk(num_candidates).indices
+        candidates_NK = candidates_NK + FIRST_TOKEN
+        student_NK, teacher_NK = torch.randn(2, num_points, num_candidates, generator=generator).log_softmax(-1)
+        best_N1 = teacher_NK.argmax(-1, keepdim=True)
+        rows.append(
+            {
+                "input_ids": ids_T.tolist(),
+                "prompt_length": num_tokens // 4,
+                "positions": spread_points(num_tokens, num_points),
+                "candidate_ids": candidates_NK.tolist(),
+                "student_logprobs": student_NK.sort(descending=True).values.tolist(),
+                "teacher_logprobs": teacher_NK.tolist(),
+                "teacher_top_id": candidates_NK.gather(-1, best_N1)[:, 0].tolist(),
+            }
+        )
+    return rows
+
+
+def make_model(args: argparse.Namespace) -> PreTrainedModel:
+    """A Qwen2 of random weights, the same at every call."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
+        | {"vocab_size": args.vocab_size, "num_hidden_layers": args.num_layers},
+        max_position_embeddings=args.num_tokens + 1,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
+    return model.eval().to(args.device)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Three special tokens, all that a trainer asks for: texts are ids already, reserved rows are given by number."""
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+def make_trainer(args: argparse.Namespace, scope: str, folder: str) -> S2TTrainer:
+    """The trainer, ready to step, and in it the model, the adapter, the optimizer and the rows of either way."""
+    num_packed = args.num_tokens + args.num_points * args.num_candidates
+    config = S2TConfig(
+        output_dir=folder,
+        adapter_scope=scope,
+        num_candidates=args.num_candidates,
+        min_prob_ratio=0.0,
+        max_packed_tokens=max(16, num_packed),
+        reserved_token_ids=list(range(args.vocab_size - NUM_RESERVED, args.vocab_size)),
+        per_device_train_batch_size=args.batch_size,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=args.device == "cpu",
+        disable_tqdm=True,
+    )
+    rows = make_rows(args.vocab_size, args.batch_size, args.num_tokens, args.num_points, args.num_candidates)
+    trainer = S2TTrainer(make_model(args), config, Dataset.from_list(rows), processing_class=make_tokenizer())
+    if len(trainer.train_dataset) != len(rows):
+        raise RuntimeError(f"{len(rows)} trajectories became {len(trainer.train_dataset)}: not comparable.")
+    trainer.create_optimizer()
+    trainer.model.train()
+    return trainer
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def collate(trainer: S2TTrainer, rows: list[dict]) -> dict[str, torch.Tensor]:
+    return {name: value.to(trainer.args.device) for name, value in trainer.data_collator(rows).items()}
+
+
+def update(trainer: S2TTrainer) -> None:
+    """One step of the optimizer, as both ways take it."""
+    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+class Packed:
+    """S2TTrainer's own steps. `run` trains on `num_groups` decision points."""
+
+    def __init__(self, args: argparse.Namespace, trainer: S2TTrainer):
+        self.trainer, self.num_steps = trainer, args.packed_steps
+        self.batch = collate(trainer, list(trainer.train_dataset))
+        self.num_groups = args.packed_steps * self.batch["positions"].numel()
+        self.mean_prefix = self.batch["positions"].float().mean().item()
+        self.models = [trainer.base_model]
+
+    def run(self) -> None:
+        for _ in range(self.num_steps):
+            self.trainer.compute_loss(self.trainer.model, self.batch).backward()
+            update(self.trainer)
+
+
+class Naive:
+    """The published steps on a few points of the first trajectory. `run` trains on `num_groups` of them."""
+
+    def __init__(self, args: argparse.Namespace, trainer: S2TTrainer):
+        self.trainer, self.kl, self.num_groups = trainer, args.naive_kl, args.naive_groups
+        self.groups_per_step = args.naive_groups_per_step
+        batch = collate(trainer, [trainer.train_dataset[0]])
+        self.input_ids_T = batch["input_ids"][0]
+        chosen = choose_groups(args.num_points, args.naive_groups)
+        names = ("positions", "candidate_ids", "teacher_logprobs")
+        self.positions_G, self.candidate_ids_GK, self.teacher_logprobs_GK = (batch[name][0, chosen] for name in names)
+        self.mean_prefix = self.positions_G.float().mean().item()
+        self.frozen = make_model(args).requires_grad_(False)
+        self.models = [trainer.base_model, self.frozen]
+
+    def loss(self, group: int) -> torch.Tensor:
+        """Cross-entropy of the scores of K whole rows, plus the KL on their common prefix."""
+        trainer, candidates_K1 = self.trainer, self.candidate_ids_GK[group][:, None]
+        prefix_P = self.input_ids_T[: self.positions_G[group]]
+        ids_KT = torch.cat([prefix_P.expand(len(candidates_K1), -1), candidates_K1], dim=-1)
+        with trainer.switch(True):
+            hidden_KTD = get_decoder(trainer.base_model)(input_ids=ids_KT, use_cache=False).last_hidden_state
+        bins_KR = hidden_KTD[:, -1].float() @ trainer.rows().float().T
+        scores_K = bins_KR.softmax(-1) @ torch.linspace(0.0, 1.0, bins_KR.shape[-1], device=bins_KR.device)
+        target = self.teacher_logprobs_GK[group].argmax()
+        cross_entropy = F.cross_entropy(scores_K / trainer.args.temperature, target)
+        return cross_entropy + trainer.args.prefix_kl_weight * self.prefix_kl(ids_KT, hidden_KTD)
+
+    def prefix_kl(self, ids_KT: torch.Tensor, hidden_KTD: torch.Tensor) -> torch.Tensor:
+        """Mean KL(frozen || tuned) over the prefix: of the first row, or of all K as the public code has it."""
+        num_prefix = ids_KT.shape[1] - 1
+        with torch.no_grad():
+            ids = ids_KT if self.kl == "all" else ids_KT[:1, :num_prefix]
+            frozen_XTD = get_decoder(self.frozen)(input_ids=ids, use_cache=False).last_hidden_state
+            frozen_XPV = self.frozen.get_output_embeddings()(frozen_XTD[:, :num_prefix])
+        tuned_XPD = hidden_KTD[: len(frozen_XPV), :num_prefix]
+        tuned_XPV = self.trainer.base_model.get_output_embeddings()(tuned_XPD)
+        frozen_XPV, tuned_XPV = frozen_XPV.float().log_softmax(-1), tuned_XPV.float().log_softmax(-1)
+        return (frozen_XPV.exp() * (frozen_XPV - tuned_XPV)).sum(-1).mean()
+
+    def run(self) -> None:
+        for group in range(self.num_groups):
+            (self.loss(group) / self.groups_per_step).backward()
+            if (group + 1) % self.groups_per_step == 0 or group + 1 == self.num_groups:
+                update(self.trainer)
+
+
+WAYS: dict[str, Callable[[argparse.Namespace, S2TTrainer], Packed | Naive]] = {"packed": Packed, "naive": Naive}
+
+
+def resident_bytes(key: str) -> int:
+    """Resident memory of this process: "VmRSS", or "VmHWM", the most since `PeakMemory` was made.
+
+    Not `ru_maxrss`, which a process inherits from the one that started it; that stands in on systems without /proc.
+    """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
+class PeakMemory:
+    """How far memory rises above what is held when this is made."""
+
+    def __init__(self, device: torch.device):
+        gc.collect()
+        self.on_cuda = device.type == "cuda"
+        if self.on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM back to VmRSS
+        except OSError:
+            pass
+        self.before = resident_bytes("VmRSS")
+
+    def read(self) -> int:
+        peak = torch.cuda.max_memory_allocated() if self.on_cuda else resident_bytes("VmHWM")
+        return max(peak - self.before, 0)
+
+
+def warm_up(trainer: S2TTrainer, vocab_size: int) -> None:
+    """A backward pass of a few tokens: what is loaded on first use is no cost of a step."""
+    rows = make_rows(vocab_size, num_rows=1, num_tokens=8, num_points=2, num_candidates=2)
+    trainer.compute_loss(trainer.model, collate(trainer, rows)).backward()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def measure_one(args: argparse.Namespace, variant: Variant) -> dict:
+    """The figures of one variant in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(args, variant.scope, folder)
+        warm_up(trainer, args.vocab_size)
+        device = trainer.args.device
+        model_bytes = sum(parameter.nbytes for parameter in trainer.model.parameters())
+        memory = PeakMemory(device)
+        way = WAYS[variant.name](args, trainer)
+        on_cuda, num_tokens = device.type == "cuda", [0]
+
+        def count(module: torch.nn.Module, call: tuple, inputs: dict[str, Any]) -> None:
+            num_tokens[0] += inputs["input_ids"].numel()
+
+        if on_cuda:  # kernels are loaded shape by shape
+            way.run()
+            torch.cuda.synchronize()
+        for model in way.models:
+            get_decoder(model).register_forward_pre_hook(count, with_kwargs=True)
+        wall, cpu = time.perf_counter(), time.process_time()
+        way.run()
+        if on_cuda:
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return {
+            "seconds_per_group": wall / way.num_groups,
+            "cpu_seconds_per_group": None if on_cuda else cpu / way.num_groups,
+            "tokens_per_group": num_tokens[0] / way.num_groups,
+            "mean_prefix": way.mean_prefix,
+            "peak_bytes": memory.read(),
+            "model_bytes": model_bytes,
+        }
+
+
+def measure_alone(argv: list[str], variant: Variant) -> dict:
+    """The figures of one variant in a process of its own, so that its peak is no other's.
+
+    Raises:
+        RuntimeError: where that process fails, with the last line that it wrote.
+    """
+    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--one", ":".join(variant)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it wrote nothing; a negative status is a signal, -9: no memory"]
+        raise RuntimeError(f"{variant.label} ended with status {done.returncode}: {said[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_row(variant: Variant, samples: list[dict], naive: list[dict], dtype: str) -> dict:
+    """One row of the JSON from the variant's samples, each beside naive's of the same turn."""
+
+    def median(values: list) -> float | None:
+        return None if None in values else statistics.median(values)
+
+    def ratios(name: str) -> list[float]:  # naive's to ours
+        return [theirs[name] / max(own[name], 1e-9) for own, theirs in zip(samples, naive) if own[name] is not None]
+
+    speedups, cpu_speedups = ratios("seconds_per_group"), ratios("cpu_seconds_per_group")
+    row = {"name": variant.name, "scope": variant.scope, "dtype": dtype}
+    for name, digits in (("seconds_per_group", 5), ("cpu_seconds_per_group", 5), ("peak_bytes", 0)):
+        value = median([sample[name] for sample in samples])
+        row[name] = value if value is None else round(value, digits) if digits else int(value)
+    memory = [own["peak_bytes"] / max(theirs["peak_bytes"], 1) for own, theirs in zip(samples, naive)]
+    return row | {
+        "model_bytes": samples[0]["model_bytes"],  # this and the counts are those of every turn
+        "tokens_per_group": round(samples[0]["tokens_per_group"], 4),
+        "mean_prefix": round(samples[0]["mean_prefix"], 4),
+        "speedup_over_naive": round(statistics.median(speedups), 4),
+        "speedup_range": [round(min(speedups), 4), round(max(speedups), 4)],
+        "cpu_speedup_over_naive": round(statistics.median(cpu_speedups), 4) if cpu_speedups else None,
+        "memory_over_naive": round(statistics.median(memory), 4),
+        "turns": len(samples),
+    }
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def make_meta(args: argparse.Namespace) -> dict:
+    return {
+        "shape": args.shape,
+        "layers": args.num_layers,
+        "vocab": args.vocab_size,
+        "num_tokens": args.num_tokens,
+        "num_points": args.num_points,
+        "num_candidates": args.num_candidates,
+        "threads": torch.get_num_threads(),
+        "device": device_name(args.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "settings": {name: value for name, value in vars(args).items() if name not in ("json", "one")},
+    }
+
+
+def format_table(rows: list[dict], meta: dict) -> str:
+    """One line per way."""
+    settings = meta["settings"]
+    lines = [f"Training per decision point (T = {meta['num_tokens']} tokens, N = {meta['num_points']} points of K = "
+             f"{meta['num_candidates']} candidates), {meta['shape']} with {meta['layers']} layers",
+             f"and a vocabulary of {meta['vocab']} ({rows[0]['model_bytes'] / 2**20:.0f} MiB), {settings['dtype']}, "
+             f"{meta['device']}, {meta['threads']} thread(s): median of {rows[0]['turns']} turn(s)"]  # fmt: skip
+    cells = [["", "s", "cpu s", "tokens", "peak MiB", "speed-up", "[min, max]", "cpu", "memory / naive"]]
+    for row in rows:
+        cpu, cpu_speedup = row["cpu_seconds_per_group"], row["cpu_speedup_over_naive"]
+        low, high = row["speedup_range"]
+        label = Variant(row["name"], row["scope"]).label
+        cells.append([label, f"{row['seconds_per_group']:.3g}", "-" if cpu is None else f"{cpu:.3g}",
+                      f"{row['tokens_per_group']:.1f}", f"{row['peak_bytes'] / 2**20:.0f}",
+                      f"{row['speedup_over_naive']:.1f}", f"[{low:.1f}, {high:.1f}]",
+                      "-" if cpu_speedup is None else f"{cpu_speedup:.1f}",
+                      f"{row['memory_over_naive']:.3f}"])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines += ["", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)]
+    of_rows = "all K rows" if settings["naive_kl"] == "all" else "one of the K rows"
+    lines += ["", f"naive: the published procedure at {settings['naive_groups']} points, its KL on {of_rows}; the "
+              "baseline of both scopes"]  # fmt: skip
+    return "\n".join(lines)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"train.py: {message}\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a preset of two minutes; flags given beside it win")
+    add("--shape", choices=sorted(SHAPES), default="small", help="of the random model [%(default)s]")
+    add("--num_layers", type=int, help="by default the shape's own")
+    add("--vocab_size", type=int, help="rows of the head; by default the shape's own (qwen2.5-0.5b: cut to 32768)")
+    add("--num_tokens", type=int, default=512, help="T, of a trajectory [%(default)s]")
+    add("--num_points", type=int, default=20, help="N, decision points of a trajectory [%(default)s]")
+    add("--num_candidates", type=int, default=16, help="K [%(default)s]")
+    add("--batch_size", type=int, default=1, help="trajectories in a packed step [%(default)s]")
+    add("--packed_steps", type=int, default=3, help="packed steps to time [%(default)s]")
+    add("--naive_groups", type=int, default=4, help="points to time naive at, N at most [%(default)s]")
+    add("--naive_groups_per_step", type=int, default=4, help="points in naive's step, 4 in the paper [%(default)s]")
+    add("--naive_kl", choices=["one", "all"], default="one", help="rows of naive's KL; all: public code [%(default)s]")
+    add("--turns", type=int, default=2, help="how often everything is timed [%(default)s]")
+    add("--scopes", choices=SCOPES, nargs="+", default=list(SCOPES), help="of packed [all]")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights [%(default)s]")
+    add("--threads", type=int, help="of the CPU [torch's default]")
+    add("--json", type=Path, metavar="FILE", help="write the figures here, again after every turn")
+    add("--one", help=argparse.SUPPRESS)  # name:scope, measured in this process and printed as one line of JSON
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises a ValueError for what could not be measured."""
+    least = {"num_tokens": 8, "num_points": 2, "num_candidates": 2, "batch_size": 1, "packed_steps": 1, "turns": 1}
+    least |= {"naive_groups": 1, "naive_groups_per_step": 1, "num_layers": 1, "threads": 1}
+    least["vocab_size"] = FIRST_TOKEN + max(args.num_candidates, 2) + NUM_RESERVED
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name} must be at least {low}, got {value}.")
+    after_prompt = args.num_tokens - args.num_tokens // 4
+    for name, high in (("num_candidates", MAX_CANDIDATES), ("num_points", after_prompt)):
+        if getattr(args, name) > high:
+            raise ValueError(f"--{name} must be at most {high}, got {getattr(args, name)}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here.")
+    if args.device == "cuda" and torch.cuda.device_count() > 1:
+        raise ValueError("--device cuda: one process trains on one GPU; set CUDA_VISIBLE_DEVICES=0.")
+    file = args.json
+    if file is not None and (file.is_dir() or any(up.exists() and not up.is_dir() for up in file.parents)):
+        raise ValueError(f"--json must name a file that can be written, got {str(file)!r}.")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The settings; leaves with status 2 and one line where one is wrong."""
+    parser = make_parser()
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    own = dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
+    args.vocab_size = own["vocab_size"] if args.vocab_size is None else args.vocab_size
+    args.num_layers = own["num_hidden_layers"] if args.num_layers is None else args.num_layers
+    args.scopes = list(dict.fromkeys(args.scopes))  # each once
+    try:
+        check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
+    args.naive_groups = min(args.naive_groups, args.num_points)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.one is not None:
+        print(json.dumps(measure_one(args, Variant(*args.one.split(":")))))
+        return
+    plan = [NAIVE, *(Variant("packed", scope) for scope in args.scopes)]
+    meta, rows = make_meta(args), []
+    samples: dict[Variant, list[dict]] = {variant: [] for variant in plan}
+    with tqdm(total=args.turns * len(plan), unit="run") as bar:
+        for _ in range(args.turns):
+            for variant in plan:
+                bar.set_description(variant.label)
+                try:
+                    samples[variant].append(measure_alone(argv, variant))
+                except RuntimeError as error:
+                    sys.exit(f"train.py: {error}")
+                bar.update()
+            rows = [make_row(variant, samples[variant], samples[NAIVE], args.dtype) for variant in plan]
+            if args.json is not None:
+                write_json(args.json, {"meta": meta, "rows": rows})
+    print(f"\n{format_table(rows, meta)}")
+    if args.json is not None:
+        print(f"\nwritten to {args.json}")
+
+
+if __name__ == "__main__":
+    main()
