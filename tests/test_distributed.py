@@ -20,8 +20,7 @@ def run(folder, scope, num_processes):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
-        launch += ["--dynamo_backend", "no", "--num_processes", str(num_processes), "--main_process_port", str(port)]
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", str(port)]
     command = [sys.executable, *launch, str(TESTS / "run_training.py"), scope, str(4 // num_processes), str(file)]
     done = subprocess.run(
         command, cwd=TESTS, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
