@@ -1,0 +1,251 @@
+"""Which training settings learn best: one change at a time around a recipe, on held-out points, several seeds.
+
+    python benchmarks/objective.py --recipe recipes/embedded/train.yaml --labels runs/demo/labels/label \
+        --num_train 200 --num_held_out 200 --json runs/benchmarks/objective-embedded.json
+
+The labels are divided by trajectory: the first `--num_train` train, the next `--num_fusion` fit the fusion weights, the
+next `--num_held_out` are measured. Every variant is measured at the same points, with 8 candidates above the same
+floor, whatever it was trained with. Finished trainings are kept in the JSON and are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import yaml
+from peft import LoraConfig
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+from transformers_s2t import FusionWeights, LocalSelector, S2TConfig, S2TTrainer
+from transformers_s2t.calibration import fit_fusion, score_labels
+from transformers_s2t.config import write_json
+from transformers_s2t.trajectories import read_labels
+
+
+#: Name -> what differs from the recipe. `lora_r` goes to the adapter, all else to S2TConfig.
+VARIANTS: dict[str, dict] = {
+    "recipe": {},
+    "temperature 1": {"temperature": 1.0},
+    "temperature 0.3": {"temperature": 0.3},
+    "temperature 0.03": {"temperature": 0.03},
+    "+ 0.1 KL to the teacher": {"distribution_kl_weight": 0.1},
+    "KL to the teacher alone": {"cross_entropy_weight": 0.0, "distribution_kl_weight": 1.0},
+    "+ hinge, margin 1": {"hinge_weight": 1.0},
+    "+ hinge, margin 0.2": {"hinge_weight": 1.0, "hinge_margin": 0.2},
+    "log p in the loss": {"logprob_weight": 1.0},
+    "linear read-out": {"score_head": "linear"},
+    "linear read-out, temperature 1": {"score_head": "linear", "temperature": 1.0},
+    "K = 16": {"num_candidates": 16},
+    "no floor": {"min_prob_ratio": 0.0},
+    "r = 64": {"lora_r": 64},
+    "learning rate / 4": {"learning_rate": 0.25},
+    "learning rate x 2.5": {"learning_rate": 2.5},
+    "sequence scope, beta 1": {"adapter_scope": "sequence"},
+    "sequence scope, beta 0.1": {"adapter_scope": "sequence", "prefix_kl_weight": 0.1},
+    "paper's objective": {
+        "adapter_scope": "sequence",
+        "num_candidates": 16,
+        "min_prob_ratio": 0.0,
+        "distribution_kl_weight": 0.1,
+        "hinge_weight": 1.0,
+    },
+}
+SCRIPT_KEYS = ("model", "dtype", "attn_implementation", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
+
+def train_one(args: argparse.Namespace, recipe: dict, variant: str, seed: int) -> dict:
+    """Figures of one training: Agree@1 bare and fused, the controls, rank correlation, seconds."""
+    changes = dict(VARIANTS[variant])
+    settings = recipe | {
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    script = {key: settings.pop(key) for key in SCRIPT_KEYS if key in settings}
+    if "learning_rate" in changes:  # a factor
+        changes["learning_rate"] *= settings["learning_rate"]
+    lora_r = changes.pop("lora_r", script.get("lora_r", 16))
+    labels, header = read_labels(args.labels)
+    train, fit, held_out = divide(labels, args)
+    model_name = args.model or script["model"]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = S2TTrainer(
+            AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32),
+            S2TConfig(**settings | changes | {"output_dir": folder, "seed": seed, "use_cpu": args.device == "cpu"}),
+            train,
+            peft_config=LoraConfig(
+                r=lora_r,
+                lora_alpha=2 * lora_r,
+                lora_dropout=script.get("lora_dropout", 0.05),
+                target_modules="all-linear",
+            ),
+            label_header=header,
+        )
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        trainer.save_model(folder)
+        base = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32).to(args.device)
+        selector = LocalSelector.from_pretrained(folder, base)
+        fusion = fit_fusion(score_labels(selector, fit, num_candidates=8, min_prob_ratio=args.min_prob_ratio))
+        points = score_labels(selector, held_out, num_candidates=8, min_prob_ratio=args.min_prob_ratio).with_choice()
+    target_N = points.target_N
+    return {
+        "variant": variant,
+        "seed": seed,
+        "agree_at_1": points.agreement(FusionWeights()),
+        "fused_agree_at_1": points.agreement(fusion),
+        "student_first": float((target_N == 0).float().mean()),
+        "second_candidate": float((target_N == 1).float().mean()),
+        "points": len(target_N),
+        "seconds": round(seconds, 1),
+    }
+
+
+def divide(labels, args: argparse.Namespace):
+    """Trajectories to train on, to fit the fusion on and to measure."""
+    ends = [args.num_train, args.num_train + args.num_fusion, args.num_train + args.num_fusion + args.num_held_out]
+    if ends[-1] > len(labels):
+        raise ValueError(
+            f"--num_train + --num_fusion + --num_held_out must be at most {len(labels)}, the trajectories in "
+            f"{args.labels!r}, got {ends[-1]}."
+        )
+    return (labels.select(range(start, end)) for start, end in zip([0, *ends], ends))
+
+
+def summarise(rows: list[dict]) -> list[dict]:
+    """One line per variant: means over its seeds, and of the difference from the recipe at equal seeds."""
+    recipe = {row["seed"]: row for row in rows if row["variant"] == "recipe"}
+    lines = []
+    for variant in VARIANTS:
+        own = [row for row in rows if row["variant"] == variant]
+        if not own:
+            continue
+        line = {"variant": variant, "seeds": len(own)}
+        for key in ("agree_at_1", "fused_agree_at_1"):
+            values = [100 * row[key] for row in own]
+            line[key], line[f"{key}_range"] = statistics.mean(values), [min(values), max(values)]
+            gains = [100 * (row[key] - recipe[row["seed"]][key]) for row in own if row["seed"] in recipe]
+            line[f"{key}_gain"] = statistics.mean(gains) if gains else None
+        lines.append(line | {"seconds": statistics.median(row["seconds"] for row in own)})
+    return lines
+
+
+def format_table(lines: list[dict], rows: list[dict]) -> str:
+    """The table in Markdown."""
+
+    def cell(line: dict, key: str) -> str:
+        low, high = line[f"{key}_range"]
+        return f"{line[key]:.1f} [{low:.1f}, {high:.1f}]"
+
+    out = ["| variant | Agree@1 | fused | gain, fused | seconds |", "|---|---|---|---|---|"]
+    for line in lines:
+        gain = line["fused_agree_at_1_gain"]
+        out.append(
+            f"| {line['variant']} | {cell(line, 'agree_at_1')} | {cell(line, 'fused_agree_at_1')} | "
+            f"{'' if gain is None or line['variant'] == 'recipe' else f'{gain:+.1f}'} | {line['seconds']:.0f} |"
+        )
+    first = rows[0]
+    out += [
+        "",
+        f"{first['points']} held-out points with a choice, {max(line['seeds'] for line in lines)} seeds, [lowest, "
+        f"highest]; the student's own first {100 * first['student_first']:.1f}, the second candidate "
+        f"{100 * first['second_candidate']:.1f}.",
+    ]
+    return "\n".join(out)
+
+
+def draw(lines: list[dict], rows: list[dict], file: Path) -> None:
+    """A dot for each seed, a tick for the mean, a line where the recipe stands."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    order = [line["variant"] for line in lines][::-1]
+    figure, axis = plt.subplots(figsize=(7.5, 0.32 * len(order) + 1.4), layout="constrained")
+    for key, colour, label in (
+        ("agree_at_1", "#9a9a9a", "selector alone"),
+        ("fused_agree_at_1", "#1f5fa8", "fused with log p"),
+    ):
+        recipe = next(line for line in lines if line["variant"] == "recipe")[key]
+        axis.axvline(recipe, color=colour, linewidth=0.8, linestyle=":")
+        for y, variant in enumerate(order):
+            values = [100 * row[key] for row in rows if row["variant"] == variant]
+            shift = 0.14 if key == "fused_agree_at_1" else -0.14
+            axis.plot(values, [y + shift] * len(values), "o", color=colour, markersize=3.5, alpha=0.6)
+            axis.plot(statistics.mean(values), y + shift, "|", color=colour, markersize=10, markeredgewidth=2)
+        axis.plot([], [], "o", color=colour, markersize=4, label=label)
+    axis.set_yticks(range(len(order)), order)
+    axis.set_xlabel("Agree@1 with the teacher at held-out points, %")
+    axis.grid(axis="x", linewidth=0.4, alpha=0.5)
+    axis.legend(frameon=False, loc="lower left")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--recipe", type=Path, required=True, help="training recipe in YAML that variants depart from")
+    add("--labels", required=True, help="folder written by recipes/label.py")
+    add("--model", help="base model [the recipe's]")
+    add("--num_train", type=int, default=200, help="trajectories to train on [%(default)s]")
+    add("--num_fusion", type=int, default=100, help="trajectories to fit the fusion weights on [%(default)s]")
+    add("--num_held_out", type=int, default=200, help="trajectories to measure [%(default)s]")
+    add("--min_prob_ratio", type=float, default=0.05, help="candidate floor of the measure [%(default)s]")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="[all]")
+    add("--seeds", type=int, default=3, help="trainings of each variant [%(default)s]")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
+    add("--json", type=Path, required=True, metavar="FILE", help="figures, written after every training")
+    add("--picture", type=Path, metavar="FILE", help="PNG to draw")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+    labels, _ = read_labels(args.labels)
+    list(divide(labels, args))  # too few are found before anything is trained
+    meta = {
+        name: str(value) for name, value in vars(args).items() if name not in ("json", "picture", "variants", "seeds")
+    }
+    rows: list[dict] = []
+    if args.json.is_file():
+        stored = json.loads(args.json.read_text(encoding="utf-8"))
+        if stored["meta"] != meta:
+            raise ValueError(f"--json {args.json} holds figures of other settings: {stored['meta']}.")
+        rows = stored["rows"]
+    done = {(row["variant"], row["seed"]) for row in rows}
+    plan = [(variant, seed) for seed in range(args.seeds) for variant in dict.fromkeys(["recipe", *args.variants])]
+    plan = [each for each in plan if each not in done]
+    with tqdm(plan, unit="training") as bar:
+        for variant, seed in bar:
+            bar.set_description(f"{variant}, seed {seed}")
+            rows.append(train_one(args, recipe, variant, seed))
+            write_json(args.json, {"meta": meta, "rows": rows})
+    lines = summarise(rows)
+    print(f"\n{format_table(lines, rows)}")
+    if args.picture is not None:
+        draw(lines, rows, args.picture)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"objective.py: {error}", file=sys.stderr)
+        sys.exit(2)
