@@ -3,7 +3,7 @@
     python benchmarks/objective.py --recipe recipes/embedded/train.yaml --labels runs/demo/labels/label \
         --num_train 200 --num_held_out 200 --json runs/benchmarks/objective-embedded.json
 
-The labels are divided by trajectory: the first `--num_train` train, the next `--num_fusion` fit the fusion weights, the
+The labels are divided by trajectory: the first `--num_train` train, the next `--num_fusion` fit the fusion, the
 next `--num_held_out` are measured. Every variant is measured at the same points, with 8 candidates above the same
 floor, whatever it was trained with. Finished trainings are kept in the JSON and are not repeated.
 """

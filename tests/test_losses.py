@@ -72,3 +72,34 @@ def test_rank_correlation_by_hand():
     assert torch.allclose(losses.spearman(scores, teacher, mask), torch.tensor(expected))
     ties = losses.spearman(torch.tensor([[1.0, 1.0, 2.0]]), torch.tensor([[1.0, 2.0, 3.0]]), mask[:1, :3])
     assert torch.allclose(ties, torch.tensor([0.8660254]))  # ranks 1.5, 1.5, 3 against 1, 2, 3
+
+
+@pytest.mark.parametrize("max_logits", [1, 60, 1 << 20])
+def test_the_chunked_kl_has_the_values_and_the_gradient_of_the_whole(max_logits):
+    """Whatever the chunks; hidden states of a masked position get nothing from the others."""
+    torch.manual_seed(0)
+    head, base_ND = torch.nn.Linear(5, 12), torch.randn(7, 5)
+    tuned_ND, excluded, weight_N = torch.randn(7, 5, requires_grad=True), torch.tensor([3, 11]), torch.rand(7)
+    whole_N = losses.text_kl(head(base_ND), head(tuned_ND), excluded)
+    (expected_ND,) = torch.autograd.grad((weight_N * whole_N).sum(), tuned_ND)
+    rows = []
+
+    def logits_of(hidden_ND):
+        rows.append(len(hidden_ND))
+        return head(hidden_ND)
+
+    chunked_N = losses.chunked_text_kl(logits_of, base_ND, tuned_ND, excluded, max_logits)
+    (weight_N * chunked_N).sum().backward()
+    assert torch.allclose(chunked_N, whole_N, atol=1e-6) and torch.allclose(tuned_ND.grad, expected_ND, atol=1e-6)
+    assert max(rows) <= max(1, max_logits // 12) and sum(rows) == 14  # each position once for either model
+
+
+def test_the_chunked_kl_needs_no_gradient_and_no_position():
+    head = torch.nn.Linear(5, 12)
+    with torch.no_grad():
+        kl_N = losses.chunked_text_kl(head, torch.zeros(3, 5), torch.ones(3, 5))
+        assert (kl_N > 0).all() and not kl_N.requires_grad
+        assert losses.chunked_text_kl(head, torch.zeros(0, 5), torch.zeros(0, 5)).shape == (0,)
+    nothing = torch.zeros(0, 5, requires_grad=True)
+    losses.chunked_text_kl(head, torch.zeros(0, 5), nothing).sum().backward()
+    assert nothing.grad.shape == (0, 5)

@@ -4,6 +4,7 @@ Legend: B trajectories, N decision points, K candidates.
 """
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from transformers_s2t.scoring import get_decoder
 from transformers_s2t.trajectories import TrajectoryHeader
 
 
-def make_trainer(tmp_path, model=None, labels=None, peft_config=None, **config):
+def make_trainer(tmp_path, model=None, labels=None, peft_config=None, eval_dataset=None, **config):
     settings = {
         "output_dir": str(tmp_path / "out"),
         "learning_rate": 5e-3,
@@ -40,7 +41,7 @@ def make_trainer(tmp_path, model=None, labels=None, peft_config=None, **config):
         model=tiny_model() if model is None else model,
         args=S2TConfig(**settings),
         train_dataset=make_labels() if labels is None else labels,
-        eval_dataset=make_labels(seed=1),
+        eval_dataset=make_labels(seed=1) if eval_dataset is None else eval_dataset,
         processing_class=tiny_tokenizer(),
         peft_config=peft_config,
     )
@@ -174,13 +175,35 @@ def test_what_is_saved_names_figures_settings_and_how_to_load(tmp_path):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_long_trajectories_are_cut_into_blocks_with_the_same_scores(tmp_path):
-    whole = make_trainer(tmp_path)
-    cut = make_trainer(tmp_path, max_packed_tokens=19)
+def test_long_trajectories_are_cut_into_blocks_with_the_same_figures(tmp_path):
+    """Every point once; the prefix KL of a token once, though later blocks read it again."""
+    whole = make_trainer(tmp_path, adapter_scope="sequence")
+    cut = make_trainer(tmp_path, adapter_scope="sequence", max_packed_tokens=19)
     assert len(cut.train_dataset) > len(whole.train_dataset)
     count = [sum(len(row["positions"]) for row in t.train_dataset) for t in (whole, cut)]
     assert count[0] == count[1]
     assert all(len(r["input_ids"]) == r["positions"][-1] + 1 for r in cut.train_dataset)
+    assert any(r["text_start"] for r in cut.train_dataset) and not any(r["text_start"] for r in whole.train_dataset)
+    figures = []
+    for trainer in (whole, cut):
+        randomise(trainer)
+        figures.append(trainer.evaluate())
+    for name in ("eval_loss", "eval_prefix_kl", "eval_agree_at_1", "eval_spearman"):
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-5), name
+
+
+def test_blocks_of_like_length_can_share_a_batch(tmp_path):
+    trainer = make_trainer(tmp_path, train_sampling_strategy="group_by_length")
+    for row in trainer.train_dataset:  # tokens that the model runs, not those of the text
+        assert row["length"] == len(row["input_ids"]) + sum(map(len, row["candidate_ids"]))
+    lengths = [row["length"] for row in trainer.eval_dataset]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
+
+    def padded(**config):
+        trainer = make_trainer(tmp_path, labels=make_labels(60), **config)
+        return sum(batch["attention_mask"].numel() for batch in trainer.get_train_dataloader())
+
+    assert padded(train_sampling_strategy="group_by_length") < padded()
 
 
 def test_the_floor_leaves_candidates_out_of_the_competition(tmp_path):
@@ -206,6 +229,33 @@ def test_prefix_kl_is_zero_for_a_fresh_adapter_and_grows_with_it(tmp_path):
     assert trainer._loss(batch)[2]["prefix_kl"][0].item() == pytest.approx(0.0, abs=1e-6)
     randomise(trainer)
     assert trainer._loss(batch)[2]["prefix_kl"][0].item() > 0.01
+
+
+@pytest.mark.parametrize(
+    "family, config",
+    [
+        ("gemma2", {"final_logit_softcapping": 0.5, "sliding_window": 64}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("llama", {}),
+    ],
+)
+def test_prefix_kl_is_that_of_the_models_own_logits(tmp_path, family, config):
+    """A head may cap or scale what its matrix gives: reading the matrix alone is another distribution."""
+    trainer = make_trainer(tmp_path, tiny_model(family, attn="eager", **config), adapter_scope="sequence")
+    randomise(trainer)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    total, count = trainer._loss(batch)[2]["prefix_kl"]
+    for row in range(3):
+        ids = batch["input_ids"][row, batch["attention_mask"][row].bool()][None]
+        with torch.no_grad():
+            logits = {}
+            for on in (True, False):
+                with trainer.switch(on):
+                    logits[on] = trainer.base_model(input_ids=ids).logits[0]
+        logprobs = {on: value[:, : RESERVED[0]].log_softmax(-1) for on, value in logits.items()}
+        expected = (logprobs[False].exp() * (logprobs[False] - logprobs[True])).sum()
+        assert total[row] == pytest.approx(float(expected), rel=1e-4) and count[row] == ids.shape[1]
+        assert expected > 1e-3
 
 
 def test_reserved_tokens_can_be_added_to_a_model_without_any(tmp_path):
@@ -257,6 +307,49 @@ def test_bad_data_is_refused_before_training(tmp_path):
         make_trainer(tmp_path, labels=str(tmp_path / "nowhere"))
 
 
+def spoil(column, value):
+    """Labels whose second row has this value at the first place of a column."""
+    rows = make_labels().to_list()
+    place = rows[1][column]
+    while isinstance(place[0], list):
+        place = place[0]
+    place[0] = value
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (lambda: spoil("teacher_logprobs", float("nan")), "`teacher_logprobs` must hold finite numbers, got nan"),
+        (lambda: spoil("student_logprobs", float("nan")), "`student_logprobs` must hold finite numbers, got nan"),
+        (lambda: spoil("candidate_ids", 5000), "`candidate_ids` must be below 97, the model's vocabulary, got 5000"),
+        (lambda: spoil("input_ids", 97), "`input_ids` must be below 97"),
+        (lambda: spoil("candidate_ids", RESERVED[3]), "`candidate_ids` must be text, got the reserved tokens"),
+        (lambda: spoil("positions", 2), "`positions` must be in"),
+        (lambda: Dataset.from_list([make_labels()[0] | {"input_ids": []}]), "`prompt_length` must be an integer in"),
+    ],
+)
+@pytest.mark.parametrize("columns", ["all", "what training reads"])
+def test_spoilt_rows_are_refused_with_the_column_and_the_row(tmp_path, labels, message, columns):
+    labels = labels()
+    if columns != "all":
+        labels = labels.remove_columns(["problem_id", "divergence", "entropy", "margin"])
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        make_trainer(tmp_path, labels=labels)
+    assert "train_dataset" in str(error.value) and (columns != "all" or "p0-" in str(error.value))
+
+
+def test_labels_of_another_k_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="hold 4 candidates per point, num_candidates=8 asks for more"):
+        make_trainer(tmp_path, num_candidates=8)
+    make_trainer(tmp_path, num_candidates=3)  # more than are asked for are no harm
+
+
+def test_columns_that_nobody_asked_for_are_no_harm(tmp_path):
+    labels = make_labels().add_column("note", ["mine"] * 12)
+    assert len(make_trainer(tmp_path, labels=labels).train_dataset) == 12
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -284,6 +377,49 @@ def test_resuming_from_a_checkpoint_gives_the_uninterrupted_weights(tmp_path):
     ours, theirs = (dict(t.model.named_parameters()) for t in (straight, resumed))
     for name, parameter in ours.items():
         assert torch.allclose(parameter, theirs[name], atol=1e-6), name
+
+
+def test_the_best_checkpoint_is_that_of_agree_at_1(tmp_path):
+    """The learning rate rises until it ruins the adapter, so the best step is not the last one."""
+    trainer = make_trainer(
+        tmp_path,
+        num_train_epochs=6,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=30,
+        learning_rate=0.3,
+        max_grad_norm=0.0,
+    )
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("agree_at_1", True)
+    trainer.train()
+    agree = {log["step"]: log["eval_agree_at_1"] for log in trainer.state.log_history if "eval_agree_at_1" in log}
+    best = max(agree, key=agree.get)
+    assert trainer.state.best_global_step == best != max(agree) and agree[best] > agree[max(agree)]
+    assert trainer.evaluate()["eval_agree_at_1"] == pytest.approx(agree[best])
+    trainer.save_model()
+    assert SelectorConfig.from_pretrained(tmp_path / "out").metrics["agree_at_1"] == pytest.approx(agree[best])
+
+
+def test_several_evaluation_sets_need_to_say_which_one_decides(tmp_path):
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    sets = {"easy": make_labels(seed=1), "hard": make_labels(seed=2)}
+    with pytest.raises(ValueError, match="must name one of the evaluation sets.*easy_agree_at_1.*hard_agree_at_1"):
+        make_trainer(tmp_path, eval_dataset=sets, **settings)
+    trainer = make_trainer(tmp_path, eval_dataset=sets, metric_for_best_model="hard_agree_at_1", **settings)
+    trainer.train()
+    assert trainer.state.best_global_step
+    assert any("eval_easy_agree_at_1" in log for log in trainer.state.log_history)
+
+
+def test_labels_given_to_evaluate_are_prepared_as_well(tmp_path):
+    trainer = make_trainer(tmp_path)
+    spoilt = spoil("candidate_ids", 5000)
+    with pytest.raises(ValueError, match="`eval_dataset`: `candidate_ids` must be below 97"):
+        trainer.evaluate(spoilt)
+    other = trainer.evaluate({"other": make_labels(seed=2)})
+    assert other["eval_other_agree_at_1"] == trainer.evaluate(make_labels(seed=2))["eval_agree_at_1"]
 
 
 def test_eos_is_a_candidate_like_any_other(tmp_path):

@@ -306,6 +306,7 @@ def test_collator_on_literal_rows():
             "input_ids": torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]),
             "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
             "prompt_length": torch.tensor([2, 1]),
+            "text_start": torch.tensor([0, 0]),
             "positions": torch.tensor([[2, 3], [1, 1]]),
             "position_mask": torch.tensor([[True, True], [False, False]]),
             "candidate_ids": torch.tensor([[[7, 9], [8, 4]], [[0, 0], [0, 0]]]),

@@ -5,8 +5,14 @@ Legend: N decision points, K candidates, V vocabulary. `mask_NK` is True at real
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
+
+
+#: Logits that [`chunked_text_kl`] holds at one time: 256 MiB in float32, some times that with what is made of them.
+MAX_LOGITS = 1 << 26
 
 
 def best_candidate(teacher_logprobs_NK: torch.Tensor, mask_NK: torch.Tensor) -> torch.Tensor:
@@ -60,6 +66,54 @@ def text_kl(
     base_NV = torch.log_softmax(base_NV, dim=-1)
     tuned_NV = torch.log_softmax(tuned_NV, dim=-1)
     return (base_NV.exp() * (base_NV - tuned_NV)).sum(-1)
+
+
+def chunked_text_kl(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    base_ND: torch.Tensor,
+    tuned_ND: torch.Tensor,
+    excluded_ids: torch.Tensor | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> torch.Tensor:
+    """[`text_kl`] (N,) from last hidden states, without N V logits in memory.
+
+    Positions are taken in chunks of `max_logits` / V. The gradient of `tuned_ND` is worked out with the chunk, so that
+    its logits are computed once and nothing of size V is kept for the backward pass.
+
+    Args:
+        logits_of: the head, hidden states (n, D) -> logits (n, V). It gets no gradient: it is frozen.
+        base_ND: hidden states of the frozen base; no gradient.
+        tuned_ND: hidden states with the adapter.
+        excluded_ids: tokens that are no text.
+        max_logits: the more, the fewer and larger the chunks.
+    """
+    return _ChunkedTextKL.apply(tuned_ND, base_ND.detach(), logits_of, excluded_ids, max_logits)
+
+
+class _ChunkedTextKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tuned_ND, base_ND, logits_of, excluded_ids, max_logits):
+        kl_N = torch.empty(len(tuned_ND), dtype=torch.float32, device=tuned_ND.device)
+        grad_ND = torch.empty_like(tuned_ND) if ctx.needs_input_grad[0] else None
+        start, size = 0, 1  # the first position alone tells how wide logits are
+        while start < len(tuned_ND):
+            chunk = slice(start, start + size)
+            base_nV = logits_of(base_ND[chunk])
+            tuned_nD = tuned_ND[chunk].detach()
+            with torch.set_grad_enabled(grad_ND is not None):
+                tuned_nD.requires_grad_(grad_ND is not None)
+                kl_n = text_kl(base_nV, logits_of(tuned_nD), excluded_ids)
+                if grad_ND is not None:
+                    (grad_ND[chunk],) = torch.autograd.grad(kl_n.sum(), tuned_nD)
+            kl_N[chunk] = kl_n.detach()
+            start, size = start + size, max(1, max_logits // base_nV.shape[-1])
+        ctx.save_for_backward(grad_ND)
+        return kl_N
+
+    @staticmethod
+    def backward(ctx, grad_N):
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * grad_N[:, None].to(grad_ND.dtype), None, None, None, None
 
 
 def spearman(scores_NK: torch.Tensor, teacher_logprobs_NK: torch.Tensor, mask_NK: torch.Tensor) -> torch.Tensor:

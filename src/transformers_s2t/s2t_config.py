@@ -20,6 +20,8 @@ class S2TConfig(TrainingArguments):
       (recipes/embedded/train.yaml).
     - `warmup_steps=10`, `logging_steps=10`.
     - `remove_unused_columns=False`: the collator reads every column.
+    - `metric_for_best_model="agree_at_1"` where `load_best_model_at_end`: the share of held-out points at which the
+      selector picks the teacher's best candidate.
     - `gradient_checkpointing_kwargs={"use_reentrant": False}`; checkpointing is for adapter_scope="sequence" alone.
 
     Parameters:
@@ -115,6 +117,8 @@ class S2TConfig(TrainingArguments):
             self.gradient_checkpointing_kwargs = {
                 "use_reentrant": False
             }  # inputs of the frozen embedding need no grad
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "agree_at_1"  # transformers would take the loss
         super().__post_init__()
         if self.gradient_checkpointing and self.adapter_scope == "candidate":
             raise ValueError(

@@ -8,6 +8,7 @@ Legend: B trajectories, T tokens, N decision points, K candidates, M packed cand
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import warnings
 from collections import defaultdict
@@ -19,7 +20,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -42,14 +42,14 @@ from .scoring import (
     candidate_scores,
     get_decoder,
     packed_hidden,
+    text_logits,
     valid_candidates,
     warn_without_tree,
 )
-from .trajectories import TrajectoryCollator, TrajectoryHeader, read_labels, validate_row
+from .trajectories import FEATURES, TrajectoryCollator, TrajectoryHeader, read_labels, validate_row
 
 
 _HUB_KWARGS = ("revision", "token", "trust_remote_code", "cache_dir")
-_TEXT_KL_CHUNK = 2048  # positions whose (V,) logits are alive at one time
 
 
 class S2TTrainer(Trainer):
@@ -143,11 +143,22 @@ class S2TTrainer(Trainer):
         if pad_token_id is None:
             pad_token_id = processing_class.eos_token_id or 0
         with args.main_process_first(desc="preparing labels"):
-            train_dataset = _cut_to_blocks(train_dataset, args, "train_dataset")
+            train_dataset = self._prepare_dataset(train_dataset, args, "train_dataset")
             if isinstance(eval_dataset, dict):
-                eval_dataset = {key: _cut_to_blocks(value, args, key) for key, value in eval_dataset.items()}
+                eval_dataset = {
+                    key: self._prepare_dataset(value, args, f"eval_dataset[{key!r}]")
+                    for key, value in eval_dataset.items()
+                }
             elif eval_dataset is not None:
-                eval_dataset = _cut_to_blocks(eval_dataset, args, "eval_dataset")
+                eval_dataset = self._prepare_dataset(eval_dataset, args, "eval_dataset")
+
+        metric = args.metric_for_best_model if args.load_best_model_at_end else None
+        if isinstance(eval_dataset, dict) and metric is not None:
+            legal = [f"{key}_{metric.removeprefix('eval_')}" for key in eval_dataset]
+            if not any(metric.removeprefix("eval_").startswith(f"{key}_") for key in eval_dataset):
+                raise ValueError(
+                    f"`metric_for_best_model` must name one of the evaluation sets, {legal}, got {metric!r}."
+                )
 
         self._row_metrics: dict[str, dict[str, list[float]]] = {
             "train": defaultdict(lambda: [0.0, 0.0]),
@@ -168,6 +179,15 @@ class S2TTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
+
+    def _prepare_dataset(self, dataset: Dataset, args: S2TConfig, name: str) -> Dataset:
+        """Blocks of points that fit `max_packed_tokens`; see [`_cut_to_blocks`]. Prepared ones are left alone."""
+        if "text_start" in dataset.column_names:
+            return dataset
+        vocab_size = self.base_model.get_input_embeddings().weight.shape[0]
+        dataset = _cut_to_blocks(dataset, args, name, vocab_size, self.reserved_token_ids)
+        # held-out blocks of like length share a batch, longest first: what does not fit into memory shows at once
+        return dataset if name == "train_dataset" else dataset.sort("length", reverse=True)
 
     # ---- objective ----
 
@@ -198,7 +218,7 @@ class S2TTrainer(Trainer):
         counts = []
         for batch in batch_samples:
             _, point_BN = valid_candidates(batch["student_logprobs"], batch["position_mask"], self.args.min_prob_ratio)
-            counts.append(torch.stack([point_BN.sum(), batch["attention_mask"].sum()]))
+            counts.append(torch.stack([point_BN.sum(), _text_mask(batch).sum()]))
         items_2 = torch.stack(counts).sum(0).to(device)
         return self.accelerator.gather(items_2[None]).sum(0) if self.args.world_size > 1 else items_2
 
@@ -210,9 +230,9 @@ class S2TTrainer(Trainer):
             inputs["student_logprobs"], inputs["position_mask"], args.min_prob_ratio
         )
         points = PackedPoints(inputs["positions"], inputs["candidate_ids"], valid_BNK)
-        mask_BT = inputs["attention_mask"].bool()
+        mask_BT, text_BT = inputs["attention_mask"].bool(), _text_mask(inputs)
         if items_2 is None:
-            num_points, num_tokens = point_BN.sum(), mask_BT.sum()
+            num_points, num_tokens = point_BN.sum(), text_BT.sum()
         else:  # gradients are averaged over processes: each brings its share of the whole
             num_points, num_tokens = items_2 / self.accelerator.num_processes
         with self.accelerator.autocast():  # Trainer puts it into `forward` only, which is not what runs here
@@ -242,26 +262,27 @@ class S2TTrainer(Trainer):
         loss_BN = torch.zeros_like(scores_BNK[..., 0]).masked_scatter(point_BN, loss_N.detach())
         metrics["selection_loss"] = (loss_BN.sum(-1).float(), point_BN.sum(-1).float())
         if args.adapter_scope == "sequence" and args.prefix_kl_weight:
-            kl_BT = self._text_kl(inputs["input_ids"], mask_BT, prefix_BTD)
-            total = total + args.prefix_kl_weight * kl_BT.sum() / num_tokens.clamp_min(1)
-            metrics["prefix_kl"] = (kl_BT.detach().sum(-1), mask_BT.sum(-1).float())
+            kl_P = self._text_kl(inputs["input_ids"], mask_BT, text_BT, prefix_BTD)
+            total = total + args.prefix_kl_weight * kl_P.sum() / num_tokens.clamp_min(1)
+            kl_BT = torch.zeros_like(prefix_BTD[..., 0], dtype=kl_P.dtype).masked_scatter(text_BT, kl_P.detach())
+            metrics["prefix_kl"] = (kl_BT.sum(-1), text_BT.sum(-1).float())
         return total, scores_BNK.detach(), metrics
 
-    def _text_kl(self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, tuned_BTD: torch.Tensor) -> torch.Tensor:
-        """KL(base || tuned) at every real token (B, T), the base model being this one with the adapter off."""
-        with torch.no_grad(), self.switch(False), self.accelerator.autocast():
-            base_BTD = get_decoder(self.base_model)(
-                input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False
-            ).last_hidden_state
-        head = self.base_model.get_output_embeddings()
-        excluded = torch.tensor(self.reserved_token_ids, device=mask_BT.device)
-
-        def chunk_kl(base_PD: torch.Tensor, tuned_PD: torch.Tensor) -> torch.Tensor:
-            return losses.text_kl(head(base_PD), head(tuned_PD), excluded)
-
-        chunks = zip(base_BTD[mask_BT].split(_TEXT_KL_CHUNK), tuned_BTD[mask_BT].split(_TEXT_KL_CHUNK))
-        kl_P = torch.cat([checkpoint(chunk_kl, base, tuned, use_reentrant=False) for base, tuned in chunks])
-        return torch.zeros(mask_BT.shape, dtype=kl_P.dtype, device=kl_P.device).masked_scatter(mask_BT, kl_P)
+    def _text_kl(
+        self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, text_BT: torch.Tensor, tuned_BTD: torch.Tensor
+    ) -> torch.Tensor:
+        """KL(base || tuned) at every token of the text, flat, the base model being this one with the adapter off."""
+        with self.switch(False), self.accelerator.autocast():
+            with torch.no_grad():
+                base_BTD = get_decoder(self.base_model)(
+                    input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False
+                ).last_hidden_state
+            return losses.chunked_text_kl(
+                functools.partial(text_logits, self.base_model),
+                base_BTD[text_BT],
+                tuned_BTD[text_BT],
+                torch.tensor(self.reserved_token_ids, device=mask_BT.device),
+            )
 
     # ---- metrics ----
 
@@ -315,6 +336,12 @@ class S2TTrainer(Trainer):
                     logs[name] = round(hits / count, 5)
             self._row_metrics["train"].clear()
         super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """As in `Trainer`; labels that are given here are prepared like those of `__init__`."""
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = self._prepare_dataset(eval_dataset, self.args, "eval_dataset")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -551,29 +578,44 @@ def _with_adapter(
     return get_peft_model(base, peft_config), tuple(ids)
 
 
+def _text_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Tokens (B, T) whose prefix KL counts: of a trajectory's later blocks only those that the first ones lack."""
+    columns_T = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
+    return inputs["attention_mask"].bool() & (columns_T >= inputs["text_start"][:, None])
+
+
 _POINT_COLUMNS = ("positions", "candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")
+_COLUMNS = ("input_ids", "prompt_length", *_POINT_COLUMNS)
 
 
-def _cut_to_blocks(dataset: Dataset, args: S2TConfig, name: str) -> Dataset:
-    """Rows whose trajectory and candidates fit `max_packed_tokens`; long ones become several with the same prefix.
+def _cut_to_blocks(
+    dataset: Dataset, args: S2TConfig, name: str, vocab_size: int, reserved_token_ids: tuple[int, ...]
+) -> Dataset:
+    """Checked rows whose trajectory and candidates fit `max_packed_tokens`; long ones become several blocks of points.
 
     Points with a single candidate above the floor are no decisions and are dropped, trajectories without any point
-    too. Points so late that their prefix alone exceeds the limit are dropped with a warning.
+    too. Points so late that their prefix alone exceeds the limit are dropped with a warning. A block has the columns
+    of a row, and `text_start`, its first token that no block before it has, and `length`, its packed tokens.
     """
-    columns = ["input_ids", "prompt_length", *_POINT_COLUMNS]
-    missing = [column for column in columns if column not in dataset.column_names]
+    missing = [column for column in _COLUMNS if column not in dataset.column_names]
     if missing:
         raise ValueError(f"`{name}` lacks the columns {missing}, it has {dataset.column_names}; see recipes/label.py.")
     settings = {
         "num_candidates": args.num_candidates,
         "min_prob_ratio": args.min_prob_ratio,
         "max_packed_tokens": args.max_packed_tokens,
+        "vocab_size": vocab_size,
+        "reserved_token_ids": reserved_token_ids,
+        "name": name,
     }
-    if "divergence" in dataset.column_names:  # the full schema: checked row by row
-        for row in dataset:
-            validate_row(row)
-    result = dataset.select_columns(columns).map(
-        _cut_batch, batched=True, batch_size=256, desc=f"Preparing {name}", fn_kwargs=settings
+    known = [column for column in dataset.column_names if column in FEATURES]
+    result = dataset.select_columns(known).map(
+        _cut_batch,
+        batched=True,
+        batch_size=256,
+        remove_columns=known,
+        fn_kwargs=settings,
+        desc=f"Preparing {name}",
     )
     if len(result) == 0:
         raise ValueError(
@@ -584,18 +626,28 @@ def _cut_to_blocks(dataset: Dataset, args: S2TConfig, name: str) -> Dataset:
 
 
 def _cut_batch(
-    batch: dict[str, list], num_candidates: int, min_prob_ratio: float, max_packed_tokens: int
+    batch: dict[str, list],
+    num_candidates: int,
+    min_prob_ratio: float,
+    max_packed_tokens: int,
+    vocab_size: int,
+    reserved_token_ids: tuple[int, ...],
+    name: str,
 ) -> dict[str, list]:
-    out: dict[str, list] = {key: [] for key in batch}
+    out: dict[str, list] = {key: [] for key in (*_COLUMNS, "text_start", "length")}
     num_dropped = 0
     for i in range(len(batch["input_ids"])):
         row = {key: values[i] for key, values in batch.items()}
+        try:
+            _check_row(row, num_candidates, vocab_size, reserved_token_ids)
+        except ValueError as error:
+            raise ValueError(f"`{name}`: {error}") from None
         if not row["positions"]:
             continue
         logprobs_NK = torch.tensor([point[:num_candidates] for point in row["student_logprobs"]])
         here_N = torch.ones(len(logprobs_NK), dtype=torch.bool)
         valid_1NK, _ = valid_candidates(logprobs_NK[None], here_N[None], min_prob_ratio)
-        block: list[int] = []
+        blocks: list[list[int]] = [[]]
         used = 0
         for n, size in enumerate(valid_1NK[0].sum(-1).tolist()):
             prefix = row["positions"][n] + 1
@@ -604,13 +656,21 @@ def _cut_batch(
             if prefix + size > max_packed_tokens:
                 num_dropped += 1
                 continue
-            if block and prefix + used + size > max_packed_tokens:
-                _append_block(out, row, block)
-                block, used = [], 0
-            block.append(n)
+            if blocks[-1] and prefix + used + size > max_packed_tokens:
+                blocks.append([])
+                used = 0
+            blocks[-1].append(n)
             used += size
-        if block:
-            _append_block(out, row, block)
+        text_start = 0
+        for block in filter(None, blocks):
+            end = row["positions"][block[-1]] + 1
+            for key in _POINT_COLUMNS:
+                out[key].append([row[key][n] for n in block])
+            out["input_ids"].append(row["input_ids"][:end])
+            out["prompt_length"].append(row["prompt_length"])
+            out["text_start"].append(text_start)
+            out["length"].append(end + int(valid_1NK[0, block].sum()))
+            text_start = end
     if num_dropped:
         warnings.warn(
             f"{num_dropped} decision points lie beyond max_packed_tokens={max_packed_tokens} and are left out; raise "
@@ -620,15 +680,28 @@ def _cut_batch(
     return out
 
 
-def _append_block(out: dict[str, list], row: dict[str, Any], block: list[int]) -> None:
-    last = row["positions"][block[-1]]
-    for key, values in out.items():
-        if key in _POINT_COLUMNS:
-            values.append([row[key][n] for n in block])
-        elif key == "input_ids":
-            values.append(row[key][: last + 1])
-        else:
-            values.append(row[key])
+def _check_row(row: dict[str, Any], num_candidates: int, vocab_size: int, reserved_token_ids: tuple[int, ...]) -> None:
+    """Raises a ValueError, naming the column and what is wrong, for a row that this model cannot be trained on."""
+    num_generated = len(row["input_ids"] or ()) - (row["prompt_length"] or 0)
+    unread = {"problem_id": "unnamed", **dict.fromkeys(("divergence", "entropy", "margin"), [0.0] * num_generated)}
+    row = unread | row  # what training does not read may be missing
+    validate_row(row)
+    where = f"(problem_id {row['problem_id']!r})"
+    reserved = set(reserved_token_ids)
+    for name, ids in (("input_ids", row["input_ids"]), *(("candidate_ids", ids) for ids in row["candidate_ids"])):
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(f"`{name}` must be below {vocab_size}, the model's vocabulary, got {max(ids)} {where}.")
+    for ids in row["candidate_ids"]:
+        if len(ids) < num_candidates:
+            raise ValueError(
+                f"the labels hold {len(ids)} candidates per point, num_candidates={num_candidates} asks for more {where}: "
+                "label with more (recipes/label.py --num_candidates), or train with fewer."
+            )
+        if not reserved.isdisjoint(ids):
+            raise ValueError(
+                f"`candidate_ids` must be text, got the reserved tokens {sorted(reserved.intersection(ids))} {where}: "
+                "label with the same reserved tokens as you train."
+            )
 
 
 def _call_through(wrapper: nn.Module, inner: nn.Module, method, *args):

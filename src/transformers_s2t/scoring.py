@@ -34,6 +34,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from .proposals import floor_mask
@@ -204,6 +205,45 @@ def _hidden_and_logits(model: PreTrainedModel, num_logits: int, **inputs) -> tup
     finally:
         handle.remove()
     return seen[-1], logits_BQV[:, -num_logits:]
+
+
+def text_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """The model's own logits (N, V) of last hidden states, with what it does beside its head's matrix.
+
+    The model's forward is run with a decoder that only hands over these hidden states: soft-caps and scales have too
+    many names to be looked up in a config (see [`head_is_plain`]).
+
+    Raises:
+        ValueError: where the model does not go through its decoder.
+    """
+    decoder, seen = model.get_decoder(), []
+
+    def given(*args, **kwargs) -> _GivenHidden:
+        seen.append(True)
+        return _GivenHidden(last_hidden_state=hidden_ND[None])
+
+    had_own = "forward" in vars(decoder)
+    own = decoder.forward
+    decoder.forward = given
+    try:
+        logits_NV = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden_ND.device)).logits[0]
+    finally:
+        if had_own:
+            decoder.forward = own
+        else:
+            del decoder.forward
+    if not seen:
+        raise ValueError(f"{type(model).__name__} does not compute its logits from its decoder's hidden states.")
+    return logits_NV
+
+
+class _GivenHidden(BaseModelOutputWithPast):
+    """A decoder's output of which nothing but the hidden states is there."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None  # caches, router logits, attentions: by many names
 
 
 def head_is_plain(model: PreTrainedModel, hidden_BMD: torch.Tensor, logits_BMV: torch.Tensor) -> bool:

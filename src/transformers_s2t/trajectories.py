@@ -454,6 +454,7 @@ class TrajectoryCollator:
      'attention_mask': tensor([[1, 1, 1, 1],
                                [1, 1, 0, 0]]),
      'prompt_length': tensor([2, 1]),
+     'text_start': tensor([0, 0]),
      'positions': tensor([[2, 3],
                           [1, 1]]),
      'position_mask': tensor([[ True,  True],
@@ -469,8 +470,8 @@ class TrajectoryCollator:
     ```
 
     Padded points sit at `prompt_length` (any legal index) with a False mask, padded candidates have id 0 and
-    log-probabilities of -1e4. There is always one point and one candidate at least, so no shape vanishes. Columns
-    that are not named here are left out.
+    log-probabilities of -1e4. There is always one point and one candidate at least, so no shape vanishes. Rows may
+    have `text_start`, the first token whose prefix KL counts. Columns that are not named here are left out.
     """
 
     pad_token_id: int
@@ -493,6 +494,7 @@ class TrajectoryCollator:
             "input_ids": torch.full((B, T), self.pad_token_id),
             "attention_mask": torch.zeros((B, T), dtype=torch.long),
             "prompt_length": prompt_length_B,
+            "text_start": torch.tensor([row.get("text_start", 0) for row in rows]),
             "positions": prompt_length_B[:, None].repeat(1, N),
             "position_mask": torch.zeros((B, N), dtype=torch.bool),
             "candidate_ids": torch.zeros((B, N, K), dtype=torch.long),
