@@ -102,6 +102,22 @@ def test_packed_scores_equal_one_forward_per_candidate(tmp_path, scope, family, 
             assert torch.allclose(scores_NK[: len(row["positions"])], naive_scores(trainer, row), atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", *WINDOWED])
+@pytest.mark.parametrize("scope", ["candidate", "sequence"])
+def test_flex_attention_packs_and_scores_the_same(tmp_path, scope, family):
+    """Uncompiled, and without a backward pass: on a CPU it has none."""
+    config = {"hidden_size": 64, "head_dim": 16} | WINDOWED.get(family, {})
+    scores = []
+    for attn in ("sdpa", "flex_attention"):
+        trainer = make_trainer(tmp_path, tiny_model(family, attn=attn, **config), adapter_scope=scope)
+        randomise(trainer)
+        trainer.model.eval()
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            scores.append(trainer._loss(batch)[1])
+    assert torch.allclose(*scores, atol=1e-5) and scores[0].std() > 0.01
+
+
 @pytest.mark.parametrize("scope", ["candidate", "sequence"])
 def test_gradient_equals_one_forward_per_candidate(tmp_path, scope):
     trainer = make_trainer(tmp_path, adapter_scope=scope, prefix_kl_weight=0.0)

@@ -694,8 +694,8 @@ def _check_row(row: dict[str, Any], num_candidates: int, vocab_size: int, reserv
     for ids in row["candidate_ids"]:
         if len(ids) < num_candidates:
             raise ValueError(
-                f"the labels hold {len(ids)} candidates per point, num_candidates={num_candidates} asks for more {where}: "
-                "label with more (recipes/label.py --num_candidates), or train with fewer."
+                f"the labels hold {len(ids)} candidates per point, num_candidates={num_candidates} asks for more "
+                f"{where}: label with more (recipes/label.py --num_candidates), or train with fewer."
             )
         if not reserved.isdisjoint(ids):
             raise ValueError(

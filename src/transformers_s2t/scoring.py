@@ -27,6 +27,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
@@ -76,7 +77,7 @@ def tree_mask(
     Args:
         prefix_mask_BT: bool, False at padding; the last `num_new` columns are the new tokens.
         limits_BM: int, how many prefix columns each candidate may see.
-        attn_implementation: "sdpa" gets a bool mask, "eager" an additive one (a bool mask is silently wrong there).
+        attn_implementation: "eager" gets an additive mask (a bool one is silently wrong there), others a bool one.
         dtype: of the additive mask.
         num_new: N.
         window: of sliding attention: a token sees so many columns, its own included; `None` for all.
@@ -106,7 +107,7 @@ def tree_attention(
     limits_BM: torch.Tensor,
     num_new: int = 0,
     cache: Cache | None = None,
-) -> torch.Tensor | dict[str, torch.Tensor]:
+) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
     """What the model takes as `attention_mask` of a tree: one [`tree_mask`], or one for each kind of its layers.
 
     Each is cut to the columns that layers of its kind attend to: those that `cache` still holds, and the new ones.
@@ -119,8 +120,18 @@ def tree_attention(
         if cache is not None:
             num_columns, _ = cache.layers[layer_index].get_mask_sizes(mask.shape[-2])
             mask = mask[..., mask.shape[-1] - num_columns :]
-        masks[kind] = mask
+        masks[kind] = _block_mask(mask) if model.config._attn_implementation == "flex_attention" else mask
     return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def _block_mask(mask_B1QC: torch.Tensor) -> BlockMask:
+    """The same mask for flex attention, which then skips the blocks of candidates that see nothing of each other."""
+
+    def may_see(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        return mask_B1QC[row, 0, query, column]
+
+    batch_size, _, num_queries, num_columns = mask_B1QC.shape
+    return create_block_mask(may_see, batch_size, None, num_queries, num_columns, device=mask_B1QC.device)
 
 
 def _attention_kinds(model: PreTrainedModel) -> dict[str, tuple[int, int | None]]:
@@ -132,19 +143,28 @@ def _attention_kinds(model: PreTrainedModel) -> dict[str, tuple[int, int | None]
     return kinds
 
 
-def supports_tree(model: PreTrainedModel, cache: Cache) -> bool:
+def supports_tree(model: PreTrainedModel, cache: Cache, kernels: tuple[str, ...] = ("sdpa", "eager")) -> bool:
     """Whether a tree mask is exact: growing cache layers, full or windowed attention, a kernel that takes a 4D mask.
 
     Decided by what the cache is made of after the prefill, never by the model's name: hybrid models accept a tree
     mask and silently ignore it in their recurrent layers.
     """
-    if model.config._attn_implementation not in ("sdpa", "eager"):
+    if model.config._attn_implementation not in kernels:
         return False
     if not model._supports_attention_backend:  # ALiBi or windows counted in columns: GPT-Neo, MPT, Bloom
         return False
     if not set(_attention_kinds(model)) <= {"full_attention", "sliding_attention"}:
         return False
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def supports_packing(model: PreTrainedModel) -> bool:
+    """Whether whole trajectories can be packed with their candidates.
+
+    As [`supports_tree`], and under flex attention: its block masks are too dear for a step of decoding, but not for a
+    step of training.
+    """
+    return supports_tree(model, DynamicCache(), kernels=("sdpa", "eager", "flex_attention"))
 
 
 def fork_cache(cache: Cache, row_index: torch.Tensor | None = None) -> Cache:
@@ -752,7 +772,7 @@ def packed_hidden(
     Where a tree mask is not exact ([`supports_tree`]), every point's prefix is run on its own: exact, but N times the
     work for "candidate", and N K times for "sequence".
     """
-    if not supports_tree(model, DynamicCache()):
+    if not supports_packing(model):
         return _hidden_one_by_one(model, switch, input_ids_BT, mask_BT, points, adapter_scope)
     positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
     if adapter_scope == "candidate":
@@ -767,7 +787,13 @@ def packed_hidden(
             )
         with switch(True):
             appended = append_candidates(
-                model, cache, mask_BT, points.candidate_ids_BM, points.positions_BM, limits_BM=points.positions_BM
+                model,
+                cache,
+                mask_BT,
+                points.candidate_ids_BM,
+                points.positions_BM,
+                limits_BM=points.positions_BM,
+                tree=True,
             )
         return appended.hidden_BMD, prefix.last_hidden_state
     num_prefix = input_ids_BT.shape[1]
@@ -829,7 +855,7 @@ def _hidden_one_by_one(
 
 def warn_without_tree(model: PreTrainedModel) -> None:
     """Warns where candidates cannot be packed, with what that costs."""
-    if not supports_tree(model, DynamicCache()):
+    if not supports_packing(model):
         warnings.warn(
             f"{type(model).__name__} (attention {model.config._attn_implementation!r}, layers "
             f"{sorted(_attention_kinds(model))}) cannot score packed candidates exactly, so every point's prefix is "
