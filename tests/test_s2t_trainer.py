@@ -208,6 +208,13 @@ def test_long_trajectories_are_cut_into_blocks_with_the_same_figures(tmp_path):
         assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-5), name
 
 
+def test_a_block_can_be_a_single_point_as_in_the_paper(tmp_path):
+    whole, single = make_trainer(tmp_path), make_trainer(tmp_path, max_points_per_block=1)
+    assert all(len(row["positions"]) == 1 for row in single.train_dataset)
+    points = [[position for row in t.train_dataset for position in row["positions"]] for t in (whole, single)]
+    assert points[0] == points[1]
+
+
 def test_blocks_of_like_length_can_share_a_batch(tmp_path):
     trainer = make_trainer(tmp_path, train_sampling_strategy="group_by_length")
     for row in trainer.train_dataset:  # tokens that the model runs, not those of the text
@@ -373,6 +380,7 @@ def test_columns_that_nobody_asked_for_are_no_harm(tmp_path):
         {"adapter_scope": "prompt"},
         {"proposals": "adapted"},
         {"num_candidates": 1},
+        {"max_points_per_block": 0},
         {"min_prob_ratio": 1.5},
         {"cross_entropy_weight": 0.0},
         {"remove_unused_columns": True},

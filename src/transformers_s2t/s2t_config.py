@@ -9,15 +9,20 @@ from transformers import TrainingArguments
 from .config import MAX_CANDIDATES, SelectorConfig, _check_range
 
 
+#: Legal `max_packed_tokens`.
+MAX_PACKED_TOKENS = 1 << 24
+
+
 @dataclass
 class S2TConfig(TrainingArguments):
     r"""Configuration of [`S2TTrainer`].
 
     Changed defaults of [`~transformers.TrainingArguments`]:
 
-    - `per_device_train_batch_size=4` trajectories a step, as in arXiv 2604.26940, appendix, whose learning rate of
-      5e-5 over 3 epochs is the inherited default. Models far below 100 M parameters want about 2e-3
-      (recipes/embedded/train.yaml).
+    - `per_device_train_batch_size=4` trajectories a step, with all their points.
+    - `learning_rate=2e-4`, usual for LoRA (QLoRA, arXiv 2305.14314, table 9). The 5e-5 of arXiv 2604.26940 belong to
+      its steps of four points, where one of ours holds hundreds (recipes/qwen2.5-1.5b/paper.yaml has both). Models far
+      below 100 M parameters want about 2e-3 (docs/training.md).
     - `warmup_steps=10`, `logging_steps=10`.
     - `remove_unused_columns=False`: the collator reads every column.
     - `metric_for_best_model="agree_at_1"` where `load_best_model_at_end`: the share of held-out points at which the
@@ -38,11 +43,14 @@ class S2TConfig(TrainingArguments):
         num_candidates: K used in training; the labels may hold more.
         min_prob_ratio: candidates below this share of the best one's probability are left out, as in decoding.
         max_packed_tokens: trajectory plus candidates per row; longer ones are cut into blocks of decision points.
+        max_points_per_block: decision points per row; `None` for all that fit. 1 is the paper's batch of single points,
+            whose prefixes are read again for each.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
 
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Trajectories per device and step."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate."})
     warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: all columns are read."})
@@ -71,6 +79,9 @@ class S2TConfig(TrainingArguments):
     num_candidates: int = field(default=8, metadata={"help": "Candidates per decision point."})
     min_prob_ratio: float = field(default=0.05, metadata={"help": "Candidate floor, as in decoding; 0 keeps all."})
     max_packed_tokens: int = field(default=8192, metadata={"help": "Trajectory plus candidate tokens per row."})
+    max_points_per_block: int | None = field(
+        default=None, metadata={"help": "Decision points per row at most; by default all that fit."}
+    )
     reserved_token_ids: list[int] | None = field(
         default=None, metadata={"help": "Token ids that carry the score; found in the tokenizer where not given."}
     )
@@ -110,7 +121,9 @@ class S2TConfig(TrainingArguments):
             )
         _check_range("num_candidates", self.num_candidates, 2, MAX_CANDIDATES, integer=True)
         _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
-        _check_range("max_packed_tokens", self.max_packed_tokens, 16, 1 << 24, integer=True)
+        _check_range("max_packed_tokens", self.max_packed_tokens, 16, MAX_PACKED_TOKENS, integer=True)
+        if self.max_points_per_block is not None:
+            _check_range("max_points_per_block", self.max_points_per_block, 1, MAX_PACKED_TOKENS, integer=True)
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads every column of the labels.")
         if self.gradient_checkpointing_kwargs is None:

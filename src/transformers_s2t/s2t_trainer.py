@@ -33,7 +33,7 @@ from transformers import (
 from . import losses
 from .config import DEFAULT_NUM_CANDIDATES, SelectorConfig
 from .reserved_tokens import find_reserved_token_ids, model_hash, resize_for_reserved_tokens, vocab_hash
-from .s2t_config import S2TConfig
+from .s2t_config import MAX_PACKED_TOKENS, S2TConfig
 from .scoring import (
     AdapterSwitch,
     PackedPoints,
@@ -604,6 +604,7 @@ def _cut_to_blocks(
         "num_candidates": args.num_candidates,
         "min_prob_ratio": args.min_prob_ratio,
         "max_packed_tokens": args.max_packed_tokens,
+        "max_points": args.max_points_per_block or MAX_PACKED_TOKENS,
         "vocab_size": vocab_size,
         "reserved_token_ids": reserved_token_ids,
         "name": name,
@@ -630,6 +631,7 @@ def _cut_batch(
     num_candidates: int,
     min_prob_ratio: float,
     max_packed_tokens: int,
+    max_points: int,
     vocab_size: int,
     reserved_token_ids: tuple[int, ...],
     name: str,
@@ -656,7 +658,7 @@ def _cut_batch(
             if prefix + size > max_packed_tokens:
                 num_dropped += 1
                 continue
-            if blocks[-1] and prefix + used + size > max_packed_tokens:
+            if len(blocks[-1]) == max_points or (blocks[-1] and prefix + used + size > max_packed_tokens):
                 blocks.append([])
                 used = 0
             blocks[-1].append(n)
