@@ -1,7 +1,7 @@
 """What training costs: S2TTrainer's packed step against the published procedure, per decision point, in one run.
 
     python benchmarks/train.py --json runs/benchmarks/train.json
-    python benchmarks/train.py --quick                   # two minutes on two cores
+    python benchmarks/train.py --quick                   # a minute on two cores
     python benchmarks/train.py --device cuda --dtype bfloat16 --shape qwen2.5-0.5b --naive_kl all
 
 A trajectory of T random tokens, a quarter of them the prompt, has N decision points ("groups" in the published code)
@@ -445,7 +445,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a preset of two minutes; flags given beside it win")
+    add("--quick", action="store_true", help="a preset of a minute; flags given beside it win")
     add("--shape", choices=sorted(SHAPES), default="small", help="of the random model [%(default)s]")
     add("--num_layers", type=int, help="by default the shape's own")
     add("--vocab_size", type=int, help="rows of the head; by default the shape's own (qwen2.5-0.5b: cut to 32768)")

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import EOS, RESERVED, tiny_model
 from tiny_labels import NUM_CANDIDATES as K
 from tiny_labels import make_labels, make_uneven_labels, tiny_tokenizer
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from transformers_s2t import LocalSelector, S2TConfig, S2TTrainer, SelectorConfig
 from transformers_s2t.calibration import score_labels
@@ -21,7 +22,7 @@ from transformers_s2t.scoring import get_decoder
 from transformers_s2t.trajectories import TrajectoryHeader
 
 
-def make_trainer(tmp_path, model=None, labels=None, peft_config=None, eval_dataset=None, **config):
+def make_trainer(tmp_path, model=None, labels=None, peft_config=None, eval_dataset=None, callbacks=None, **config):
     settings = {
         "output_dir": str(tmp_path / "out"),
         "learning_rate": 5e-3,
@@ -44,6 +45,7 @@ def make_trainer(tmp_path, model=None, labels=None, peft_config=None, eval_datas
         eval_dataset=make_labels(seed=1) if eval_dataset is None else eval_dataset,
         processing_class=tiny_tokenizer(),
         peft_config=peft_config,
+        callbacks=callbacks,
     )
 
 
@@ -424,6 +426,34 @@ def test_the_best_checkpoint_is_that_of_agree_at_1(tmp_path):
     assert trainer.evaluate()["eval_agree_at_1"] == pytest.approx(agree[best])
     trainer.save_model()
     assert SelectorConfig.from_pretrained(tmp_path / "out").metrics["agree_at_1"] == pytest.approx(agree[best])
+
+
+def test_plain_callbacks_see_the_figures_and_can_stop_the_training(tmp_path):
+    class Recorder(TrainerCallback):
+        def __init__(self):
+            self.logs = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.logs.append(dict(logs))
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[recorder, EarlyStoppingCallback(early_stopping_patience=2)],
+        learning_rate=0.0,  # nothing ever becomes better
+        num_train_epochs=9,
+        logging_steps=1,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.epoch == 3
+    train_logs = [log for log in recorder.logs if "loss" in log]
+    assert len(train_logs) == 9
+    for name in ("agree_at_1", "fused_agree_at_1", "spearman", "student_first", "second_candidate", "hit_at_1"):
+        assert all(name in log for log in train_logs), name
+        assert sum(f"eval_{name}" in log for log in recorder.logs) == 3, name
 
 
 def test_several_evaluation_sets_need_to_say_which_one_decides(tmp_path):
