@@ -43,7 +43,7 @@ class S2TConfig(TrainingArguments):
         num_candidates: K used in training; the labels may hold more.
         min_prob_ratio: candidates below this share of the best one's probability are left out, as in decoding.
         max_packed_tokens: trajectory plus candidates per row; longer ones are cut into blocks of decision points.
-        max_points_per_block: decision points per row; `None` for all that fit. 1 is the paper's batch of single points,
+        max_points_per_block: decision points per row; `None` for all that fit. 1 gives the paper's single points,
             whose prefixes are read again for each.
     """
 
