@@ -92,12 +92,13 @@ class NaiveModel:
         self.base, self.tokens_adapted = base, "none"
         if selector is None:
             return
-        self.rows_RD = ReservedRows(selector.model, selector.selector_config.reserved_token_ids, "s2t")().detach()
+        name = selector.adapter_name
+        self.rows_RD = ReservedRows(selector.model, selector.selector_config.reserved_token_ids, name)()
         plain = dict(base.named_modules())
-        for name, module in selector.model.named_modules():
+        for place, module in selector.model.named_modules():
             if hasattr(module, "lora_A"):
-                a, b = module.lora_A["s2t"].weight.detach(), module.lora_B["s2t"].weight.detach()
-                plain[name].register_forward_hook(self._hook(a, b, module.scaling["s2t"]))
+                a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+                plain[place].register_forward_hook(self._hook(a, b, scale))
 
     def _hook(self, a, b, scale):
         def add(module, args, output):

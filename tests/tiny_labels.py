@@ -1,5 +1,7 @@
 """Labelled trajectories and a tokenizer for the tiny models of tests/tiny.py, made in memory."""
 
+from functools import cache
+
 import torch
 from datasets import Dataset
 from tiny import BOS, EOS, PAD, RESERVED, VOCAB_SIZE
@@ -29,6 +31,7 @@ def tiny_tokenizer():
     return tokenizer
 
 
+@cache
 def make_labels(num_rows=12, seed=0):
     """Trajectories with random text; the teacher's favourite is the candidate with the largest token id."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,6 +68,7 @@ def make_labels(num_rows=12, seed=0):
     return Dataset.from_list(rows)
 
 
+@cache
 def make_uneven_labels(num_rows=12, seed=0):
     """[`make_labels`] with one point left in every second row: means of means differ from the mean."""
     columns = ("positions", "candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")

@@ -604,8 +604,12 @@ class AdapterSwitch:
         self._can_split = False
 
     @contextmanager
-    def on_tokens(self, tokens: slice) -> Iterator[None]:
+    def on_tokens(self, tokens: slice, shape: tuple[int, int] | None = None) -> Iterator[None]:
         """On for these tokens of each row, off for the others, in one forward.
+
+        Args:
+            tokens: which ones.
+            shape: (rows, tokens) of the input, where layers that see all of it in one heap are to be split too.
 
         Raises:
             TokensNotInRows: by the forward inside, where a layer with the adapter flattens its input (experts do).
@@ -614,11 +618,15 @@ class AdapterSwitch:
 
         def adding(layer: LoraLayer) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], None]:
             lora_a, lora_b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+            dropout = layer.lora_dropout[name]
 
             def add(base_layer: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-                if args[0].dim() != 3:
+                input = args[0]
+                if input.dim() == 2 and shape is not None and len(input) == shape[0] * shape[1]:
+                    input, output = input.unflatten(0, shape), output.unflatten(0, shape)
+                if input.dim() != 3:
                     raise TokensNotInRows
-                chosen_BMD = layer._cast_input_dtype(args[0][:, tokens], lora_a.weight.dtype)
+                chosen_BMD = dropout(layer._cast_input_dtype(input[:, tokens], lora_a.weight.dtype))
                 output[:, tokens] += lora_b(lora_a(chosen_BMD)) * scaling
 
             return add
@@ -817,36 +825,41 @@ def _hidden_one_by_one(
     points: PackedPoints,
     adapter_scope: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What [`packed_hidden`] returns, by one prefix per point or one text per candidate, padded on the left."""
+    """What [`packed_hidden`] returns, by a forward per point: its candidates on a cached prefix, or their whole texts.
+
+    Whole texts where gradient goes through the prefix, or through a recurrent layer: that writes its state in place,
+    which the backward pass still needs, and its kernels for a single token have no backward pass at all.
+    """
     in_sequence = adapter_scope == "sequence"
+    decoder = get_decoder(model)
     with switch(in_sequence), nullcontext() if in_sequence else torch.no_grad():
-        prefix_BTD = get_decoder(model)(
-            input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False
-        ).last_hidden_state
-    places = points.real_BM.nonzero().tolist()  # (row, packed candidate), points one after another
-    groups: dict[tuple[int, int], list[int]] = {}
-    for row, m in places:
-        groups.setdefault((row, int(points.positions_BM[row, m])), []).append(m)
-    hidden_BMD = prefix_BTD.new_zeros(*points.candidate_ids_BM.shape, prefix_BTD.shape[-1])
+        prefix_BTD = decoder(input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False).last_hidden_state
+    points_of_row: list[dict[int, list[int]]] = [{} for _ in input_ids_BT]  # position -> its packed candidates
+    for row, m in points.real_BM.nonzero().tolist():
+        points_of_row[row].setdefault(int(points.positions_BM[row, m]), []).append(m)
     rows, columns, found = [], [], []
-    for (row, position), members in groups.items():
-        ids_K = points.candidate_ids_BM[row, members]
-        prefix_1P = input_ids_BT[row : row + 1, :position]
-        if in_sequence:
-            texts_KP = torch.cat([prefix_1P.expand(len(members), -1), ids_K[:, None]], dim=1)
-            with switch(True):
-                hidden_KD = get_decoder(model)(input_ids=texts_KP, use_cache=False).last_hidden_state[:, -1]
-        else:
-            mask_1P = torch.ones_like(prefix_1P, dtype=torch.bool)
-            prefix = PrefixCache(model)
-            with torch.no_grad(), switch(False):
-                prefix.feed(prefix_1P, mask_1P)
-            with switch(True):
-                positions_1K = torch.full((1, len(members)), position, device=ids_K.device)
-                hidden_KD = append_candidates(model, prefix.cache, mask_1P, ids_K[None], positions_1K).hidden_BMD[0]
-        rows += [row] * len(members)
-        columns += members
-        found.append(hidden_KD)
+    for row, members_at in enumerate(points_of_row):
+        prefix = PrefixCache(model)
+        recurrent = is_recurrent(prefix.cache)
+        for position, members in sorted(members_at.items()):
+            ids_K = points.candidate_ids_BM[row, members]
+            prefix_1P = input_ids_BT[row : row + 1, :position]
+            if in_sequence or (recurrent and torch.is_grad_enabled()):
+                texts_KP = torch.cat([prefix_1P.expand(len(members), -1), ids_K[:, None]], dim=1)
+                with switch(True) if in_sequence else switch.on_tokens(slice(-1, None), texts_KP.shape):
+                    hidden_KD = decoder(input_ids=texts_KP, use_cache=False).last_hidden_state[:, -1]
+            else:
+                mask_1P = torch.ones_like(prefix_1P, dtype=torch.bool)
+                with torch.no_grad(), switch(False):
+                    prefix.feed(prefix_1P, mask_1P)  # only what the point before did not
+                with switch(True):
+                    hidden_KD = append_candidates(model, prefix.cache, mask_1P, ids_K[None]).hidden_BMD[0]
+                if recurrent:  # would catch up token by token
+                    prefix = PrefixCache(model)
+            rows += [row] * len(members)
+            columns += members
+            found.append(hidden_KD)
+    hidden_BMD = prefix_BTD.new_zeros(*points.candidate_ids_BM.shape, prefix_BTD.shape[-1])
     if found:
         index = (torch.tensor(rows, device=hidden_BMD.device), torch.tensor(columns, device=hidden_BMD.device))
         hidden_BMD = hidden_BMD.index_put(index, torch.cat(found).to(hidden_BMD.dtype))
@@ -854,12 +867,27 @@ def _hidden_one_by_one(
 
 
 def warn_without_tree(model: PreTrainedModel) -> None:
-    """Warns where candidates cannot be packed, with what that costs."""
-    if not supports_packing(model):
-        warnings.warn(
-            f"{type(model).__name__} (attention {model.config._attn_implementation!r}, layers "
-            f"{sorted(_attention_kinds(model))}) cannot score packed candidates exactly, so every point's prefix is "
-            "run again: about as many times slower as a trajectory has points, with adapter_scope='sequence' as it "
-            "has candidates. attn_implementation='sdpa' or 'eager' avoids that for full and sliding attention.",
-            stacklevel=3,
-        )
+    """Warns where candidates cannot be packed, with what that costs.
+
+    Raises:
+        ValueError: where they cannot be scored at all, so that nothing is trained that could not decode: the model
+            takes no cache, or keeps its state outside of it.
+    """
+    cache_argument(model)
+    if supports_tree(model, DynamicCache()):
+        return
+    prefix = PrefixCache(model)
+    if model._is_stateful:  # where the state is kept shows after a token
+        ids_11 = torch.zeros(1, 1, dtype=torch.long)
+        with torch.no_grad():
+            prefix.feed(ids_11, torch.ones_like(ids_11, dtype=torch.bool))
+        check_state_is_cached(model, prefix.cache)
+    whole_texts = "adapter_scope='candidate' too" if is_recurrent(prefix.cache) else "adapter_scope='sequence'"
+    warnings.warn(
+        f"{type(model).__name__} (attention {model.config._attn_implementation!r}, layers "
+        f"{sorted(_attention_kinds(model))}) cannot score packed candidates exactly: every decision point takes a "
+        f"forward of its own, with {whole_texts} over the whole text of each candidate, which is about as many times "
+        "slower as a trajectory has candidates. attn_implementation='sdpa' or 'eager' avoids that for full and "
+        "sliding attention.",
+        stacklevel=3,
+    )
