@@ -88,6 +88,16 @@ FAMILIES = {
         ATTENTION,
         impls=("eager",),  # has no sdpa
     ),
+    "bloom": Family({"n_layer": 2, "n_head": 4}, impls=("eager",)),  # has no sdpa
+    "llama4_text": Family(
+        {
+            "attention_chunk_size": WINDOW,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "moe_layers": [],
+            "intermediate_size_mlp": 48,
+        }
+    ),
     "lfm2": Family({"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "qwen3_next": Family(MOE | LINEAR, [*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"]),
     "mamba2": Family(
@@ -101,8 +111,10 @@ FAMILIES = {
 }
 REPEATED = {
     "biogpt",
+    "bloom",
     "gpt_neo",
     "lfm2",
+    "llama4_text",
     "qwen3_next",
     "mamba2",
     "falcon_h1",

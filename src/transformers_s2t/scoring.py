@@ -189,17 +189,18 @@ def is_recurrent(cache: Cache) -> bool:
 
 def get_decoder(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that ends in hidden states, without the output head."""
-    return getattr(model, model.base_model_prefix)
+    return getattr(model, model.base_model_prefix, None) or model.model  # Llama 4 gives a wrong prefix
 
 
 def cache_argument(model: PreTrainedModel) -> str:
     """The name under which the model takes its cache.
 
     Raises:
-        ValueError: where it takes none. A `**kwargs` swallows the cache: every token would be scored without a prefix.
+        ValueError: where it takes none, or one of its own kind. A `**kwargs` swallows the cache: every token would
+            be scored without a prefix.
     """
     name = _cache_argument(type(get_decoder(model)))
-    if name is None:
+    if name is None or not model._supports_default_dynamic_cache():
         raise ValueError(f"S2T scores candidates on a cached prefix, but {type(model).__name__} takes no cache.")
     return name
 
@@ -832,6 +833,11 @@ def _hidden_one_by_one(
     """
     in_sequence = adapter_scope == "sequence"
     decoder = get_decoder(model)
+    if model._is_stateful:  # nothing is trained that could not decode
+        first = PrefixCache(model)
+        with torch.no_grad():
+            first.feed(input_ids_BT[:1, :1], mask_BT[:1, :1])
+        check_state_is_cached(model, first.cache)
     with switch(in_sequence), nullcontext() if in_sequence else torch.no_grad():
         prefix_BTD = decoder(input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False).last_hidden_state
     points_of_row: list[dict[int, list[int]]] = [{} for _ in input_ids_BT]  # position -> its packed candidates
@@ -846,7 +852,7 @@ def _hidden_one_by_one(
             prefix_1P = input_ids_BT[row : row + 1, :position]
             if in_sequence or (recurrent and torch.is_grad_enabled()):
                 texts_KP = torch.cat([prefix_1P.expand(len(members), -1), ids_K[:, None]], dim=1)
-                with switch(True) if in_sequence else switch.on_tokens(slice(-1, None), texts_KP.shape):
+                with switch(True) if in_sequence else _on_last_token(model, switch, texts_KP.shape):
                     hidden_KD = decoder(input_ids=texts_KP, use_cache=False).last_hidden_state[:, -1]
             else:
                 mask_1P = torch.ones_like(prefix_1P, dtype=torch.bool)
@@ -866,28 +872,41 @@ def _hidden_one_by_one(
     return hidden_BMD, prefix_BTD
 
 
+@contextmanager
+def _on_last_token(model: PreTrainedModel, switch: AdapterSwitch, shape: tuple[int, int]) -> Iterator[None]:
+    """The adapter on for the last token of whole texts.
+
+    Raises:
+        ValueError: where no forward can tell it from the others.
+    """
+    try:
+        if not switch.can_split:
+            raise TokensNotInRows
+        with switch.on_tokens(slice(-1, None), shape):
+            yield
+    except TokensNotInRows:
+        raise ValueError(
+            f"{type(model).__name__} has recurrent layers, where adapter_scope='candidate' can train plain LoRA on "
+            "linear layers that see all tokens alone (no DoRA, no experts): set `target_modules` so, or "
+            "adapter_scope='sequence'."
+        ) from None
+
+
 def warn_without_tree(model: PreTrainedModel) -> None:
     """Warns where candidates cannot be packed, with what that costs.
 
     Raises:
-        ValueError: where they cannot be scored at all, so that nothing is trained that could not decode: the model
-            takes no cache, or keeps its state outside of it.
+        ValueError: where they cannot be scored at all, see [`cache_argument`].
     """
     cache_argument(model)
     if supports_tree(model, DynamicCache()):
         return
-    prefix = PrefixCache(model)
-    if model._is_stateful:  # where the state is kept shows after a token
-        ids_11 = torch.zeros(1, 1, dtype=torch.long)
-        with torch.no_grad():
-            prefix.feed(ids_11, torch.ones_like(ids_11, dtype=torch.bool))
-        check_state_is_cached(model, prefix.cache)
-    whole_texts = "adapter_scope='candidate' too" if is_recurrent(prefix.cache) else "adapter_scope='sequence'"
+    scopes = "'candidate' and 'sequence'" if is_recurrent(PrefixCache(model).cache) else "'sequence'"
     warnings.warn(
         f"{type(model).__name__} (attention {model.config._attn_implementation!r}, layers "
         f"{sorted(_attention_kinds(model))}) cannot score packed candidates exactly: every decision point takes a "
-        f"forward of its own, with {whole_texts} over the whole text of each candidate, which is about as many times "
-        "slower as a trajectory has candidates. attn_implementation='sdpa' or 'eager' avoids that for full and "
-        "sliding attention.",
+        f"forward of its own, with adapter_scope={scopes} over the whole text of each candidate, which is about as "
+        "many times slower as a trajectory has candidates. attn_implementation='sdpa' or 'eager' avoids that for full "
+        "and sliding attention.",
         stacklevel=3,
     )
