@@ -899,7 +899,7 @@ def warn_without_tree(model: PreTrainedModel) -> None:
         ValueError: where they cannot be scored at all, see [`cache_argument`].
     """
     cache_argument(model)
-    if supports_tree(model, DynamicCache()):
+    if supports_packing(model):
         return
     scopes = "'candidate' and 'sequence'" if is_recurrent(PrefixCache(model).cache) else "'sequence'"
     warnings.warn(
