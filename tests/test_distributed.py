@@ -1,40 +1,79 @@
-"""Two processes on one machine (gloo) train what one process trains."""
+"""Two processes on one machine (gloo), started by `accelerate launch`, train what one process trains."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 
 TESTS = Path(__file__).resolve().parent
+CONFIGS = TESTS.parent / "recipes" / "accelerate_configs"
 
 
-def run(folder, scope, num_processes):
-    file = folder / f"{num_processes}.json"
-    launch = []
-    if num_processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", str(port)]
-    command = [sys.executable, *launch, str(TESTS / "run_training.py"), scope, str(4 // num_processes), str(file)]
+def run(folder, scope, config=None, *options):
+    """Figures and adapter of a run by one process, or by two that `config` starts, with the same steps."""
+    folder = folder / (config or "alone")
+    folder.mkdir()
+    launch, num_processes = [], 1
+    if config:
+        num_processes = 2
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--num_processes", "2"]
+    batch_size = str(4 // num_processes)
+    command = [sys.executable, *launch, *options, str(TESTS / "run_training.py"), scope, batch_size, str(folder)]
     done = subprocess.run(
         command, cwd=TESTS, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(file.read_text())
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["world_size"] == num_processes
+    return figures, load_file(folder / "out" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("scope", ["candidate", "sequence"])
-def test_two_processes_give_the_loss_curve_of_one(tmp_path, scope):
-    """Steps hold the same trajectories, with different numbers of points in each half."""
-    one, two = run(tmp_path, scope, 1), run(tmp_path, scope, 2)
-    assert (one["world_size"], two["world_size"]) == (1, 2)
-    assert len(one["loss"]) == 6 and one["loss"][0] != one["loss"][-1]
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+@pytest.fixture(scope="module", params=["candidate", "sequence"])
+def alone(request, tmp_path_factory):
+    """(scope, what one process gives)."""
+    return request.param, run(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def assert_same(found, expected):
+    """Loss curve, evaluation and adapter of two runs; a step moves a weight by up to the learning rate, 5e-3."""
+    (found, weights), (expected, expected_weights) = found, expected
+    assert len(expected["loss"]) == 6 and expected["loss"][0] != expected["loss"][-1]
+    for name in ("loss", "grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
     for name in ("eval_loss", "eval_agree_at_1", "eval_spearman", "eval_hit_at_2"):
-        assert two["eval"][name] == pytest.approx(one["eval"][name], rel=1e-4), name
+        assert found["eval"][name] == pytest.approx(expected["eval"][name], rel=1e-4), name
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in weights.items():
+        assert (weight - expected_weights[name]).abs().max() < 5e-5, name
+
+
+def test_two_processes_give_the_loss_curve_and_the_adapter_of_one(tmp_path, alone):
+    """Steps hold the same trajectories, with different numbers of points in each half."""
+    scope, expected = alone
+    found = run(tmp_path, scope, "cpu.yaml")
+    assert found[0]["kind"] == "MULTI_CPU"
+    assert_same(found, expected)
+
+
+def test_a_model_sharded_by_fsdp_gives_the_loss_curve_and_the_adapter_of_one_process(tmp_path, alone):
+    """Scores read weights that no forward has gathered, and whose gradients no hook averages."""
+    scope, expected = alone
+    found = run(tmp_path, scope, "fsdp2.yaml", "--mixed_precision", "no")
+    assert found[0]["kind"] == "FSDP"
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_accelerate_config_loads(file):
+    """By accelerate's own loader, which refuses keys that it does not know."""
+    config = load_config_from_file(str(file))
+    assert config.num_processes > 1 and config.main_process_port == 0
+    assert f"accelerate launch --config_file recipes/accelerate_configs/{file.name} recipes/train.py" in (
+        file.read_text(encoding="utf-8")
+    )

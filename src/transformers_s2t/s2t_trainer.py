@@ -12,6 +12,7 @@ import functools
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ class S2TTrainer(Trainer):
         self.rows = ReservedRows(self.base_model, self.reserved_token_ids, self.adapter_name)
         self.switch.set(args.proposals == "adapted")  # `trainer.model.generate` is what will be deployed
         self.label_header = header
+        self._model_hash = model_hash(self.base_model)  # now: later the weights may be spread over processes
 
         pad_token_id = processing_class.pad_token_id
         if pad_token_id is None:
@@ -203,11 +205,10 @@ class S2TTrainer(Trainer):
         The mean is over the points of the whole optimizer step, all processes and accumulated batches together
         (`num_items_in_batch`), so that it does not depend on how a step is split; without that count, over the batch.
         """
-        wrapped = self.accelerator.unwrap_model(model)
-        if wrapped is model:
-            loss, scores_BNK, row_metrics = self._loss(inputs, num_items_in_batch)
-        else:
-            loss, scores_BNK, row_metrics = _call_through(model, wrapped, self._loss, inputs, num_items_in_batch)
+        self.rows.keep_share()
+        loss, scores_BNK, row_metrics = _call_through(
+            model, self.accelerator.unwrap_model(model), lambda: self._loss(inputs, num_items_in_batch)
+        )
         self._count(row_metrics)
         return (loss, {"scores": scores_BNK}) if return_outputs else loss
 
@@ -387,7 +388,7 @@ class S2TTrainer(Trainer):
             base_model=self.base_model.config._name_or_path,
             teacher_model=header.teacher_model if header else "",
             vocab_hash=vocab_hash(self.processing_class),
-            model_hash=model_hash(self.base_model),
+            model_hash=self._model_hash,
             metrics=self._eval_metrics(),
         )
 
@@ -416,13 +417,11 @@ class S2TTrainer(Trainer):
         The embedding matrices are never saved, also where reserved tokens were added: their rows travel with the
         adapter.
         """
+        if not self.args.should_save:
+            return  # a sharded model's `state_dict` is whole in the main process alone
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(
-            folder, state_dict=state_dict, is_main_process=self.args.should_save, save_embedding_layers=False
-        )
-        if not self.args.should_save:
-            return
+        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
         self.selector_config().save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
@@ -706,16 +705,30 @@ def _check_row(row: dict[str, Any], num_candidates: int, vocab_size: int, reserv
             )
 
 
-def _call_through(wrapper: nn.Module, inner: nn.Module, method, *args):
-    """Runs `method` inside the forward of a distributed wrapper, so that its gradient hooks see the computation."""
-    original = inner.forward
+def _call_through(wrapper: nn.Module, inner: nn.Module, method: Callable[[], Any]) -> Any:
+    """Runs `method` inside the forward of a distributed wrapper, so that its hooks see the computation.
 
-    def redirected(*inner_args, **inner_kwargs):
-        inner.forward = original
-        return method(*inner_args, **inner_kwargs)
+    FSDP2 has no wrapper, only hooks: `wrapper` is `inner` then. No tensor goes through as an argument, for mixed
+    precision would round the labels.
+    """
+    own = inner.__dict__.get("forward")  # accelerate may have put one there
+
+    def restore() -> None:
+        if own is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.forward = own
+
+    computed = []
+
+    def redirected() -> Any:
+        restore()
+        computed.append(method())
+        return computed[0]
 
     inner.forward = redirected
     try:
-        return wrapper(*args)
+        output = wrapper()
     finally:
-        inner.forward = original
+        restore()
+    return computed[0] if wrapper is inner else output  # FSDP2 returns a copy rounded to the type it computes in

@@ -27,6 +27,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
@@ -697,6 +698,7 @@ class ReservedRows:
                     if all(id in order for id in reserved_token_ids):
                         self._rows, self._adapter_name = layer.trainable_tokens_delta, adapter_name
                         self._order = torch.tensor([order[id] for id in reserved_token_ids])
+                        self._share: DTensor | None = None
                         return
         raise ValueError(
             f"Adapter {adapter_name!r} holds no trained rows for the reserved tokens {list(reserved_token_ids)}: its "
@@ -704,8 +706,21 @@ class ReservedRows:
         )
 
     def __call__(self) -> torch.Tensor:
-        rows = self._rows[self._adapter_name]
+        rows = self._rows[self._adapter_name] if self._share is None else self._share
+        if isinstance(rows, DTensor):
+            rows = rows.full_tensor(grad_placements=[Partial("avg")] * rows.device_mesh.ndim)
         return rows[self._order.to(rows.device)]
+
+    def keep_share(self) -> None:
+        """Where FSDP2 has sharded the model: reads this process's share from now on, whatever the head holds.
+
+        FSDP2 gathers weights, and averages their gradients, around the forward of their module. Scores are no such
+        forward, and those that the head runs on text would end before the scores' gradients are there. To be called
+        before the first forward, when the head holds nothing but its share.
+        """
+        rows = self._rows[self._adapter_name]
+        if self._share is None and isinstance(rows, DTensor):
+            self._share = rows
 
 
 def bin_logits(hidden_D: torch.Tensor, rows_RD: torch.Tensor) -> torch.Tensor:
