@@ -137,6 +137,23 @@ def test_gradient_equals_one_forward_per_candidate(tmp_path, scope):
             assert torch.allclose(packed[name], parameter.grad, atol=1e-4), name
 
 
+@pytest.mark.parametrize("scope", ["candidate", "sequence"])
+def test_dropout_is_the_adapters_alone(tmp_path, scope):
+    """The base decodes without dropout, so the adapter learns to read it without."""
+    config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+    losses = {}
+    for dropout in (0.0, 0.5):
+        peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
+        trainer = make_trainer(tmp_path, tiny_model("gpt2", **config), peft_config=peft_config, adapter_scope=scope)
+        randomise(trainer)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+        for mode in (True, False):
+            trainer.model.train(mode)
+            losses[dropout, mode] = trainer.compute_loss(trainer.model, batch).item()
+            assert trainer.model.training == mode
+    assert losses[0.0, True] == losses[0.0, False] == losses[0.5, False] != losses[0.5, True]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scope", ["candidate", "sequence"])
 def test_one_step_changes_lora_and_reserved_rows_and_nothing_else(tmp_path, scope, tied):
@@ -362,6 +379,14 @@ def test_spoilt_rows_are_refused_with_the_column_and_the_row(tmp_path, labels, m
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         make_trainer(tmp_path, labels=labels)
     assert "train_dataset" in str(error.value) and (columns != "all" or "p0-" in str(error.value))
+
+
+def test_a_sharded_model_without_a_tree_is_refused(tmp_path, monkeypatch):
+    """Its processes would run different numbers of forwards and wait for each other for ever."""
+    monkeypatch.setattr("transformers_s2t.s2t_trainer.is_deepspeed_zero3_enabled", lambda: True)
+    make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="BloomForCausalLM takes a forward for every decision point"):
+        make_trainer(tmp_path, tiny_model("bloom", n_layer=2, n_head=4))
 
 
 def test_labels_of_another_k_are_refused(tmp_path):

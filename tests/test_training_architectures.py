@@ -34,7 +34,6 @@ CASES = [
     for attn in family.impls[: 1 if name in REPEATED else 2]  # what takes no tree masks does not tell them apart
     for scope in PROPOSALS
 ]
-UNPLAIN_HEADS = {"gemma2", "granite", "falcon_h1"}  # a soft-cap, a division, a factor: the prefix KL misses them
 
 
 @cache
@@ -172,13 +171,7 @@ def test_a_saved_adapter_decodes_with_the_scores_of_training_and_evaluation(tmp_
             torch.testing.assert_close(got_K, scores_NK[n, keep], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(strict=True, reason="bare head") if n in UNPLAIN_HEADS else ())
-        for n in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_prefix_kl_is_between_the_distributions_that_the_models_write_with(tmp_path, name):
     trainer = random_trainer(tmp_path, name, FAMILIES[name].impls[0], "sequence", prefix_kl_weight=1.0)
     rows = trainer.train_dataset.to_list()

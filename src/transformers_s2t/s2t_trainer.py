@@ -30,6 +30,8 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import losses
 from .config import DEFAULT_NUM_CANDIDATES, SelectorConfig
@@ -43,6 +45,7 @@ from .scoring import (
     candidate_scores,
     get_decoder,
     packed_hidden,
+    supports_packing,
     text_logits,
     valid_candidates,
     warn_without_tree,
@@ -69,8 +72,9 @@ class S2TTrainer(Trainer):
         callbacks, optimizers: as in `Trainer`.
 
     Raises:
-        ValueError: labels made with another tokenizer, an empty data set, too few reserved tokens, a model whose
-            attention or layers make packed candidates inexact: all before the first step.
+        ValueError: labels made with another tokenizer, model or K, spoilt rows, an empty data set, too few reserved
+            tokens, a model that takes no cache: all before the first step. A model whose attention or layers make
+            packed candidates inexact is trained point by point, with a warning that says what it costs.
     """
 
     _tag_names = ["transformers-s2t", "s2t"]
@@ -137,6 +141,13 @@ class S2TTrainer(Trainer):
         warn_without_tree(self.base_model)
         self.switch = AdapterSwitch(self.base_model, self.adapter_name)
         self.rows = ReservedRows(self.base_model, self.reserved_token_ids, self.adapter_name)
+        # dropout is the adapter's alone: what it learns to read is the base model as it decodes (layers that can be
+        # checkpointed have none of their own, but want to know that this is training)
+        self._frozen = [
+            module
+            for name, module in self.base_model.named_modules()
+            if "lora_dropout" not in name and not isinstance(module, GradientCheckpointingLayer)
+        ]
         self.switch.set(args.proposals == "adapted")  # `trainer.model.generate` is what will be deployed
         self.label_header = header
         self._model_hash = model_hash(self.base_model)  # now: later the weights may be spread over processes
@@ -176,6 +187,12 @@ class S2TTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if sharded and not supports_packing(self.base_model):
+            raise ValueError(
+                f"{type(self.base_model).__name__} takes a forward for every decision point, and processes that share "
+                "its weights (FSDP, ZeRO-3) would wait for each other: use DDP or ZeRO-2."
+            )
         self.can_return_loss = True  # with no label names: evaluation then reports a loss
         self.label_names = []
         self.model_accepts_loss_kwargs = False
@@ -206,6 +223,9 @@ class S2TTrainer(Trainer):
         (`num_items_in_batch`), so that it does not depend on how a step is split; without that count, over the batch.
         """
         self.rows.keep_share()
+        if model.training:
+            for module in self._frozen:
+                module.training = False
         loss, scores_BNK, row_metrics = _call_through(
             model, self.accelerator.unwrap_model(model), lambda: self._loss(inputs, num_items_in_batch)
         )

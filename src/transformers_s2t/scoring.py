@@ -19,7 +19,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -239,6 +239,8 @@ def text_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor
         ValueError: where the model does not go through its decoder.
     """
     decoder, seen = model.get_decoder(), []
+    if decoder is model:  # Llama 4 does not know where its decoder is
+        decoder = get_decoder(model)
 
     def given(*args, **kwargs) -> _GivenHidden:
         seen.append(True)
@@ -777,7 +779,7 @@ def packed_hidden(
     mask_BT: torch.Tensor,
     points: PackedPoints,
     adapter_scope: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Last hidden states of all candidates of whole trajectories: T + M tokens per row in place of M prefixes.
 
     Args:
@@ -790,11 +792,10 @@ def packed_hidden(
             adapter; "sequence": prefix and candidates run with it, with gradient.
 
     Returns:
-        candidates' hidden states (B, M, D), and the prefix's (B, T, D): with the adapter for "sequence", without it
-        and without gradient for "candidate".
+        candidates' hidden states (B, M, D), and for "sequence" the prefix's (B, T, D).
 
-    Where a tree mask is not exact ([`supports_tree`]), every point's prefix is run on its own: exact, but N times the
-    work for "candidate", and N K times for "sequence".
+    Where a tree mask is not exact ([`supports_packing`]), every point takes a forward of its own, see
+    [`warn_without_tree`].
     """
     if not supports_packing(model):
         return _hidden_one_by_one(model, switch, input_ids_BT, mask_BT, points, adapter_scope)
@@ -802,7 +803,7 @@ def packed_hidden(
     if adapter_scope == "candidate":
         with torch.no_grad(), switch(False):
             cache = DynamicCache()  # windowed layers keep everything too: candidates stand all along the text
-            prefix = get_decoder(model)(
+            get_decoder(model)(
                 input_ids=input_ids_BT,
                 attention_mask=mask_BT.long(),
                 position_ids=positions_BT,
@@ -819,7 +820,7 @@ def packed_hidden(
                 limits_BM=points.positions_BM,
                 tree=True,
             )
-        return appended.hidden_BMD, prefix.last_hidden_state
+        return appended.hidden_BMD, None
     num_prefix = input_ids_BT.shape[1]
     mask = tree_attention(model, mask_BT, points.positions_BM, num_new=num_prefix)
     with switch(True):
@@ -840,7 +841,7 @@ def _hidden_one_by_one(
     mask_BT: torch.Tensor,
     points: PackedPoints,
     adapter_scope: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What [`packed_hidden`] returns, by a forward per point: its candidates on a cached prefix, or their whole texts.
 
     Whole texts where gradient goes through the prefix, or through a recurrent layer: that writes its state in place,
@@ -853,10 +854,13 @@ def _hidden_one_by_one(
         with torch.no_grad():
             first.feed(input_ids_BT[:1, :1], mask_BT[:1, :1])
         check_state_is_cached(model, first.cache)
-    with switch(in_sequence), nullcontext() if in_sequence else torch.no_grad():
-        prefix_BTD = decoder(input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False).last_hidden_state
+    prefix_BTD = None
+    if in_sequence:
+        with switch(True):
+            output = decoder(input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False)
+        prefix_BTD = output.last_hidden_state
     points_of_row: list[dict[int, list[int]]] = [{} for _ in input_ids_BT]  # position -> its packed candidates
-    for row, m in points.real_BM.nonzero().tolist():
+    for row, m in points.real_BM.nonzero().tolist() or [(0, 0)]:  # something at least: a loss needs its graph
         points_of_row[row].setdefault(int(points.positions_BM[row, m]), []).append(m)
     rows, columns, found = [], [], []
     for row, members_at in enumerate(points_of_row):
@@ -880,11 +884,10 @@ def _hidden_one_by_one(
             rows += [row] * len(members)
             columns += members
             found.append(hidden_KD)
-    hidden_BMD = prefix_BTD.new_zeros(*points.candidate_ids_BM.shape, prefix_BTD.shape[-1])
-    if found:
-        index = (torch.tensor(rows, device=hidden_BMD.device), torch.tensor(columns, device=hidden_BMD.device))
-        hidden_BMD = hidden_BMD.index_put(index, torch.cat(found).to(hidden_BMD.dtype))
-    return hidden_BMD, prefix_BTD
+    found_XD = torch.cat(found)
+    hidden_BMD = found_XD.new_zeros(*points.candidate_ids_BM.shape, found_XD.shape[-1])
+    index = (torch.tensor(rows, device=found_XD.device), torch.tensor(columns, device=found_XD.device))
+    return hidden_BMD.index_put(index, found_XD), prefix_BTD
 
 
 @contextmanager
