@@ -386,7 +386,7 @@ def test_a_sharded_model_without_a_tree_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers_s2t.s2t_trainer.is_deepspeed_zero3_enabled", lambda: True)
     make_trainer(tmp_path)
     with pytest.raises(ValueError, match="BloomForCausalLM takes a forward for every decision point"):
-        make_trainer(tmp_path, tiny_model("bloom", n_layer=2, n_head=4))
+        make_trainer(tmp_path, tiny_model("bloom", attn="eager", n_layer=2, n_head=4))
 
 
 def test_labels_of_another_k_are_refused(tmp_path):
