@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
@@ -567,7 +568,7 @@ class AdapterSwitch:
         """
         for layer in self._adapted:
             others = {*layer.lora_A} - {self.adapter_name} if isinstance(layer, LoraLayer) else {"?"}
-            exact = not others and self._can_split and layer.get_base_layer().weight.is_floating_point()
+            exact = not others and self._can_split and type(layer) is LoraLinear  # PEFT has a class per quantization
             if not exact:
                 raise ValueError(
                     f"Adapter {self.adapter_name!r} cannot be merged exactly: that takes plain LoRA without another "
