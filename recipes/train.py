@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
 from transformers_s2t import S2TConfig, S2TTrainer
@@ -35,7 +37,41 @@ class ScriptArguments:
     lora_target_modules: str = field(
         default="all-linear", metadata={"help": "'all-linear', or module names with commas between."}
     )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the base model to 4 bits (QLoRA)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the base model to 8 bits."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Quantization type of 4 bits: 'nf4' or 'fp4'."})
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantize the scales of the 4-bit weights too: 0.4 bits a weight less."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
+
+    def __post_init__(self):
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("`load_in_4bit` and `load_in_8bit` must not both be true.")
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"`bnb_4bit_quant_type` must be 'nf4' or 'fp4', got {self.bnb_4bit_quant_type!r}.")
+
+
+def make_quantization_config(script_args: ScriptArguments, args: S2TConfig) -> BitsAndBytesConfig | None:
+    """How the base model is quantized; `None` for not at all. Matrices are multiplied in the type of the weights.
+
+    Raises:
+        ImportError: where bitsandbytes is not installed, before anything is read.
+    """
+    if not (script_args.load_in_4bit or script_args.load_in_8bit):
+        return None
+    if not is_bitsandbytes_available():
+        flag = "load_in_4bit" if script_args.load_in_4bit else "load_in_8bit"
+        raise ImportError(f"`{flag}` needs bitsandbytes, which is not installed: pip install -U bitsandbytes")
+    if script_args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=mixed if script_args.dtype == "auto" else script_args.dtype,
+        bnb_4bit_quant_type=script_args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=script_args.use_bnb_nested_quant,
+    )
 
 
 def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, str | None, S2TTrainer] | None:
@@ -68,6 +104,7 @@ def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, 
         train_dataset=script_args.labels,
         eval_dataset=script_args.eval_labels,
         peft_config=peft_config,
+        quantization_config=make_quantization_config(script_args, args),
     )
     return script_args, args, checkpoint, trainer
 
@@ -75,7 +112,7 @@ def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, 
 def main(argv: list[str] | None = None) -> None:
     try:
         prepared = prepare(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     if prepared is None:

@@ -77,7 +77,7 @@ def naive_scores(trainer, row):
                     hidden = get_decoder(base)(
                         input_ids=ids[:, -1:], past_key_values=cache, use_cache=True
                     ).last_hidden_state[0, -1]
-            bins = torch.softmax(hidden @ rows_RD.T, -1) @ torch.linspace(0, 1, len(RESERVED))
+            bins = torch.softmax(hidden.float() @ rows_RD.float().T, -1) @ torch.linspace(0, 1, len(RESERVED))
             scores.append(bins)
         out.append(torch.stack(scores))
     return torch.stack(out)

@@ -62,7 +62,7 @@ def test_decoding_needs_neither_datasets_nor_trl():
 
 # how they are launched is no recipe: tests/test_distributed.py reads those
 RECIPE_FILES = sorted(f for f in (ROOT / "recipes").glob("*/*.yaml") if f.parent.name != "accelerate_configs")
-RECIPES = {"label.yaml": "label", "train.yaml": "train", "paper.yaml": "train"}
+RECIPES = {"label.yaml": "label", "train.yaml": "train", "paper.yaml": "train", "qlora.yaml": "train"}
 
 
 @pytest.mark.parametrize("file", RECIPE_FILES, ids=lambda f: f"{f.parent.name}/{f.name}")
