@@ -418,6 +418,19 @@ def test_config_errors_name_the_argument(tmp_path, bad):
         S2TConfig(output_dir=str(tmp_path), **bad)
 
 
+def test_a_compiled_model_that_would_never_be_called_is_refused(tmp_path, monkeypatch):
+    """It compiled nothing, and two processes trained apart from each other without a word."""
+    for setting in ({"torch_compile": True}, {"torch_compile_backend": "inductor"}, {"torch_compile_mode": "default"}):
+        with pytest.raises(ValueError, match="`torch_compile` must be False"):
+            S2TConfig(output_dir=str(tmp_path), use_cpu=True, **setting)
+    for backend in ("NO", "no"):  # as `accelerate launch` says it
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        S2TConfig(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match="`torch_compile` must be False"):
+        S2TConfig(output_dir=str(tmp_path), use_cpu=True)
+
+
 def test_resuming_from_a_checkpoint_gives_the_uninterrupted_weights(tmp_path):
     straight = make_trainer(tmp_path / "a", num_train_epochs=2)
     straight.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -28,6 +29,7 @@ class S2TConfig(TrainingArguments):
     - `metric_for_best_model="agree_at_1"` where `load_best_model_at_end`: the share of held-out points at which the
       selector picks the teacher's best candidate.
     - `gradient_checkpointing_kwargs={"use_reentrant": False}`; checkpointing is for adapter_scope="sequence" alone.
+    - `torch_compile` is refused: see the error.
 
     Parameters:
         adapter_scope: "candidate" or "sequence"; see [`SelectorConfig`]. "candidate" is as good wherever both were
@@ -132,6 +134,13 @@ class S2TConfig(TrainingArguments):
             }  # inputs of the frozen embedding need no grad
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "agree_at_1"  # transformers would take the loss
+        launched_with = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")  # by `accelerate launch --dynamo_backend`
+        asked = self.torch_compile or self.torch_compile_backend or self.torch_compile_mode
+        if asked or launched_with.lower() != "no":
+            raise ValueError(
+                "`torch_compile` must be False (and `--dynamo_backend` no): S2TTrainer runs the decoder itself, so "
+                "that the compiled model is never called, and several processes would not average their gradients."
+            )
         super().__post_init__()
         if self.gradient_checkpointing and self.adapter_scope == "candidate":
             raise ValueError(
