@@ -4,6 +4,7 @@ Legend: B trajectories, N decision points, K candidates.
 """
 
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny import EOS, RESERVED, tiny_model
 from tiny_labels import NUM_CANDIDATES as K
 from tiny_labels import make_labels, make_uneven_labels, tiny_tokenizer
@@ -418,16 +420,34 @@ def test_config_errors_name_the_argument(tmp_path, bad):
         S2TConfig(output_dir=str(tmp_path), **bad)
 
 
-def test_a_compiled_model_that_would_never_be_called_is_refused(tmp_path, monkeypatch):
-    """It compiled nothing, and two processes trained apart from each other without a word."""
+def test_compiled_layers_train_the_same(tmp_path):
+    """Captured and run again by dynamo; that a compiler keeps its promises is not ours to test."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    settings = {"adapter_scope": "sequence", "max_steps": 3}
+    whole = trained(make_trainer(tmp_path / "a", **settings))
+    assert not counters["stats"]
+    compiled = make_trainer(tmp_path / "b", torch_compile=True, torch_compile_backend="eager", **settings)
+    for name, value in trained(compiled).items():
+        assert torch.allclose(value, whole[name], atol=1e-5), name
+    assert counters["stats"]["unique_graphs"] > 0
+    compiled.save_model()
+    assert not any("_orig_mod" in name for name in load_file(tmp_path / "b" / "out" / "adapter_model.safetensors"))
+
+
+def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
+    """By way of accelerate it compiled nothing, and two processes trained apart from each other without a word."""
     for setting in ({"torch_compile": True}, {"torch_compile_backend": "inductor"}, {"torch_compile_mode": "default"}):
-        with pytest.raises(ValueError, match="`torch_compile` must be False"):
+        with pytest.raises(ValueError, match="`torch_compile` must be False with adapter_scope='candidate'"):
             S2TConfig(output_dir=str(tmp_path), use_cpu=True, **setting)
+        args = S2TConfig(output_dir=str(tmp_path), use_cpu=True, adapter_scope="sequence", **setting)
+        assert args.torch_compile and "ACCELERATE_DYNAMO_BACKEND" not in os.environ
     for backend in ("NO", "no"):  # as `accelerate launch` says it
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
         S2TConfig(output_dir=str(tmp_path), use_cpu=True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with pytest.raises(ValueError, match="`torch_compile` must be False"):
+    with pytest.raises(ValueError, match="`--dynamo_backend` of accelerate must be no"):
         S2TConfig(output_dir=str(tmp_path), use_cpu=True)
 
 

@@ -196,6 +196,11 @@ class S2TTrainer(Trainer):
                 f"{type(self.base_model).__name__} takes a forward for every decision point, and processes that share "
                 "its weights (FSDP, ZeRO-3) would wait for each other: use DDP or ZeRO-2."
             )
+        if args.torch_compile:
+            for module in self.base_model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    backend = args.torch_compile_backend or "inductor"
+                    module.compile(dynamic=True, backend=backend, mode=args.torch_compile_mode)
         self.can_return_loss = True  # with no label names: evaluation then reports a loss
         self.label_names = []
         self.model_accepts_loss_kwargs = False
