@@ -1,6 +1,6 @@
 """Trains a tiny selector, saves it and writes its figures; tests/test_distributed.py starts it in several ways.
 
-Arguments: SCOPE BATCH_SIZE FOLDER
+Arguments: SCOPE BATCH_SIZE FOLDER; the model is in FOLDER/model.
 """
 
 import json
@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from test_s2t_trainer import make_trainer
-from tiny import tiny_model
 from tiny_labels import make_uneven_labels
 
 
@@ -31,7 +30,7 @@ def main(scope, batch_size, folder):
     folder = Path(folder)
     trainer = make_trainer(
         folder,
-        model=tiny_model(tie_word_embeddings=True),  # as small models are: sharding must keep the two together
+        model=str(folder / "model"),
         labels=make_uneven_labels(),
         adapter_scope=scope,
         per_device_train_batch_size=int(batch_size),
@@ -54,6 +53,8 @@ def main(scope, batch_size, folder):
             "eval": {name: value for name, value in figures.items() if name.startswith("eval_")},
         }
         (folder / "figures.json").write_text(json.dumps(written))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # or its threads may abort the process at its very end
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from tiny import tiny_model
 
 
 TESTS = Path(__file__).resolve().parent
@@ -19,15 +20,16 @@ def run(folder, scope, config=None, *options):
     """Figures and adapter of a run by one process, or by two that `config` starts, with the same steps."""
     folder = folder / (config or "alone")
     folder.mkdir()
+    # tied, as small models are: sharding must keep the two together
+    tiny_model(tie_word_embeddings=True).save_pretrained(folder / "model")
     launch, num_processes = [], 1
     if config:
         num_processes = 2
         launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--num_processes", "2"]
     batch_size = str(4 // num_processes)
     command = [sys.executable, *launch, *options, str(TESTS / "run_training.py"), scope, batch_size, str(folder)]
-    done = subprocess.run(
-        command, cwd=TESTS, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["world_size"] == num_processes
@@ -66,6 +68,16 @@ def test_a_model_sharded_by_fsdp_gives_the_loss_curve_and_the_adapter_of_one_pro
     scope, expected = alone
     found = run(tmp_path, scope, "fsdp2.yaml", "--mixed_precision", "no")
     assert found[0]["kind"] == "FSDP"
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("config", ["zero2.yaml", "zero3.yaml"])
+def test_deepspeed_gives_the_loss_curve_and_the_adapter_of_one_process(tmp_path, alone, config):
+    """Where it is installed; its first run on a machine compiles for minutes."""
+    pytest.importorskip("deepspeed")
+    scope, expected = alone
+    found = run(tmp_path, scope, config, "--mixed_precision", "no")
+    assert found[0]["kind"] == "DEEPSPEED"
     assert_same(found, expected)
 
 

@@ -391,6 +391,15 @@ def test_a_sharded_model_without_a_tree_is_refused(tmp_path, monkeypatch):
         make_trainer(tmp_path, tiny_model("bloom", attn="eager", n_layer=2, n_head=4))
 
 
+def test_a_model_that_is_spread_over_processes_is_refused(tmp_path):
+    """As ZeRO-3 leaves it: every weight is elsewhere, and nothing is left to count or to fingerprint."""
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    with pytest.raises(ValueError, match="`model` is spread over processes already"):
+        make_trainer(tmp_path, model)
+
+
 def test_labels_of_another_k_are_refused(tmp_path):
     with pytest.raises(ValueError, match="hold 4 candidates per point, num_candidates=8 asks for more"):
         make_trainer(tmp_path, num_candidates=8)

@@ -12,8 +12,8 @@ import functools
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -127,9 +128,15 @@ class S2TTrainer(Trainer):
                 hub = {key: init_kwargs[key] for key in _HUB_KWARGS if key in init_kwargs}
                 processing_class = AutoTokenizer.from_pretrained(name_or_path, **hub)
             _check_labels_fit(header, processing_class, name_or_path)
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+            with _whole_weights():
+                model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         else:
             name_or_path = model.config._name_or_path
+            if any(parameter.numel() == 0 for parameter in model.parameters()):
+                raise ValueError(
+                    "`model` is spread over processes already (ZeRO-3): pass its name or path, or load it before the "
+                    "S2TConfig is made."
+                )
             if processing_class is None:
                 if not name_or_path:
                     raise ValueError("`processing_class` is required where the model does not know its own name.")
@@ -138,7 +145,8 @@ class S2TTrainer(Trainer):
 
         _check_weights_fit(header, model.get_base_model() if isinstance(model, PeftModel) else model, args)
         set_seed(args.seed)  # LoRA's random half is drawn here; Trainer sets the seed only later
-        model, self.reserved_token_ids = _with_adapter(model, args, processing_class, peft_config)
+        with _whole_weights():
+            model, self.reserved_token_ids = _with_adapter(model, args, processing_class, peft_config)
         self.base_model = model.get_base_model()
         self.adapter_name = model.active_adapter
         warn_without_tree(self.base_model)
@@ -546,6 +554,21 @@ def _check_labels_fit(
             f"The labels were made with the tokenizer of {header.model!r} (vocabulary {header.vocab_hash}), but "
             f"`model` {name_or_path!r} has vocabulary {ours}: label with this model (recipes/label.py --model)."
         )
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Inside, models are loaded whole, also where ZeRO-3 would share out every weight as it is read.
+
+    The rows of the head are counted and copied before training, and the labels' model is known by its weights.
+    DeepSpeed shares the weights out when training starts.
+    """
+    config = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def _with_adapter(
