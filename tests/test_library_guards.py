@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from transformers_s2t import S2T
 from transformers_s2t.generation import _WARPERS
+from transformers_s2t.s2t_trainer import _whole_weights
 
 
 def parameters(function):
@@ -155,3 +156,33 @@ def test_the_decoder_ends_in_the_hidden_states_that_the_head_reads(family, batch
     with torch.no_grad():
         hidden = getattr(model, model.base_model_prefix)(**batch).last_hidden_state
         assert torch.equal(model.get_output_embeddings()(hidden), model(**batch).logits)
+
+
+def test_the_deepspeed_config_that_loading_hides_is_where_transformers_looks():
+    """`_whole_weights` puts back what it found; transformers asks this reference whether weights are shared out."""
+    from transformers.integrations import deepspeed
+
+    class Config:
+        def is_zero3(self):
+            return True
+
+    mine = Config()
+    try:
+        deepspeed.set_hf_deepspeed_config(mine)
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        assert deepspeed._hf_deepspeed_config_weak_ref() is mine
+        with _whole_weights():
+            assert not deepspeed.is_deepspeed_zero3_enabled()
+        assert deepspeed._hf_deepspeed_config_weak_ref() is mine
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+
+
+def test_layers_that_can_be_checkpointed_and_compiled_share_a_class():
+    """Dropout stays off in all modules but these, which ask for `training`; these are compiled."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for family in ("llama", "gemma2", "gpt2"):
+        model = tiny_model(family, attn="eager")
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        assert len(layers) == model.config.num_hidden_layers, family
