@@ -153,11 +153,11 @@ class S2TTrainer(Trainer):
         self.switch = AdapterSwitch(self.base_model, self.adapter_name)
         self.rows = ReservedRows(self.base_model, self.reserved_token_ids, self.adapter_name)
         # dropout is the adapter's alone: what it learns to read is the base model as it decodes (layers that can be
-        # checkpointed have none of their own, but want to know that this is training)
+        # checkpointed and quantized matrices have none of their own, but want to know that this is training)
         self._frozen = [
             module
             for name, module in self.base_model.named_modules()
-            if "lora_dropout" not in name and not isinstance(module, GradientCheckpointingLayer)
+            if "lora_dropout" not in name and not isinstance(module, (GradientCheckpointingLayer, nn.Linear))
         ]
         self.switch.set(args.proposals == "adapted")  # `trainer.model.generate` is what will be deployed
         self.label_header = header
