@@ -16,7 +16,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -219,9 +218,11 @@ def main(argv: list[str] | None = None) -> None:
     recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
     labels, _ = read_labels(args.labels)
     list(divide(labels, args))  # too few are found before anything is trained
-    meta = {
-        name: str(value) for name, value in vars(args).items() if name not in ("json", "picture", "variants", "seeds")
-    }
+    settings = ("num_train", "num_fusion", "num_held_out", "min_prob_ratio", "device")
+    meta = {name: getattr(args, name) for name in settings}
+    # names, not places: figures travel
+    meta |= {"recipe": "/".join(args.recipe.parts[-2:]), "model": Path(args.model or recipe["model"]).name}
+    meta |= {"labels": Path(args.labels).name}
     rows: list[dict] = []
     if args.json.is_file():
         stored = json.loads(args.json.read_text(encoding="utf-8"))
@@ -243,7 +244,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main()
     except (ValueError, OSError) as error:

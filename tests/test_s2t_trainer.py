@@ -6,6 +6,7 @@ Legend: B trajectories, N decision points, K candidates.
 import json
 import os
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -495,6 +496,16 @@ def test_the_best_checkpoint_is_that_of_agree_at_1(tmp_path):
     assert SelectorConfig.from_pretrained(tmp_path / "out").metrics["agree_at_1"] == pytest.approx(agree[best])
 
 
+def test_an_ordinary_run_warns_of_nothing(tmp_path):
+    """What a user cannot act upon is noise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = make_trainer(tmp_path, max_steps=2)
+        trainer.train()
+        trainer.evaluate()
+        trainer.save_model()
+
+
 def test_plain_callbacks_see_the_figures_and_can_stop_the_training(tmp_path):
     class Recorder(TrainerCallback):
         def __init__(self):
@@ -620,9 +631,10 @@ def test_hit_at_k_counts_the_teachers_own_token_among_the_students_first(tmp_pat
 def test_gradient_checkpointing_leaves_the_gradient_what_it_was(tmp_path):
     """The adapter has to be on again when a checkpoint is computed a second time, in the backward pass."""
     whole = trained(make_trainer(tmp_path / "a", adapter_scope="sequence", max_steps=3))
-    settings = {"adapter_scope": "sequence", "max_steps": 3, "gradient_checkpointing": True}
+    settings = {"adapter_scope": "sequence", "max_steps": 3, "activation_checkpointing": True}
     checkpointed = trained(make_trainer(tmp_path / "b", **settings))
     for name, value in whole.items():
         assert torch.allclose(value, checkpointed[name], atol=1e-6), name
-    with pytest.raises(ValueError, match="`gradient_checkpointing` must be False with adapter_scope='candidate'"):
-        S2TConfig(output_dir=str(tmp_path), gradient_checkpointing=True)
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        with pytest.raises(ValueError, match="checkpointing` must be False with adapter_scope='candidate'"):
+            S2TConfig(output_dir=str(tmp_path), use_cpu=True, **{name: True})

@@ -29,7 +29,7 @@ class S2TConfig(TrainingArguments):
     - `remove_unused_columns=False`: the collator reads every column.
     - `metric_for_best_model="agree_at_1"` where `load_best_model_at_end`: the share of held-out points at which the
       selector picks the teacher's best candidate.
-    - `gradient_checkpointing_kwargs={"use_reentrant": False}`; checkpointing is for adapter_scope="sequence" alone.
+    - `activation_checkpointing_kwargs={"use_reentrant": False}`; checkpointing is for adapter_scope="sequence" alone.
     - `torch_compile` compiles the decoder's layers in place, for adapter_scope="sequence" alone. It pays in long runs:
       1.04 times as fast on two CPU cores after a minute of warm-up (docs/training.md).
 
@@ -130,9 +130,6 @@ class S2TConfig(TrainingArguments):
             _check_range("max_points_per_block", self.max_points_per_block, 1, MAX_PACKED_TOKENS, integer=True)
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads every column of the labels.")
-        if self.gradient_checkpointing_kwargs is None:
-            # inputs of the frozen embedding need no gradient
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "agree_at_1"  # transformers would take the loss
         self._check_compile()
@@ -143,12 +140,17 @@ class S2TConfig(TrainingArguments):
         for name, value in compile_with.items():
             setattr(self, name, value)
         self.torch_compile = any(compile_with.values())
-        if self.gradient_checkpointing and self.adapter_scope == "candidate":
-            raise ValueError(
-                "`gradient_checkpointing` must be False with adapter_scope='candidate': it drops the key/value cache "
-                "that candidates share, and the prefix holds no activations anyway. Bound memory with "
-                "`max_packed_tokens`."
-            )
+        # transformers is renaming these two, and warns of the old names
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            if getattr(self, name, False) and self.adapter_scope == "candidate":
+                raise ValueError(
+                    f"`{name}` must be False with adapter_scope='candidate': it drops the key/value cache that "
+                    "candidates share, and the prefix holds no activations anyway. Bound memory with "
+                    "`max_packed_tokens`."
+                )
+            if getattr(self, f"{name}_kwargs", {}) is None:
+                # reentrant checkpoints need an input with a gradient, which a frozen embedding does not give
+                setattr(self, f"{name}_kwargs", {"use_reentrant": False})
 
     def _check_compile(self) -> None:
         if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":

@@ -222,7 +222,10 @@ class S2TTrainer(Trainer):
         vocab_size = self.base_model.get_input_embeddings().weight.shape[0]
         dataset = _cut_to_blocks(dataset, args, name, vocab_size, self.reserved_token_ids)
         # held-out blocks of like length share a batch, longest first: what does not fit into memory shows at once
-        return dataset if name == "train_dataset" else dataset.sort("length", reverse=True)
+        if name == "train_dataset":
+            return dataset
+        lengths = dataset["length"]
+        return dataset.select(sorted(range(len(dataset)), key=lambda i: -lengths[i]))
 
     # ---- objective ----
 
@@ -630,7 +633,9 @@ def _with_adapter(
     peft_config = copy.deepcopy(peft_config)
     peft_config.task_type = "CAUSAL_LM"
     peft_config.trainable_token_indices = {head_name.split(".")[-1]: list(ids)}
-    return get_peft_model(base, peft_config), tuple(ids)
+    with warnings.catch_warnings():  # PEFT asks the model by a name that transformers is changing
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(base, peft_config), tuple(ids)
 
 
 def _text_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
