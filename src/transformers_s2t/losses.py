@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 
-#: Logits that [`chunked_text_kl`] holds at one time: 256 MiB in float32, some times that with what is made of them.
-MAX_LOGITS = 1 << 26
+#: Logits that [`chunked_text_kl`] holds at one time: 32 MiB in float32, some times that with what is made of them.
+MAX_LOGITS = 1 << 23
 
 
 def best_candidate(teacher_logprobs_NK: torch.Tensor, mask_NK: torch.Tensor) -> torch.Tensor:

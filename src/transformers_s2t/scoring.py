@@ -251,7 +251,7 @@ def text_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor
     own = decoder.forward
     decoder.forward = given
     try:
-        logits_NV = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden_ND.device)).logits[0]
+        logits_NV = model(input_ids=torch.zeros(1, 0, dtype=torch.long, device=hidden_ND.device)).logits[0]
     finally:
         if had_own:
             decoder.forward = own
