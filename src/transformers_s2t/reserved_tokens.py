@@ -93,9 +93,11 @@ def model_hash(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        name = name.replace(".token_adapter", "").replace(".base_layer", "").removeprefix("base_model.model.")
+        for part in (".token_adapter", ".base_layer", ".original_module"):  # where PEFT has put the base's own
+            name = name.replace(part, "")
+        name = name.removeprefix("base_model.model.")
         if parameter.ndim == 1 or (parameter.ndim == 2 and ("embed" in name or "wte" in name)):
-            if "lora_" in name or "trainable_tokens" in name:
+            if any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save")):
                 continue
             signs = torch.signbit(parameter.detach()[:64].cpu())
             digest.update(name.encode() + signs.contiguous().numpy().tobytes())
