@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -460,7 +461,14 @@ class S2TTrainer(Trainer):
             return  # a sharded model's `state_dict` is whole in the main process alone
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        name = self.adapter_name
+        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, selected_adapters=[name])
+        if (
+            name != "default"
+        ):  # PEFT gives it a folder of its own, where nobody looks: not `Trainer`, nor `LocalSelector`
+            for file in (folder / name).glob("adapter_*"):
+                file.replace(folder / file.name)
+            shutil.rmtree(folder / name)
         self.selector_config().save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
