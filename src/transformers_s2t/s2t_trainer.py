@@ -167,6 +167,8 @@ class S2TTrainer(Trainer):
         pad_token_id = processing_class.pad_token_id
         if pad_token_id is None:
             pad_token_id = processing_class.eos_token_id or 0
+        if pad_token_id >= self.base_model.get_input_embeddings().weight.shape[0]:
+            pad_token_id = 0  # added to the tokenizer alone; padding is masked, so any token will do
         with args.main_process_first(desc="preparing labels"):
             train_dataset = self._prepare_dataset(train_dataset, args, "train_dataset")
             if isinstance(eval_dataset, dict):
