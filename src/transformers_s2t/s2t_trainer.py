@@ -187,6 +187,7 @@ class S2TTrainer(Trainer):
                     f"`metric_for_best_model` must name one of the evaluation sets, {legal}, got {metric!r}."
                 )
 
+        self._holds_best = False  # the best checkpoint's weights, in place of the last step's
         self._row_metrics: dict[str, dict[str, list[float]]] = {
             "train": defaultdict(lambda: [0.0, 0.0]),
             "eval": defaultdict(lambda: [0.0, 0.0]),
@@ -404,6 +405,15 @@ class S2TTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = loss + self.args.prefix_kl_weight * kl
         return output
 
+    def train(self, *args, **kwargs):
+        """As in `Trainer`."""
+        self._holds_best = False
+        return super().train(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._holds_best = True
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As in `Trainer`; the adapter stays on until gradients are there, for checkpoints are computed again then."""
         with self.switch(True) if self.args.gradient_checkpointing else nullcontext():
@@ -439,9 +449,8 @@ class S2TTrainer(Trainer):
         names = ("agree_at_1", "fused_agree_at_1", "spearman", "student_first", "second_candidate", "loss")
         entries = [entry for entry in self.state.log_history if any(key.endswith("agree_at_1") for key in entry)]
         entries = [entry for entry in entries if any(key.startswith("eval_") for key in entry)]
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        if best is not None and entries and entries[-1]["step"] <= self.state.global_step:
-            entries = [entry for entry in entries if entry["step"] == best] or entries
+        if self._holds_best:
+            entries = [entry for entry in entries if entry["step"] == self.state.best_global_step] or entries
         figures: dict[str, float] = {}
         step = entries[-1]["step"] if entries else None
         for entry in entries:  # a dict of evaluation sets logs one entry for each
