@@ -387,6 +387,12 @@ class S2TTrainer(Trainer):
             eval_dataset = self._prepare_dataset(eval_dataset, self.args, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """As in `Trainer`; labels are prepared like those of `__init__`. There are figures, but no predictions."""
+        if isinstance(test_dataset, Dataset):
+            test_dataset = self._prepare_dataset(test_dataset, self.args, "test_dataset")
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
