@@ -85,7 +85,7 @@ class S2TTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | os.PathLike | PreTrainedModel | PeftModel,
         args: S2TConfig | None = None,
         train_dataset: Dataset | str | os.PathLike | None = None,
         eval_dataset: Dataset | str | os.PathLike | dict[str, Dataset] | None = None,
@@ -98,6 +98,8 @@ class S2TTrainer(Trainer):
     ):
         if args is not None and not isinstance(args, S2TConfig):
             raise TypeError(f"`args` must be an S2TConfig, got {type(args)}.")
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = S2TConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-s2t-local")
@@ -632,6 +634,12 @@ def _with_adapter(
             )
         if not set(args.reserved_token_ids or ids) <= set(ids):
             raise ValueError(f"`reserved_token_ids` must be among those that `model` trains, {list(ids)}.")
+        _check_lora(model.peft_config[model.active_adapter], "model")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "`model` is a PeftModel without a trainable weight: load it with `PeftModel.from_pretrained(..., "
+                "is_trainable=True)`."
+            )
         return model, tuple(args.reserved_token_ids or ids)
     ids = args.reserved_token_ids
     if ids is None:
@@ -655,12 +663,34 @@ def _with_adapter(
         peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(f"`peft_config` must be a LoraConfig, got {type(peft_config)}.")
+    _check_lora(peft_config, "peft_config")
+    if peft_config.trainable_token_indices not in (None, {head_name.split(".")[-1]: list(ids)}):
+        raise ValueError(
+            f"`trainable_token_indices` of `peft_config` must be None, or the reserved rows of the head alone, which "
+            f"S2TTrainer sets, got {peft_config.trainable_token_indices!r}: choose them by `reserved_token_ids`."
+        )
     peft_config = copy.deepcopy(peft_config)
+    peft_config.inference_mode = False  # true in every config that was saved
     peft_config.task_type = "CAUSAL_LM"
     peft_config.trainable_token_indices = {head_name.split(".")[-1]: list(ids)}
     with warnings.catch_warnings():  # PEFT asks the model by a name that transformers is changing
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return get_peft_model(base, peft_config), tuple(ids)
+
+
+def _check_lora(config: PeftConfig, name: str) -> None:
+    """Raises a ValueError for settings that change the base model itself, adapter on or off, and so its text."""
+    legal = (True, False, "gaussian", "eva", "orthogonal")  # others take away from the base what they put into LoRA
+    for setting, ok, what in (
+        ("bias", config.bias == "none", "'none'"),
+        ("init_lora_weights", config.init_lora_weights in legal, f"one of {', '.join(map(repr, legal))}"),
+        ("layer_replication", config.layer_replication is None, "None"),
+    ):
+        if not ok:
+            raise ValueError(
+                f"`{setting}` of `{name}` must be {what}, got {getattr(config, setting)!r}: it changes the base "
+                "model, whose text a selector leaves alone."
+            )
 
 
 def _text_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
