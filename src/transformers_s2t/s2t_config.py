@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from .config import MAX_CANDIDATES, SelectorConfig, _check_range
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _COMPILE_FIELDS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
@@ -100,6 +105,8 @@ class S2TConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.reserved_token_ids is not None and not isinstance(self.reserved_token_ids, (list, tuple)):
+            raise ValueError(f"`reserved_token_ids` must be a list of token ids, got {self.reserved_token_ids!r}.")
         # what is stored with the adapter is checked where it is defined
         SelectorConfig(
             self.reserved_token_ids if self.reserved_token_ids is not None else (0, 1),
@@ -107,7 +114,7 @@ class S2TConfig(TrainingArguments):
             proposals=self.proposals,
             score_head=self.score_head,
         )
-        if not 0 < self.temperature < float("inf"):
+        if not _is_number(self.temperature) or not 0 < self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be above 0 and finite, got {self.temperature!r}.")
         weights = (
             "cross_entropy_weight",
@@ -117,7 +124,7 @@ class S2TConfig(TrainingArguments):
             "prefix_kl_weight",
         )
         for name in (*weights, "logprob_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be 0 or more and finite, got {getattr(self, name)!r}.")
         if self.cross_entropy_weight + self.distribution_kl_weight + self.hinge_weight == 0:
             raise ValueError(
