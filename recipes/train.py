@@ -77,7 +77,7 @@ def make_quantization_config(script_args: ScriptArguments, args: S2TConfig) -> B
 def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, str | None, S2TTrainer] | None:
     """Everything before the first step, so that bad input is found here. `None` where there is nothing to do."""
     script_args, args = TrlParser((ScriptArguments, S2TConfig)).parse_args_and_config(argv)
-    done = Path(args.output_dir, "s2t_config.json")
+    done = Path(args.output_dir, "trainer_state.json")  # the last file that is written
     if done.is_file() and not script_args.overwrite and args.resume_from_checkpoint is None:
         print(f"{args.output_dir} already holds a trained adapter; pass --overwrite true to train it again.")
         return None

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "trajectories": {"config"},
     "labeling": {"config", "proposals", "reserved_tokens", "triggers", "trajectories"},
     "s2t_config": {"config"},
-    "s2t_trainer": {"config", "losses", "proposals", "reserved_tokens", "s2t_config", "scoring", "trajectories"},
+    "blocks": {"s2t_config", "scoring", "trajectories"},
+    "s2t_trainer": {"blocks", "config", "losses", "reserved_tokens", "s2t_config", "scoring", "trajectories"},
     "calibration": {"config", "losses", "proposals", "scoring", "selection", "trajectories", "triggers"},
 }
 

@@ -379,6 +379,13 @@ def test_an_ordinary_run_warns_of_nothing_that_its_user_did_not_say(tmp_path):
     assert not {message for message in shown if "is_gradient_checkpointing" not in message}
 
 
+def test_weight_decay_leaves_the_reserved_rows_alone(tmp_path):
+    """What PEFT calls their delta are the rows themselves: decay would pull them to zero."""
+    trainer = make_trainer(tmp_path, weight_decay=0.1)
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    assert any("lora_A" in name for name in decayed) and not any("trainable_tokens" in name for name in decayed)
+
+
 # ---- what is saved ----
 
 
@@ -455,8 +462,8 @@ def test_a_stopped_run_that_pushed_a_checkpoint_goes_on(tmp_path, monkeypatch):
     assert Path(prepared[2]).name == "checkpoint-2"
 
 
-def test_a_selector_offers_as_many_candidates_as_it_was_trained_on(tmp_path):
-    """Its stored figures were measured with so many."""
+def test_a_selector_trained_on_more_than_eight_candidates_offers_eight(tmp_path):
+    """As in the paper: 16 to train on, 8 to decode with."""
     rows = make_labels().to_list()
     for row in rows:
         size = len(row["positions"])
@@ -465,7 +472,7 @@ def test_a_selector_offers_as_many_candidates_as_it_was_trained_on(tmp_path):
     trainer = make_trainer(
         tmp_path, labels=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows), num_candidates=12
     )
-    assert trainer.selector_config().num_candidates == 12
+    assert trainer.selector_config().num_candidates == 8
 
 
 def test_a_second_training_reports_its_own_figures_alone(tmp_path):

@@ -49,7 +49,8 @@ class S2TConfig(TrainingArguments):
         logprob_weight: adds this times the student's log-probability of the candidate to score / temperature in the
             cross-entropy, so that the selector learns what the student does not know already.
         prefix_kl_weight: beta of KL(frozen base || tuned) on the trajectory's text, for adapter_scope="sequence".
-        num_candidates: K used in training; the labels may hold more.
+        num_candidates: K used in training; the labels may hold more. The selector is stored with as many, but 8 at
+            most: the paper trains on 16 and decodes with 8, beyond which it finds no gain.
         min_prob_ratio: candidates below this share of the best one's probability are left out, as in decoding.
         max_packed_tokens: trajectory plus candidates per row; longer ones are cut into blocks of decision points.
         max_points_per_block: decision points per row; `None` for all that fit. 1 gives the paper's single points,
@@ -135,6 +136,11 @@ class S2TConfig(TrainingArguments):
         _check_range("max_packed_tokens", self.max_packed_tokens, 16, MAX_PACKED_TOKENS, integer=True)
         if self.max_points_per_block is not None:
             _check_range("max_points_per_block", self.max_points_per_block, 1, MAX_PACKED_TOKENS, integer=True)
+        for name, off in (("neftune_noise_alpha", None), ("label_smoothing_factor", 0.0)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"`{name}` must be {off}: it has no meaning for a selector, got {getattr(self, name)}."
+                )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads every column of the labels.")
         if self.load_best_model_at_end and self.metric_for_best_model is None:

@@ -36,9 +36,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import losses
+from .blocks import cut_to_blocks, text_mask
 from .config import DEFAULT_NUM_CANDIDATES, SelectorConfig
 from .reserved_tokens import find_reserved_token_ids, model_hash, resize_for_reserved_tokens, vocab_hash
-from .s2t_config import MAX_PACKED_TOKENS, S2TConfig
+from .s2t_config import S2TConfig
 from .scoring import (
     AdapterSwitch,
     PackedPoints,
@@ -52,7 +53,7 @@ from .scoring import (
     valid_candidates,
     warn_without_tree,
 )
-from .trajectories import FEATURES, TrajectoryCollator, TrajectoryHeader, read_labels, validate_row
+from .trajectories import HUB_ID, TrajectoryCollator, TrajectoryHeader, read_labels
 
 
 _HUB_KWARGS = ("revision", "token", "trust_remote_code", "cache_dir")
@@ -112,13 +113,15 @@ class S2TTrainer(Trainer):
             raise ValueError("`model_init_kwargs` and `quantization_config` need `model` as a name or path.")
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: a folder of labels (recipes/label.py) or a Dataset.")
-        train_dataset, header = _load_labels(train_dataset, "train_dataset", label_header)
+        headers: dict[str, TrajectoryHeader | None] = {}
+        train_dataset, headers["train_dataset"] = _load_labels(train_dataset, "train_dataset", label_header)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {key: _load_labels(value, "eval_dataset")[0] for key, value in eval_dataset.items()}
+            eval_dataset = dict(eval_dataset)
+            for key, value in eval_dataset.items():
+                name = f"eval_dataset[{key!r}]"
+                eval_dataset[key], headers[name] = _load_labels(value, name)
         elif eval_dataset is not None:
-            eval_dataset, eval_header = _load_labels(eval_dataset, "eval_dataset")
-            if header and eval_header and header.vocab_hash != eval_header.vocab_hash:
-                raise ValueError("`train_dataset` and `eval_dataset` were labelled with different tokenizers.")
+            eval_dataset, headers["eval_dataset"] = _load_labels(eval_dataset, "eval_dataset")
 
         if isinstance(model, str):
             init_kwargs = dict(args.model_init_kwargs or {})
@@ -130,7 +133,7 @@ class S2TTrainer(Trainer):
             if processing_class is None:
                 hub = {key: init_kwargs[key] for key in _HUB_KWARGS if key in init_kwargs}
                 processing_class = AutoTokenizer.from_pretrained(name_or_path, **hub)
-            _check_labels_fit(header, processing_class, name_or_path)
+            _check_labels_fit(headers, processing_class, name_or_path)
             with _whole_weights():
                 model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         else:
@@ -144,9 +147,9 @@ class S2TTrainer(Trainer):
                 if not name_or_path:
                     raise ValueError("`processing_class` is required where the model does not know its own name.")
                 processing_class = AutoTokenizer.from_pretrained(name_or_path)
-            _check_labels_fit(header, processing_class, name_or_path)
+            _check_labels_fit(headers, processing_class, name_or_path)
 
-        _check_weights_fit(header, model.get_base_model() if isinstance(model, PeftModel) else model, args)
+        _check_weights_fit(headers, model.get_base_model() if isinstance(model, PeftModel) else model, args)
         set_seed(args.seed)  # LoRA's random half is drawn here; Trainer sets the seed only later
         with _whole_weights():
             model, self.reserved_token_ids = _with_adapter(model, args, processing_class, peft_config)
@@ -163,7 +166,7 @@ class S2TTrainer(Trainer):
             if "lora_dropout" not in name and not isinstance(module, (GradientCheckpointingLayer, nn.Linear))
         ]
         self.switch.set(args.proposals == "adapted")  # `trainer.model.generate` is what will be deployed
-        self.label_header = header
+        self.label_header = headers["train_dataset"]
         self._model_hash = model_hash(self.base_model)  # now: later the weights may be spread over processes
 
         pad_token_id = processing_class.pad_token_id
@@ -222,11 +225,9 @@ class S2TTrainer(Trainer):
             self.model.add_model_tags(self._tag_names)
 
     def _prepare_dataset(self, dataset: Dataset, args: S2TConfig, name: str) -> Dataset:
-        """Blocks of points that fit `max_packed_tokens`; see [`_cut_to_blocks`]. Prepared ones are left alone."""
-        if "text_start" in dataset.column_names:
-            return dataset
+        """Blocks of points that fit `max_packed_tokens`; see [`cut_to_blocks`]."""
         vocab_size = self.base_model.get_input_embeddings().weight.shape[0]
-        dataset = _cut_to_blocks(dataset, args, name, vocab_size, self.reserved_token_ids)
+        dataset = cut_to_blocks(dataset, args, name, vocab_size, self.reserved_token_ids)
         # held-out blocks of like length share a batch, longest first: what does not fit into memory shows at once
         if name == "train_dataset":
             return dataset
@@ -264,7 +265,7 @@ class S2TTrainer(Trainer):
         counts = []
         for batch in batch_samples:
             _, point_BN = valid_candidates(batch["student_logprobs"], batch["position_mask"], self.args.min_prob_ratio)
-            counts.append(torch.stack([point_BN.sum(), _text_mask(batch).sum()]))
+            counts.append(torch.stack([point_BN.sum(), text_mask(batch).sum()]))
         items_2 = torch.stack(counts).sum(0).to(device)
         return self.accelerator.gather(items_2[None]).sum(0) if self.args.world_size > 1 else items_2
 
@@ -276,7 +277,7 @@ class S2TTrainer(Trainer):
             inputs["student_logprobs"], inputs["position_mask"], args.min_prob_ratio
         )
         points = PackedPoints(inputs["positions"], inputs["candidate_ids"], valid_BNK)
-        mask_BT, text_BT = inputs["attention_mask"].bool(), _text_mask(inputs)
+        mask_BT, text_BT = inputs["attention_mask"].bool(), text_mask(inputs)
         if items_2 is None:
             num_points, num_tokens = point_BN.sum(), text_BT.sum()
         else:  # gradients are averaged over processes: each brings its share of the whole
@@ -383,16 +384,23 @@ class S2TTrainer(Trainer):
             self._row_metrics["train"].clear()
         super().log(logs, start_time)
 
+    def _read_and_prepare(self, labels, name: str):
+        """Labels given to `evaluate` or `predict`, in every form that `__init__` takes."""
+        own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if labels is None or isinstance(labels, dict) or (isinstance(labels, str) and labels in own):
+            return labels  # `Trainer` comes back with each of a dict
+        labels, header = _load_labels(labels, name)
+        _check_labels_fit({name: header}, self.processing_class, self.base_model.config._name_or_path)
+        return self._prepare_dataset(labels, self.args, name)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """As in `Trainer`; labels that are given here are prepared like those of `__init__`."""
-        if isinstance(eval_dataset, Dataset):
-            eval_dataset = self._prepare_dataset(eval_dataset, self.args, "eval_dataset")
+        """As in `Trainer`; labels given here, or folders of them, are checked and cut like those of `__init__`."""
+        eval_dataset = self._read_and_prepare(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """As in `Trainer`; labels are prepared like those of `__init__`. There are figures, but no predictions."""
-        if isinstance(test_dataset, Dataset):
-            test_dataset = self._prepare_dataset(test_dataset, self.args, "test_dataset")
+        """As in `Trainer`, with labels like those of `evaluate`. There are figures, but no predictions."""
+        test_dataset = self._read_and_prepare(test_dataset, "test_dataset")
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
@@ -416,11 +424,16 @@ class S2TTrainer(Trainer):
     def train(self, *args, **kwargs):
         """As in `Trainer`."""
         self._holds_best = False
+        self._row_metrics["train"].clear()  # of the last steps of a training before this one
         return super().train(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._holds_best = True
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in `Trainer`, without the reserved rows: decay would pull them to zero, not to where they started."""
+        return [name for name in super().get_decay_parameter_names(model) if "trainable_tokens_delta" not in name]
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As in `Trainer`; the adapter stays on until gradients are there, for checkpoints are computed again then."""
@@ -482,16 +495,14 @@ class S2TTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         name = self.adapter_name
         model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, selected_adapters=[name])
-        if (
-            name != "default"
-        ):  # PEFT gives it a folder of its own, where nobody looks: not `Trainer`, nor `LocalSelector`
+        if name != "default":  # PEFT gives it a folder of its own, where neither `Trainer` nor `LocalSelector` looks
             for file in (folder / name).glob("adapter_*"):
                 file.replace(folder / file.name)
             shutil.rmtree(folder / name)
         self.selector_config().save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
-        (folder / "README.md").write_text(self._card(), encoding="utf-8")
+        (folder / "README.md").write_text(self._card(folder), encoding="utf-8")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As in `Trainer`, with the selector's config beside the adapter, so that every pushed state can be loaded."""
@@ -502,14 +513,16 @@ class S2TTrainer(Trainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes the model card with the held-out figures into `output_dir`."""
         if self.is_world_process_zero():
-            Path(self.args.output_dir, "README.md").write_text(self._card(), encoding="utf-8")
+            folder = Path(self.args.output_dir)
+            (folder / "README.md").write_text(self._card(folder), encoding="utf-8")
 
-    def _card(self) -> str:
+    def _card(self, folder: Path) -> str:
         config = self.selector_config()
         base = config.base_model or "the base model"
         tags = "\n".join(f"- {tag}" for tag in (*self._tag_names, "lora"))
-        hub_base = f"base_model: {base}\n" if config.base_model and not os.path.exists(base) else ""
-        repository = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name
+        is_hub_id = HUB_ID.fullmatch(base) and not os.path.exists(base)
+        hub_base = f"base_model: {base}\n" if is_hub_id else ""
+        repository = self.hub_model_id or self.args.hub_model_id or folder.resolve().name
         rows = "\n".join(f"| {key} | {value:.3f} |" for key, value in config.metrics.items())
         figures = (
             "Agreement with the teacher's best candidate at held-out decision points (Agree@1), and the controls:\n\n"
@@ -557,33 +570,35 @@ def _load_labels(
         raise TypeError(f"`{name}` must be a datasets.Dataset, a folder of labels or a Hub id, got {type(source)}.")
     if len(source) == 0:
         raise ValueError(f"`{name}` is empty: label some problems first (recipes/label.py).")
-    return source, header
+    return source.with_format(None), header
 
 
-def _check_weights_fit(header: TrajectoryHeader | None, model: PreTrainedModel, args: S2TConfig) -> None:
-    """Raises a ValueError where the labels are another model's trajectories, of the same tokenizer."""
-    if header is None or not header.model_hash or args.allow_labels_of_other_model:
+def _check_weights_fit(headers: dict[str, TrajectoryHeader | None], model: PreTrainedModel, args: S2TConfig) -> None:
+    """Raises a ValueError where labels are another model's trajectories, of the same tokenizer."""
+    if args.allow_labels_of_other_model:
         return
     ours = model_hash(model)
-    if ours != header.model_hash:
-        raise ValueError(
-            f"The labels are trajectories of {header.model!r} (weights {header.model_hash}), but `model` has weights "
-            f"{ours}: its own proposals differ. Label with this model (recipes/label.py --model), or pass "
-            "`allow_labels_of_other_model=True`."
-        )
+    for name, header in headers.items():
+        if header and header.model_hash and header.model_hash != ours:
+            raise ValueError(
+                f"The labels of `{name}` are trajectories of {header.model!r} (weights {header.model_hash}), but "
+                f"`model` has weights {ours}: its own proposals differ. Label with this model (recipes/label.py "
+                "--model), or pass `allow_labels_of_other_model=True`."
+            )
 
 
 def _check_labels_fit(
-    header: TrajectoryHeader | None, processing_class: PreTrainedTokenizerBase, name_or_path: str
+    headers: dict[str, TrajectoryHeader | None], processing_class: PreTrainedTokenizerBase, name_or_path: str
 ) -> None:
-    if header is None:
-        return
+    """Raises a ValueError where labels were made with another tokenizer."""
     ours = vocab_hash(processing_class)
-    if header.vocab_hash != ours:
-        raise ValueError(
-            f"The labels were made with the tokenizer of {header.model!r} (vocabulary {header.vocab_hash}), but "
-            f"`model` {name_or_path!r} has vocabulary {ours}: label with this model (recipes/label.py --model)."
-        )
+    for name, header in headers.items():
+        if header and header.vocab_hash != ours:
+            raise ValueError(
+                f"The labels of `{name}` were made with the tokenizer of {header.model!r} (vocabulary "
+                f"{header.vocab_hash}), but `model` {name_or_path!r} has vocabulary {ours}: label with this model "
+                "(recipes/label.py --model)."
+            )
 
 
 @contextmanager
@@ -626,7 +641,9 @@ def _with_adapter(
         if peft_config is not None:
             raise ValueError("`peft_config` must be None where `model` is a PeftModel already.")
         indices = model.peft_config[model.active_adapter].trainable_token_indices
-        ids = next(iter(indices.values()), None) if isinstance(indices, dict) else None
+        ids = None
+        if isinstance(indices, dict):  # by the head's own name, or another that is tied to it
+            ids = indices.get(_head_name(base), next(iter(indices.values()), None))
         if not ids:
             raise ValueError(
                 "`model` is a PeftModel that trains no reserved rows; give its LoraConfig "
@@ -658,13 +675,13 @@ def _with_adapter(
             )
         resize_for_reserved_tokens(base, max(ids) + 1)
         head = base.get_output_embeddings()
-    head_name = next(name for name, module in base.named_modules() if module is head)
+    head_name = _head_name(base)
     if peft_config is None:
         peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(f"`peft_config` must be a LoraConfig, got {type(peft_config)}.")
     _check_lora(peft_config, "peft_config")
-    if peft_config.trainable_token_indices not in (None, {head_name.split(".")[-1]: list(ids)}):
+    if peft_config.trainable_token_indices not in (None, {head_name: list(ids)}):
         raise ValueError(
             f"`trainable_token_indices` of `peft_config` must be None, or the reserved rows of the head alone, which "
             f"S2TTrainer sets, got {peft_config.trainable_token_indices!r}: choose them by `reserved_token_ids`."
@@ -672,10 +689,16 @@ def _with_adapter(
     peft_config = copy.deepcopy(peft_config)
     peft_config.inference_mode = False  # true in every config that was saved
     peft_config.task_type = "CAUSAL_LM"
-    peft_config.trainable_token_indices = {head_name.split(".")[-1]: list(ids)}
+    peft_config.trainable_token_indices = {head_name: list(ids)}
     with warnings.catch_warnings():  # PEFT asks the model by a name that transformers is changing
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return get_peft_model(base, peft_config), tuple(ids)
+
+
+def _head_name(model: PreTrainedModel) -> str:
+    """What PEFT calls the head: the last part of its name."""
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head).split(".")[-1]
 
 
 def _check_lora(config: PeftConfig, name: str) -> None:
@@ -690,134 +713,6 @@ def _check_lora(config: PeftConfig, name: str) -> None:
             raise ValueError(
                 f"`{setting}` of `{name}` must be {what}, got {getattr(config, setting)!r}: it changes the base "
                 "model, whose text a selector leaves alone."
-            )
-
-
-def _text_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens (B, T) whose prefix KL counts: of a trajectory's later blocks only those that the first ones lack."""
-    columns_T = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
-    return inputs["attention_mask"].bool() & (columns_T >= inputs["text_start"][:, None])
-
-
-_POINT_COLUMNS = ("positions", "candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")
-_COLUMNS = ("input_ids", "prompt_length", *_POINT_COLUMNS)
-
-
-def _cut_to_blocks(
-    dataset: Dataset, args: S2TConfig, name: str, vocab_size: int, reserved_token_ids: tuple[int, ...]
-) -> Dataset:
-    """Checked rows whose trajectory and candidates fit `max_packed_tokens`; long ones become several blocks of points.
-
-    Points with a single candidate above the floor are no decisions and are dropped, trajectories without any point
-    too. Points so late that their prefix alone exceeds the limit are dropped with a warning. A block has the columns
-    of a row, and `text_start`, its first token that no block before it has, and `length`, its packed tokens.
-    """
-    missing = [column for column in _COLUMNS if column not in dataset.column_names]
-    if missing:
-        raise ValueError(f"`{name}` lacks the columns {missing}, it has {dataset.column_names}; see recipes/label.py.")
-    settings = {
-        "num_candidates": args.num_candidates,
-        "min_prob_ratio": args.min_prob_ratio,
-        "max_packed_tokens": args.max_packed_tokens,
-        "max_points": args.max_points_per_block or MAX_PACKED_TOKENS,
-        "vocab_size": vocab_size,
-        "reserved_token_ids": reserved_token_ids,
-        "name": name,
-    }
-    known = [column for column in dataset.column_names if column in FEATURES]
-    result = dataset.select_columns(known).map(
-        _cut_batch,
-        batched=True,
-        batch_size=256,
-        remove_columns=known,
-        fn_kwargs=settings,
-        desc=f"Preparing {name}",
-    )
-    if len(result) == 0:
-        raise ValueError(
-            f"`{name}` has no decision point with two candidates above min_prob_ratio={args.min_prob_ratio} that fits "
-            f"max_packed_tokens={args.max_packed_tokens}."
-        )
-    return result
-
-
-def _cut_batch(
-    batch: dict[str, list],
-    num_candidates: int,
-    min_prob_ratio: float,
-    max_packed_tokens: int,
-    max_points: int,
-    vocab_size: int,
-    reserved_token_ids: tuple[int, ...],
-    name: str,
-) -> dict[str, list]:
-    out: dict[str, list] = {key: [] for key in (*_COLUMNS, "text_start", "length")}
-    num_dropped = 0
-    for i in range(len(batch["input_ids"])):
-        row = {key: values[i] for key, values in batch.items()}
-        try:
-            _check_row(row, num_candidates, vocab_size, reserved_token_ids)
-        except ValueError as error:
-            raise ValueError(f"`{name}`: {error}") from None
-        if not row["positions"]:
-            continue
-        logprobs_NK = torch.tensor([point[:num_candidates] for point in row["student_logprobs"]])
-        here_N = torch.ones(len(logprobs_NK), dtype=torch.bool)
-        valid_1NK, _ = valid_candidates(logprobs_NK[None], here_N[None], min_prob_ratio)
-        blocks: list[list[int]] = [[]]
-        used = 0
-        for n, size in enumerate(valid_1NK[0].sum(-1).tolist()):
-            prefix = row["positions"][n] + 1
-            if size < 2:
-                continue
-            if prefix + size > max_packed_tokens:
-                num_dropped += 1
-                continue
-            if len(blocks[-1]) == max_points or (blocks[-1] and prefix + used + size > max_packed_tokens):
-                blocks.append([])
-                used = 0
-            blocks[-1].append(n)
-            used += size
-        text_start = 0
-        for block in filter(None, blocks):
-            end = row["positions"][block[-1]] + 1
-            for key in _POINT_COLUMNS:
-                out[key].append([row[key][n] for n in block])
-            out["input_ids"].append(row["input_ids"][:end])
-            out["prompt_length"].append(row["prompt_length"])
-            out["text_start"].append(text_start)
-            out["length"].append(end + int(valid_1NK[0, block].sum()))
-            text_start = end
-    if num_dropped:
-        warnings.warn(
-            f"{num_dropped} decision points lie beyond max_packed_tokens={max_packed_tokens} and are left out; raise "
-            "it to train on them.",
-            stacklevel=2,
-        )
-    return out
-
-
-def _check_row(row: dict[str, Any], num_candidates: int, vocab_size: int, reserved_token_ids: tuple[int, ...]) -> None:
-    """Raises a ValueError, naming the column and what is wrong, for a row that this model cannot be trained on."""
-    num_generated = len(row["input_ids"] or ()) - (row["prompt_length"] or 0)
-    unread = {"problem_id": "unnamed", **dict.fromkeys(("divergence", "entropy", "margin"), [0.0] * num_generated)}
-    row = unread | row  # what training does not read may be missing
-    validate_row(row)
-    where = f"(problem_id {row['problem_id']!r})"
-    reserved = set(reserved_token_ids)
-    for name, ids in (("input_ids", row["input_ids"]), *(("candidate_ids", ids) for ids in row["candidate_ids"])):
-        if ids and max(ids) >= vocab_size:
-            raise ValueError(f"`{name}` must be below {vocab_size}, the model's vocabulary, got {max(ids)} {where}.")
-    for ids in row["candidate_ids"]:
-        if len(ids) < num_candidates:
-            raise ValueError(
-                f"the labels hold {len(ids)} candidates per point, num_candidates={num_candidates} asks for more "
-                f"{where}: label with more (recipes/label.py --num_candidates), or train with fewer."
-            )
-        if not reserved.isdisjoint(ids):
-            raise ValueError(
-                f"`candidate_ids` must be text, got the reserved tokens {sorted(reserved.intersection(ids))} {where}: "
-                "label with the same reserved tokens as you train."
             )
 
 

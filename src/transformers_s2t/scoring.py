@@ -693,16 +693,15 @@ class ReservedRows:
     """
 
     def __init__(self, model: PreTrainedModel, reserved_token_ids: tuple[int, ...], adapter_name: str):
-        for module in model.modules():
-            if isinstance(module, TrainableTokensWrapper):
-                layer = module.token_adapter
-                if adapter_name in layer.trainable_tokens_delta:
-                    order = {id: row for row, id in enumerate(layer.token_indices[adapter_name])}
-                    if all(id in order for id in reserved_token_ids):
-                        self._rows, self._adapter_name = layer.trainable_tokens_delta, adapter_name
-                        self._order = torch.tensor([order[id] for id in reserved_token_ids])
-                        self._share: DTensor | None = None
-                        return
+        head = model.get_output_embeddings()  # of a tied pair it shares the other's rows
+        layer = head.token_adapter if isinstance(head, TrainableTokensWrapper) else None
+        if layer is not None and adapter_name in layer.trainable_tokens_delta:
+            order = {id: row for row, id in enumerate(layer.token_indices[adapter_name])}
+            if all(id in order for id in reserved_token_ids):
+                self._rows, self._adapter_name = layer.trainable_tokens_delta, adapter_name
+                self._order = torch.tensor([order[id] for id in reserved_token_ids])
+                self._share: DTensor | None = None
+                return
         raise ValueError(
             f"Adapter {adapter_name!r} holds no trained rows for the reserved tokens {list(reserved_token_ids)}: its "
             "LoraConfig needs `trainable_token_indices={'lm_head': reserved_token_ids}` (S2TTrainer sets it)."
@@ -921,11 +920,14 @@ def warn_without_tree(model: PreTrainedModel) -> None:
     if supports_packing(model):
         return
     scopes = "'candidate' and 'sequence'" if is_recurrent(PrefixCache(model).cache) else "'sequence'"
+    takes_trees = model.config._attn_implementation in ("sdpa", "eager")
+    advice = (
+        "" if takes_trees else " attn_implementation='sdpa' or 'eager' avoids that for full and sliding attention."
+    )
     warnings.warn(
         f"{type(model).__name__} (attention {model.config._attn_implementation!r}, layers "
         f"{sorted(_attention_kinds(model))}) cannot score packed candidates exactly: every decision point takes a "
         f"forward of its own, with adapter_scope={scopes} over the whole text of each candidate, which is about as "
-        "many times slower as a trajectory has candidates. attn_implementation='sdpa' or 'eager' avoids that for full "
-        "and sliding attention.",
+        f"many times slower as a trajectory has candidates.{advice}",
         stacklevel=3,
     )

@@ -55,7 +55,8 @@ _PER_TOKEN = ("divergence", "entropy", "margin")
 _PER_POINT = ("candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")
 _TOLERANCE = 1e-3  # of float32 sums over a large vocabulary
 _SHARD = re.compile(r"part-(\d{5,})\.parquet")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+#: What a repository on the Hub is called.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,7 +379,7 @@ def read_labels(path_or_hub_id: str | os.PathLike, split: str = "train") -> tupl
     folder = Path(name)
     if folder.is_dir():
         return _read_folder(folder, split)
-    if folder.exists() or not _HUB_ID.fullmatch(name):
+    if folder.exists() or not HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"There is no folder of labels {name!r} (recipes/label.py makes one).")
     return _read_hub(name, split)
 
