@@ -189,7 +189,7 @@ def draw(lines: list[dict], rows: list[dict], file: Path) -> None:
     axis.set_yticks(range(len(order)), order)
     axis.set_xlabel("Agree@1 with the teacher at held-out points, %")
     axis.grid(axis="x", linewidth=0.4, alpha=0.5)
-    axis.legend(frameon=False, loc="lower left")
+    figure.legend(frameon=False, loc="outside upper center", ncols=2)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
     plt.close(figure)
