@@ -128,7 +128,6 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_state()
     if args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.end_training()  # several processes part in order
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ def main(scope, batch_size, folder):
             "eval": {name: value for name, value in figures.items() if name.startswith("eval_")},
         }
         (folder / "figures.json").write_text(json.dumps(written))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # or its threads may abort the process at its very end
+    trainer.accelerator.wait_for_everyone()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads now and then hang, or abort, when an interpreter takes its objects apart
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def run(folder, scope, config=None, *options):
     batch_size = str(4 // num_processes)
     command = [sys.executable, *launch, *options, str(TESTS / "run_training.py"), scope, batch_size, str(folder)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["world_size"] == num_processes
