@@ -28,44 +28,31 @@ import argparse
 import copy
 import importlib.util
 import itertools
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from setting import FIRST_TOKEN, NUM_RESERVED, SHAPES, Parser, check_file, fill_in_shape, machine_meta, random_model
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel, Qwen2Config
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from transformers_s2t import S2T, LocalSelector, S2TDecodingConfig, SelectorConfig, s2t_generate
 from transformers_s2t.config import write_json
 from transformers_s2t.scoring import get_decoder
 
 
-# vocabulary: that of `tiny` and `qwen2.5-0.5b` is cut, because a head of 151936 rows would hide the layers
-SHAPES = {
-    "tiny": (64, 192, 4, 2, 1, 1000),
-    "small": (512, 1408, 8, 8, 2, 32000),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 32768),
-    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936),
-}
-SHAPE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SHAPE_FIELDS += ("num_key_value_heads", "vocab_size")
-
 NAMES = ("s2t_generate", "processor", "naive", "maj8")  # and greedy, always
 SCOPES = ("candidate/base", "sequence/base", "sequence/adapted")
 NAIVE_SCOPE = "sequence/base"  # the adapter sees whole prefixes, the base model writes
 SLOW = ("maj8", "naive")
 NUM_PATHS = 8
-NUM_RESERVED = 16
-FIRST_TOKEN = 3  # of prompts: 0 is padding, 1 begins a text
 WARMUP_TOKENS = S2TDecodingConfig().warmup_tokens
 
 #: Three minutes on two cores: the width of the default shape with a quarter of its layers. `naive` at a tenth of the
@@ -289,20 +276,8 @@ class Bench:
 
 
 def make_model(args: argparse.Namespace) -> PreTrainedModel:
-    """A Qwen2 of random weights that never ends a text."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        **dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
-        | {"vocab_size": args.vocab_size, "num_hidden_layers": args.num_layers},
-        max_position_embeddings=max(args.prefix_lengths) + args.new_tokens + WARMUP_TOKENS + 2,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    attention = args.attn_implementation
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation=attention)
-    return model.eval().to(args.device)
+    """A random model that never ends a text."""
+    return random_model(args, max(args.prefix_lengths) + args.new_tokens + WARMUP_TOKENS + 2, eos_token_id=None)
 
 
 def runs_of_block(
@@ -379,27 +354,10 @@ def make_row(
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def make_meta(args: argparse.Namespace, skipped: list[str]) -> dict:
-    return {
-        "shape": args.shape,
-        "layers": args.num_layers,
-        "vocab": args.vocab_size,
+    return machine_meta(args) | {
         "new_tokens": args.new_tokens,
         "num_candidates": args.num_candidates,
-        "threads": torch.get_num_threads(),
-        "device": device_name(args.device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
         "settings": {name: value for name, value in vars(args).items() if name not in ("json", "plot")},
         "skipped": skipped,
         "greedy_seconds": [],
@@ -521,15 +479,8 @@ def plot(rows: list[dict], meta: dict, file: Path) -> None:
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"decode.py: {message}\n")
-
-
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="decode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="a preset of a few minutes; flags given beside it win")
     add("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the random model [%(default)s]")
@@ -576,9 +527,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not transformers.utils.is_flash_attn_2_available():
             raise ValueError("--attn_implementation flash_attention_2 needs the package flash-attn.")
     for name in ("json", "plot"):
-        file = getattr(args, name)
-        if file is not None and (file.is_dir() or any(up.exists() and not up.is_dir() for up in file.parents)):
-            raise ValueError(f"--{name} must name a file that can be written, got {str(file)!r}.")
+        check_file(f"--{name}", getattr(args, name))
     if args.plot is not None and args.plot.suffix != ".png":
         raise ValueError(f"--plot must end in .png, got {str(args.plot)!r}.")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -595,9 +544,7 @@ def parse_arguments(
     args = parser.parse_args(argv)
     for name in ("rates", "batch_sizes", "prefix_lengths", "variants", "scopes", "naive_batches"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # each once
-    own = dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
-    args.vocab_size = own["vocab_size"] if args.vocab_size is None else args.vocab_size
-    args.num_layers = own["num_hidden_layers"] if args.num_layers is None else args.num_layers
+    fill_in_shape(args)
     if args.naive_rates is None:
         args.naive_rates = [min(args.rates)] if args.quick else args.rates
     args.slow_turns = min(args.slow_turns, args.turns)

@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -40,34 +39,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import peft
 import torch
-import transformers
 from datasets import Dataset
+from setting import FIRST_TOKEN, NUM_RESERVED, SHAPES, Parser, check_file, fill_in_shape, machine_meta, random_model
 from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from transformers_s2t import S2TConfig, S2TTrainer
 from transformers_s2t.config import MAX_CANDIDATES, write_json
 from transformers_s2t.scoring import get_decoder
 
 
-# vocabulary: that of `tiny` and `qwen2.5-0.5b` is cut, because a head of 151936 rows would hide the layers
-SHAPES = {
-    "tiny": (64, 192, 4, 2, 1, 1000),
-    "small": (512, 1408, 8, 8, 2, 32000),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 32768),
-}
-SHAPE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SHAPE_FIELDS += ("num_key_value_heads", "vocab_size")
-
 SCOPES = ("candidate", "sequence")
-NUM_RESERVED = 16
-FIRST_TOKEN = 3  # of texts: 0 is padding, 1 begins one, 2 ends one
 
 #: Same T, N and K, one turn, and a smaller head.
 QUICK = {"shape": "small", "vocab_size": 8192, "turns": 1}
@@ -132,19 +119,8 @@ def make_rows(vocab_size: int, num_rows: int, num_tokens: int, num_points: int, 
 
 
 def make_model(args: argparse.Namespace) -> PreTrainedModel:
-    """A Qwen2 of random weights, the same at every call."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        **dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
-        | {"vocab_size": args.vocab_size, "num_hidden_layers": args.num_layers},
-        max_position_embeddings=args.num_tokens + 1,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
-    return model.eval().to(args.device)
+    """A random model, the same at every call."""
+    return random_model(args, args.num_tokens + 1, eos_token_id=2)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -380,28 +356,11 @@ def make_row(variant: Variant, samples: list[dict], naive: list[dict], dtype: st
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def make_meta(args: argparse.Namespace) -> dict:
-    return {
-        "shape": args.shape,
-        "layers": args.num_layers,
-        "vocab": args.vocab_size,
+    return machine_meta(args) | {
         "num_tokens": args.num_tokens,
         "num_points": args.num_points,
         "num_candidates": args.num_candidates,
-        "threads": torch.get_num_threads(),
-        "device": device_name(args.device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
         "settings": {name: value for name, value in vars(args).items() if name not in ("json", "one")},
     }
 
@@ -434,15 +393,8 @@ def format_table(rows: list[dict], meta: dict) -> str:
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"train.py: {message}\n")
-
-
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="a preset of a minute; flags given beside it win")
     add("--shape", choices=sorted(SHAPES), default="small", help="of the random model [%(default)s]")
@@ -483,9 +435,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--device cuda: torch sees no CUDA device here.")
     if args.device == "cuda" and torch.cuda.device_count() > 1:
         raise ValueError("--device cuda: one process trains on one GPU; set CUDA_VISIBLE_DEVICES=0.")
-    file = args.json
-    if file is not None and (file.is_dir() or any(up.exists() and not up.is_dir() for up in file.parents)):
-        raise ValueError(f"--json must name a file that can be written, got {str(file)!r}.")
+    check_file("--json", args.json)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -494,9 +444,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if parser.parse_args(argv).quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    own = dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
-    args.vocab_size = own["vocab_size"] if args.vocab_size is None else args.vocab_size
-    args.num_layers = own["num_hidden_layers"] if args.num_layers is None else args.num_layers
+    fill_in_shape(args)
     args.scopes = list(dict.fromkeys(args.scopes))  # each once
     try:
         check_arguments(args)

@@ -1,0 +1,87 @@
+"""What the benchmarks share: shapes of random models, what the machine is, and how bad flags are answered."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+from typing import NoReturn
+
+import peft
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+
+
+# vocabulary: that of `tiny` and `qwen2.5-0.5b` is cut, because a head of 151936 rows would hide the layers
+SHAPES = {
+    "tiny": (64, 192, 4, 2, 1, 1000),
+    "small": (512, 1408, 8, 8, 2, 32000),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 32768),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936),
+}
+SHAPE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE_FIELDS += ("num_key_value_heads", "vocab_size")
+
+NUM_RESERVED = 16
+FIRST_TOKEN = 3  # of texts: 0 is padding, 1 begins one, 2 ends one
+
+
+def random_model(args: argparse.Namespace, num_positions: int, eos_token_id: int | None) -> PreTrainedModel:
+    """A Qwen2 of `args.shape` with random weights, the same at every call."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
+        | {"vocab_size": args.vocab_size, "num_hidden_layers": args.num_layers},
+        max_position_embeddings=num_positions,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=eos_token_id,
+    )
+    attention = getattr(args, "attn_implementation", "sdpa")
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation=attention)
+    return model.eval().to(args.device)
+
+
+def fill_in_shape(args: argparse.Namespace) -> None:
+    """Layers and vocabulary where no flag says otherwise."""
+    own = dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
+    args.vocab_size = own["vocab_size"] if args.vocab_size is None else args.vocab_size
+    args.num_layers = own["num_hidden_layers"] if args.num_layers is None else args.num_layers
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine_meta(args: argparse.Namespace) -> dict:
+    """What a figure depends on beside its own settings."""
+    return {
+        "shape": args.shape,
+        "layers": args.num_layers,
+        "vocab": args.vocab_size,
+        "threads": torch.get_num_threads(),
+        "device": device_name(args.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def check_file(flag: str, file: Path | None) -> None:
+    """Raises a ValueError for a file that cannot be written."""
+    if file is not None and (file.is_dir() or any(up.exists() and not up.is_dir() for up in file.parents)):
+        raise ValueError(f"{flag} must name a file that can be written, got {str(file)!r}.")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
