@@ -38,23 +38,32 @@ class S2TConfig(TrainingArguments):
     - `torch_compile` compiles the decoder's layers in place, for adapter_scope="sequence" alone. It pays in long runs:
       1.04 times as fast on two CPU cores after a minute of warm-up (docs/training.md).
 
-    Parameters:
-        adapter_scope: "candidate" or "sequence"; see [`SelectorConfig`]. "candidate" is as good wherever both were
-            trained well, cheapest, and leaves ordinary generation untouched by construction.
+    Parameters (docs/training.md has the sweep that defaults lean on):
+        adapter_scope: "candidate" or "sequence" (arXiv 2604.26940); see [`SelectorConfig`]. "candidate" is as good to
+            within a point, cheapest, and leaves ordinary generation untouched by construction.
         proposals: "base" or "adapted" (the paper's S2T-Local; only with "sequence").
-        score_head: "bins" (paper) or "linear".
-        temperature: of the cross-entropy over scores. 0.1: scores live in [0, 1], at 1.0 the gradient is weak.
-        cross_entropy_weight, distribution_kl_weight, hinge_weight, hinge_margin: the mix of losses. The authors'
-            script adds 0.1 of the second and a hinge with margin 1; neither is on by default.
+        score_head: "bins" (paper, section 3) or "linear"; within a point of each other in the sweep.
+        temperature: of the cross-entropy over scores. 0.1 from the sweep: scores live in [0, 1], at 1.0 the gradient
+            is weak.
+        cross_entropy_weight: of the paper's loss (section 3.3).
+        distribution_kl_weight, hinge_weight, hinge_margin: the authors' script adds 0.1 of the first and a hinge with
+            margin 1. Off by default: neither helped in the sweep.
         logprob_weight: adds this times the student's log-probability of the candidate to score / temperature in the
-            cross-entropy, so that the selector learns what the student does not know already.
-        prefix_kl_weight: beta of KL(frozen base || tuned) on the trajectory's text, for adapter_scope="sequence".
+            cross-entropy, so that the selector learns what the student does not know already. Off by default: within
+            a point once fused, and the score alone is worse.
+        prefix_kl_weight: beta of KL(frozen base || tuned) on the trajectory's text, for adapter_scope="sequence". 1.0,
+            in the sweep no better or worse than 0.1, which lets the text drift further.
         num_candidates: K used in training; the labels may hold more. The selector is stored with as many, but 8 at
             most: the paper trains on 16 and decodes with 8, beyond which it finds no gain.
-        min_prob_ratio: candidates below this share of the best one's probability are left out, as in decoding.
+        min_prob_ratio: candidates below this share of the best one's probability are left out, as in decoding. 0.05
+            from the sweep, where no floor cost 1 to 4 points.
         max_packed_tokens: trajectory plus candidates per row; longer ones are cut into blocks of decision points.
         max_points_per_block: decision points per row; `None` for all that fit. 1 gives the paper's single points,
             whose prefixes are read again for each.
+        reserved_token_ids: tokens that carry the score; `None` for 16 (paper) found in the tokenizer.
+        allow_labels_of_other_model: trains on trajectories that another model wrote.
+        add_reserved_tokens: resizes the embeddings of a model that has too few reserved tokens.
+        model_init_kwargs: for `from_pretrained` where `model` is a name or path.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
