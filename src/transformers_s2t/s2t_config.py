@@ -56,7 +56,7 @@ class S2TConfig(TrainingArguments):
         num_candidates: K used in training; the labels may hold more. The selector is stored with as many, but 8 at
             most: the paper trains on 16 and decodes with 8, beyond which it finds no gain.
         min_prob_ratio: candidates below this share of the best one's probability are left out, as in decoding. 0.05
-            from the sweep, where no floor cost 1 to 4 points.
+            from the sweep, where having none cost 0.7 and 4 points.
         max_packed_tokens: trajectory plus candidates per row; longer ones are cut into blocks of decision points.
         max_points_per_block: decision points per row; `None` for all that fit. 1 gives the paper's single points,
             whose prefixes are read again for each.
