@@ -9,6 +9,7 @@ ones, evaluate on yet others. Everything is checked before weights are loaded an
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from trl import TrlParser
 
 import transformers_s2t
+from transformers_s2t import LocalSelector, S2TDecodingConfig, TeacherSelector, s2t_generate
 from transformers_s2t.config import write_json
 from transformers_s2t.labeling import (
     check_lengths,
@@ -33,7 +35,7 @@ from transformers_s2t.labeling import (
     label_stats,
 )
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
-from transformers_s2t.trajectories import TrajectoryHeader, read_labels
+from transformers_s2t.trajectories import CORRECTED_ROLLOUTS, TrajectoryHeader, read_labels
 
 
 STATS_NAME = "label_stats.json"
@@ -78,8 +80,20 @@ class LabelArguments:
         metadata={"help": "What is stored: 'kl' (paper), 'floor' (two candidates above it), 'floor+kl' or 'all'."},
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Length of a rollout."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample the rollouts; greedy if false."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling."})
+    rollout_policy: str = field(
+        default="greedy",
+        metadata={
+            "help": "Who writes: the student ('greedy', 'sample'), or it and who corrects it: the teacher ('s2t') or "
+            "a trained selector ('s2t-local', a second round)."
+        },
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of 'sample'."})
+    adapter: str | None = field(default=None, metadata={"help": "The trained selector of 's2t-local'."})
+    trigger: str = field(default="always", metadata={"help": "When 's2t' and 's2t-local' correct: a trigger's name."})
+    trigger_rate: float | None = field(
+        default=None, metadata={"help": "Share of tokens at which it fires, as calibrated with the adapter."}
+    )
+    trigger_threshold: float | None = field(default=None, metadata={"help": "Or its threshold."})
     batch_size: int = field(default=32, metadata={"help": "Rollouts of one forward."})
     shard_size: int = field(default=100, metadata={"help": "Problems of one file, and the most a kill can lose."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
@@ -107,7 +121,33 @@ class LabelArguments:
             raise ValueError(f"`skip` must be 0 or more, got {self.skip!r}.")
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise ValueError(f"`max_prompt_tokens` must be at least 1, got {self.max_prompt_tokens!r}.")
+        if self.trigger == "kl" and self.rollout_policy == "s2t-local":
+            raise ValueError("`trigger` must not be 'kl' with rollout_policy='s2t-local', which has no teacher.")
+        if (self.adapter is None) == (self.rollout_policy == "s2t-local"):
+            raise ValueError(
+                f"`adapter` must be given with rollout_policy='s2t-local' and with no other, got {self.adapter!r} "
+                f"with {self.rollout_policy!r}."
+            )
         self.header()  # checks the rest
+
+    def decoding_config(self) -> S2TDecodingConfig | None:
+        """When a selector corrects the student; `None` where none does."""
+        if self.rollout_policy not in CORRECTED_ROLLOUTS:
+            return None
+        return S2TDecodingConfig(trigger=self.trigger, target_rate=self.trigger_rate, threshold=self.trigger_threshold)
+
+    def decoding_settings(self) -> dict[str, Any]:
+        """What the header says of it; the adapter by its bytes, for a folder's name says little."""
+        config = self.decoding_config()
+        if config is None:
+            return {}
+        settings = {"trigger": config.trigger, "target_rate": config.target_rate, "threshold": config.threshold}
+        if self.adapter is not None:
+            file = Path(self.adapter, "adapter_model.safetensors")
+            if not file.is_file():
+                raise ValueError(f"`adapter` must be the folder of a trained selector, got {self.adapter!r}.")
+            settings["adapter"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        return settings
 
     def header(self) -> TrajectoryHeader:
         """The settings, without what has to be read from the models."""
@@ -121,7 +161,8 @@ class LabelArguments:
             threshold_sample=200 if self.divergence_threshold is None else 0,
             min_prob_ratio=self.min_prob_ratio,
             points=self.points,
-            rollout="sample" if self.do_sample else "greedy",
+            rollout=self.rollout_policy,
+            decoding=self.decoding_settings(),
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
@@ -218,6 +259,17 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any]:
     device_map = args.device_map or ("auto" if torch.accelerator.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=device_map)
     teacher_model = AutoModelForCausalLM.from_pretrained(args.teacher_model, dtype=dtype, device_map=device_map)
+    decode_with = None
+    if args.rollout_policy in CORRECTED_ROLLOUTS:
+        if args.adapter is None:
+            selector = TeacherSelector(teacher_model)
+        else:
+            selector = LocalSelector.from_pretrained(args.adapter, model)
+        decode_with = {
+            "custom_generate": s2t_generate,
+            "selector": selector,
+            "decoding_config": args.decoding_config(),
+        }
     header = label_problems(
         model,
         teacher_model,
@@ -228,6 +280,7 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any]:
         batch_size=args.batch_size,
         shard_size=args.shard_size,
         overwrite=args.overwrite,
+        decode_with=decode_with,
     )
     labels, _ = read_labels(args.output_dir)
     stats = {"divergence_threshold": header.divergence_threshold, **label_stats(labels, header.divergence_threshold)}

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from transformers_s2t import labeling
+from transformers_s2t import TeacherSelector, labeling, s2t_generate
 from transformers_s2t.labeling import (
     choose_positions,
     label_problems,
@@ -136,6 +136,56 @@ def test_greedy_is_the_argmax_whatever_the_checkpoint_says(pair, prompts):
     finally:
         model.generation_config = own
     assert rows == expected
+
+
+@torch.no_grad()
+def naive_corrected(model, teacher, ids, max_new_tokens):
+    """Teacher selects among the student's candidates above the floor, from the fourth new token on."""
+    ids = list(ids)
+    start = len(ids)
+    while len(ids) < start + max_new_tokens and (len(ids) == start or ids[-1] != EOS):
+        logits_V = model(torch.tensor([ids])).logits[0, -1]
+        logits_V[list(RESERVED)] = float("-inf")
+        best = logits_V.softmax(-1).topk(8)
+        candidates = best.indices[best.values >= 0.05 * best.values[0]]
+        choice = candidates[0]
+        if len(ids) - start >= 3:
+            choice = candidates[teacher(torch.tensor([ids])).logits[0, -1, candidates].argmax()]
+        ids.append(int(choice))
+    return ids[start:]
+
+
+CORRECTED = replace(HEADER, rollout="s2t", decoding={"trigger": "always"}, max_new_tokens=14)
+
+
+def corrected_by(teacher):
+    return {"custom_generate": s2t_generate, "selector": TeacherSelector(teacher)}
+
+
+def test_the_teacher_corrects_the_student_as_it_writes(pair, prompts, tmp_path):
+    """On-policy for what will be deployed: what is written once the selector selects."""
+    label(pair, prompts, tmp_path / "labels", CORRECTED, decode_with=corrected_by(pair[1]))
+    expected = {id: naive_corrected(*pair, ids, 14) for id, ids in prompts.items()}
+    greedy = {id: naive_greedy(pair[0], ids, 14, RESERVED) for id, ids in prompts.items()}
+    rows = rows_of(tmp_path / "labels")
+    assert {row["problem_id"]: row["input_ids"][row["prompt_length"] :] for row in rows} == expected != greedy
+
+
+def test_corrected_labels_do_not_depend_on_the_batch_nor_on_a_stop(pair, prompts, tmp_path):
+    decode_with = corrected_by(pair[1])
+    label(pair, prompts, tmp_path / "a", CORRECTED, decode_with=decode_with)
+    first = dict(list(prompts.items())[:7])
+    label(pair, first, tmp_path / "b", CORRECTED, decode_with=decode_with, batch_size=1)
+    label(pair, prompts, tmp_path / "b", CORRECTED, decode_with=decode_with, batch_size=3)
+    assert_same_rows(rows_of(tmp_path / "b"), rows_of(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("header, given", [(HEADER, True), (CORRECTED, False)], ids=["greedy", "s2t"])
+def test_who_corrects_is_given_where_somebody_does(pair, prompts, tmp_path, header, given):
+    decode_with = corrected_by(pair[1]) if given else None
+    with pytest.raises(ValueError, match="`decode_with` must be given for the rollouts 's2t', 's2t-local'"):
+        label(pair, prompts, tmp_path / "labels", header, decode_with=decode_with)
+    assert not (tmp_path / "labels").exists()
 
 
 def test_a_rollout_ends_with_its_first_end_token(pair, prompts):

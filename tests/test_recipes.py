@@ -10,6 +10,7 @@ from tiny import RESERVED, prompts, tiny_model
 from tiny_labels import tiny_tokenizer
 
 from transformers_s2t import LocalSelector, S2TDecodingConfig, S2TTrace, SelectorConfig, s2t_generate
+from transformers_s2t.trajectories import read_labels
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -54,7 +55,8 @@ def run(tmp_path_factory):
     arguments += ["--learning_rate", "5e-3", "--num_train_epochs", "1", "--use_cpu", "true", "--save_strategy", "no"]
     train.main(arguments)
     calibrate.main(["--adapter", str(folder / "adapter"), "--labels", str(folder / "labels" / "held-out")])
-    return {"folder": folder, "agreement": agreement, "calibrate": calibrate, "train": train, "arguments": arguments}
+    modules = {"agreement": agreement, "calibrate": calibrate, "label": label, "train": train}
+    return {"folder": folder, "arguments": arguments, **modules}
 
 
 def test_a_calibrated_selector_generates_at_a_target_rate(run):
@@ -80,6 +82,33 @@ def test_calibration_stores_every_rate_and_the_fusion(run):
         values = [by_rate[rate] for rate in sorted(by_rate)]
         assert values == sorted(values, reverse=True)
     assert config.fusion is not None and config.fusion.logprob != 0
+
+
+def test_a_second_round_is_written_by_the_trained_selector(run, capsys):
+    """Labels where the deployed selector goes: corrected by the teacher, or by itself."""
+    folder = run["folder"]
+    options = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher"), "--dtype", "float32"]
+    options += ["--dataset", str(folder / "held-out.jsonl"), "--max_new_tokens", "10", "--num_candidates", "8"]
+    texts = {}
+    for policy in ("greedy", "s2t", "s2t-local"):
+        extra = ["--adapter", str(folder / "adapter")] if policy == "s2t-local" else []
+        output = str(folder / "rounds" / policy)
+        run["label"].main([*options, "--rollout_policy", policy, "--output_dir", output, *extra])
+        labels, header = read_labels(output)
+        texts[policy] = labels["input_ids"]
+        assert header.rollout == policy and bool(header.decoding) == (policy != "greedy")
+        assert ("adapter" in header.decoding) == (policy == "s2t-local")
+    assert texts["greedy"] != texts["s2t"] != texts["s2t-local"] != texts["greedy"]
+    for bad, message in (
+        (["--rollout_policy", "s2t-local"], "`adapter` must be given with rollout_policy='s2t-local'"),
+        (["--adapter", str(folder / "adapter")], "`adapter` must be given"),
+        (["--rollout_policy", "teacher"], "`rollout` must be one of"),
+        (["--rollout_policy", "s2t-local", "--adapter", str(folder)], "`adapter` must be the folder of a trained"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            run["label"].main([*options, "--output_dir", str(folder / "rounds" / "bad"), *bad])
+        assert error.value.code == 2 and message in capsys.readouterr().err
+    assert not (folder / "rounds" / "bad").exists()
 
 
 def test_a_trained_folder_is_not_trained_again_unless_asked(run, capsys):

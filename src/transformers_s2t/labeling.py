@@ -26,6 +26,7 @@ from .config import _check_choice, _check_range
 from .proposals import exclude, floor_mask, propose
 from .reserved_tokens import model_hash
 from .trajectories import (
+    CORRECTED_ROLLOUTS,
     HEADER_NAME,
     MISSING_LOGPROB,
     POINTS,
@@ -93,6 +94,7 @@ def rollout(
     temperature: float = 1.0,
     seed: int = 0,
     suppressed_ids: Sequence[int] = (),
+    decode_with: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """What the model writes after each prompt, in one batch.
 
@@ -107,6 +109,7 @@ def rollout(
         eos_token_ids: end a row; the models' defaults are not looked up.
         do_sample, temperature, seed: see above; a row's samples depend on the seed and its prompt only.
         suppressed_ids: never generated.
+        decode_with: for `generate`: `custom_generate=s2t_generate` with a selector corrects the model as it writes.
 
     Returns:
         New tokens of each row, up to its first end-of-sequence token, which is included: it is a decision too.
@@ -125,7 +128,9 @@ def rollout(
     # `generate` fills everything that is None from the model's own config, so that one has to be out of the way.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        output_BT = model.generate(**inputs, generation_config=config, logits_processor=processors)
+        output_BT = model.generate(
+            **inputs, generation_config=config, logits_processor=processors, **(decode_with or {})
+        )
     finally:
         model.generation_config = own
     ends, rows = set(eos_token_ids), []
@@ -375,6 +380,7 @@ def label_problems(
     shard_size: int = 100,
     overwrite: bool = False,
     show_progress: bool = True,
+    decode_with: Mapping[str, Any] | None = None,
 ) -> TrajectoryHeader:
     """Rolls out, scores and writes every problem that `output_dir` does not hold yet.
 
@@ -393,6 +399,8 @@ def label_problems(
         shard_size: problems of one shard.
         overwrite: start anew where the folder holds labels.
         show_progress: a bar over problems, with tokens per second and Hit@K at the chosen points.
+        decode_with: how `generate` corrects the student where the header's rollout is "s2t" or "s2t-local", see
+            [`rollout`].
 
     Returns:
         The header as stored, with the threshold and `complete=True`.
@@ -406,6 +414,11 @@ def label_problems(
         raise ValueError("`prompts` must hold one problem at least, got none.")
     if any(len(ids) == 0 for ids in prompts.values()):
         raise ValueError("`prompts` must have one token at least each.")
+    if (header.rollout in CORRECTED_ROLLOUTS) != bool(decode_with):
+        raise ValueError(
+            f"`decode_with` must be given for the rollouts {', '.join(map(repr, CORRECTED_ROLLOUTS))} and for no "
+            f"others, got {decode_with!r} for {header.rollout!r}."
+        )
     check_num_candidates(header.num_candidates, _head_rows(model), header.excluded_ids)
     longest = max(len(ids) for ids in prompts.values())
     check_lengths(longest, header.max_new_tokens, {"model": model.config, "teacher_model": teacher_model.config})
@@ -422,7 +435,7 @@ def label_problems(
     model.eval()
     teacher_model.eval()
     with tqdm(total=len(prompts), initial=len(prompts) - len(todo), unit="problem", disable=not show_progress) as bar:
-        worker = _Worker(model, teacher_model, prompts, header, pad_token_id, batch_size, bar)
+        worker = _Worker(model, teacher_model, prompts, header, pad_token_id, batch_size, bar, decode_with)
         ready: dict[str, _Trajectory] = {}
         if header.divergence_threshold is None:
             bar.set_description("Estimating the threshold")
@@ -458,7 +471,9 @@ class _Worker:
         pad_token_id: int,
         batch_size: int,
         bar: tqdm,
+        decode_with: Mapping[str, Any] | None,
     ):
+        self.decode_with = decode_with
         self.model, self.teacher_model, self.prompts, self.header = model, teacher_model, prompts, header
         self.pad_token_id, self.batch_size, self.bar = pad_token_id, batch_size, bar
         # rows that only the student's padded head has cannot be read by the teacher
@@ -481,6 +496,7 @@ class _Worker:
                 temperature=header.temperature,
                 seed=header.seed,
                 suppressed_ids=self.suppressed_ids,
+                decode_with=self.decode_with,
             )
             for id, new in zip(batch, new_ids):
                 sequences[id] = [*self.prompts[id], *new]

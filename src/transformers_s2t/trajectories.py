@@ -32,7 +32,9 @@ HEADER_NAME = "s2t_labels.json"
 CARD_NAME = "README.md"
 #: Which generated positions become decision points.
 POINTS = ("floor+kl", "kl", "floor", "all")
-ROLLOUTS = ("greedy", "sample")
+ROLLOUTS = ("greedy", "sample", "s2t", "s2t-local")
+#: Those in which a selector corrects the student.
+CORRECTED_ROLLOUTS = ("s2t", "s2t-local")
 #: Stands for "no such candidate" in log-probabilities: finite, so that sums and means stay so.
 MISSING_LOGPROB = -1e4
 
@@ -79,7 +81,9 @@ class TrajectoryHeader:
         threshold_sample (`int`): from how many of the first problems it is estimated; 0 where it was given.
         min_prob_ratio (`float`): the candidate floor of the rules with "floor".
         points (`str`): which positions became points: "floor+kl", "kl", "floor" or "all".
-        rollout (`str`): who chose the tokens: "greedy" (student) or "sample" (student at `temperature`).
+        rollout (`str`): who chose the tokens: "greedy" (student), "sample" (student at `temperature`), "s2t" (student,
+            corrected by the teacher at decision points) or "s2t-local" (corrected by a trained selector).
+        decoding (`dict`): of the last two: the settings of [`S2TDecodingConfig`], and the selector's adapter.
         temperature (`float`): of the sampling.
         max_new_tokens (`int`): of a rollout.
         seed (`int`): of the sampling.
@@ -103,6 +107,7 @@ class TrajectoryHeader:
     min_prob_ratio: float = 0.05
     points: str = "floor+kl"
     rollout: str = "greedy"
+    decoding: dict[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
     max_new_tokens: int = 256
     seed: int = 0
