@@ -3,7 +3,8 @@
     python recipes/label.py --model recipes/embedded/student --teacher_model recipes/embedded/teacher \
         --dataset data/embedded --split label --output_dir labels/embedded --max_new_tokens 72
 
-Run the same command again after an interruption and it goes on. Label training problems only: calibrate on other
+Run the same command again after an interruption and it goes on; `accelerate launch` shares the problems among
+processes. Label training problems only: calibrate on other
 ones, evaluate on yet others. Everything is checked before weights are loaded and before anything is written.
 """
 
@@ -19,6 +20,9 @@ import datasets
 import tokenizers
 import torch
 import transformers
+from accelerate import PartialState
+from data_card import write_data_card
+from huggingface_hub import HfApi
 from models import load_pretrained
 from problems import encode_prompts, load_problems
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
@@ -109,6 +113,10 @@ class LabelArguments:
         default=None, metadata={"help": "Where weights go, e.g. 'auto' (default with an accelerator) or 'cpu'."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace labels that are in output_dir."})
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Hub data set (you/name) to which the finished labels are pushed."}
+    )
+    private: bool = field(default=False, metadata={"help": "Make that data set a private one."})
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -253,10 +261,13 @@ def _eos_token_ids(name: str, config: PretrainedConfig, tokenizer_eos: int | Non
     return sorted({*ids, *([] if tokenizer_eos is None else [tokenizer_eos])})
 
 
-def label(args: LabelArguments, plan: Plan) -> dict[str, Any]:
-    """Loads the weights, labels, writes the statistics and returns them."""
+def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
+    """Loads the weights, labels, writes the statistics and returns them; `None` in all processes but the main one."""
     dtype = plan.header.dtype
+    state = PartialState(cpu=args.device_map == "cpu" or not torch.accelerator.is_available())
     device_map = args.device_map or ("auto" if torch.accelerator.is_available() else "cpu")
+    if args.device_map is None and state.num_processes > 1:
+        device_map = {"": state.device}  # each process has both models on its own device
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=device_map)
     teacher_model = AutoModelForCausalLM.from_pretrained(args.teacher_model, dtype=dtype, device_map=device_map)
     decode_with = None
@@ -282,9 +293,15 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any]:
         overwrite=args.overwrite,
         decode_with=decode_with,
     )
+    if not state.is_main_process:
+        return None
     labels, _ = read_labels(args.output_dir)
     stats = {"divergence_threshold": header.divergence_threshold, **label_stats(labels, header.divergence_threshold)}
     write_json(Path(args.output_dir) / STATS_NAME, stats)
+    write_data_card(args.output_dir, labels, header, stats)
+    if args.push_to_hub is not None:
+        HfApi().create_repo(args.push_to_hub, repo_type="dataset", private=args.private, exist_ok=True)
+        HfApi().upload_folder(repo_id=args.push_to_hub, repo_type="dataset", folder_path=args.output_dir)
     return stats
 
 
@@ -309,7 +326,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"label.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(report(args, label(args, plan)))
+    stats = label(args, plan)
+    if stats is not None:
+        print(report(args, stats))
 
 
 if __name__ == "__main__":

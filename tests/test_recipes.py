@@ -1,16 +1,20 @@
 """From labels to a calibrated selector through the recipe scripts, on tiny random models and a folder of their own."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import load_dataset
 from tiny import RESERVED, prompts, tiny_model
 from tiny_labels import tiny_tokenizer
 
 from transformers_s2t import LocalSelector, S2TDecodingConfig, S2TTrace, SelectorConfig, s2t_generate
-from transformers_s2t.trajectories import read_labels
+from transformers_s2t.trajectories import read_labels, shard_files
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -109,6 +113,50 @@ def test_a_second_round_is_written_by_the_trained_selector(run, capsys):
             run["label"].main([*options, "--output_dir", str(folder / "rounds" / "bad"), *bad])
         assert error.value.code == 2 and message in capsys.readouterr().err
     assert not (folder / "rounds" / "bad").exists()
+
+
+def test_two_processes_write_the_labels_of_one(run):
+    """Each takes every second shard; the threshold comes from what both have seen."""
+    folder = run["folder"]
+    arguments = ["--model", "student", "--teacher_model", "teacher", "--dataset", "train.jsonl", "--dtype", "float32"]
+    arguments += ["--max_new_tokens", "10", "--num_candidates", "8", "--shard_size", "7", "--output_dir"]
+    config = RECIPES / "accelerate_configs" / "cpu.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+    for name, start in (("one", []), ("two", launch)):
+        command = [sys.executable, *start, str(RECIPES / "label.py"), *arguments, name]
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("trajectories") == 1
+    (one, header), (two, other) = read_labels(folder / "one"), read_labels(folder / "two")
+    assert header == other and header.complete and len(shard_files(folder / "two")) == 6
+    assert one["problem_id"] == two["problem_id"]
+    for column in ("input_ids", "positions", "candidate_ids", "teacher_top_id"):
+        assert one[column] == two[column], column
+    for left, right in zip(one["teacher_logprobs"], two["teacher_logprobs"]):
+        assert torch.allclose(torch.tensor(left), torch.tensor(right), atol=1e-4)
+
+
+def test_labels_have_a_card_with_figures_and_a_picture_and_go_to_the_hub(run, monkeypatch):
+    folder, calls = run["folder"] / "labels" / "held-out", []
+    hub = SimpleNamespace(
+        create_repo=lambda name, **kwargs: calls.append((name, kwargs)),
+        upload_folder=lambda **kwargs: calls.append(kwargs),
+    )
+    monkeypatch.setattr(run["label"], "HfApi", lambda: hub)
+    arguments = ["--model", str(run["folder"] / "student"), "--teacher_model", str(run["folder"] / "teacher")]
+    arguments += ["--dataset", str(run["folder"] / "held-out.jsonl"), "--output_dir", str(folder)]
+    arguments += ["--max_new_tokens", "10", "--num_candidates", "8", "--dtype", "float32"]
+    run["label"].main([*arguments, "--push_to_hub", "you/labels", "--private", "true"])  # finished: nothing is run
+    assert calls[0] == ("you/labels", {"repo_type": "dataset", "private": True, "exist_ok": True})
+    assert calls[1] == {"repo_id": "you/labels", "repo_type": "dataset", "folder_path": str(folder)}
+    card, stats = (folder / "README.md").read_text(), json.loads((folder / "label_stats.json").read_text())
+    for value in stats["hit_at_k"].values():
+        assert f"{value:.3f}" in card
+    assert "divergence.png" in card and (folder / "divergence.png").stat().st_size > 5000
+    assert str(run["folder"]) not in card
+    assert len(load_dataset(str(folder), split="train", cache_dir=str(run["folder"] / "cache"))) == 25
 
 
 def test_a_trained_folder_is_not_trained_again_unless_asked(run, capsys):

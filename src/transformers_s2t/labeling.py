@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PretrainedConfig, PreTrainedModel
@@ -385,7 +387,8 @@ def label_problems(
     """Rolls out, scores and writes every problem that `output_dir` does not hold yet.
 
     A shard is written at once or not at all, so a killed run loses one shard's work at most, and the same call goes on
-    with the rest. In float32 the rows do not depend on `batch_size`, `shard_size` or interruptions.
+    with the rest. Processes that `accelerate launch` has started share the shards. In float32 the rows do not depend
+    on `batch_size`, `shard_size`, interruptions or the number of processes.
 
     Args:
         model: the student; put into eval mode.
@@ -434,28 +437,41 @@ def label_problems(
 
     model.eval()
     teacher_model.eval()
-    with tqdm(total=len(prompts), initial=len(prompts) - len(todo), unit="problem", disable=not show_progress) as bar:
+    state = PartialState(cpu=model.device.type == "cpu")  # of one process where nothing else was launched
+    state.wait_for_everyone()  # all have looked at the folder before anybody writes
+    first_index = 0 if overwrite else next_shard_index(output_dir)
+    shards = list(enumerate(_chunks(todo, shard_size), start=first_index))[state.process_index :: state.num_processes]
+    mine = {id for _, ids in shards for id in ids}
+    disable = not show_progress or not state.is_main_process
+    num_done = len(prompts) - len(todo)
+    with tqdm(total=num_done + len(mine), initial=num_done, unit="problem", disable=disable) as bar:
         worker = _Worker(model, teacher_model, prompts, header, pad_token_id, batch_size, bar, decode_with)
         ready: dict[str, _Trajectory] = {}
         if header.divergence_threshold is None:
             bar.set_description("Estimating the threshold")
-            ready = worker.run(list(prompts)[: header.threshold_sample])
-            divergences = torch.cat([trajectory.scores.divergence_S for trajectory in ready.values()])
-            threshold = calibrate_threshold(divergences, header.target_rate)
+            sample = list(prompts)[: header.threshold_sample]
+            ready = worker.run([id for id in sample if id in mine])
+            own = [(id, trajectory.scores.divergence_S) for id, trajectory in ready.items()]
+            divergences = dict(gather_object(own))
+            threshold = calibrate_threshold(torch.cat([divergences[id] for id in sample]), header.target_rate)
             header = replace(header, divergence_threshold=threshold)
-        if overwrite:
-            remove_labels(output_dir)
-        _remove_half_written(output_dir)
         header = replace(header, num_problems=num_problems, complete=False)
-        write_header(output_dir, header)
+        if state.is_main_process:
+            if overwrite:
+                remove_labels(output_dir)
+            _remove_half_written(output_dir)
+            write_header(output_dir, header)
+        state.wait_for_everyone()
         bar.set_description("Labeling")
-        for ids in _chunks(todo, shard_size):
+        for index, ids in shards:
             ready |= worker.run([id for id in ids if id not in ready])
             rows = [make_row(id, ready.pop(id), header) for id in ids]
-            write_shard(output_dir, next_shard_index(output_dir), rows)
+            write_shard(output_dir, index, rows)
             worker.count_hits(rows)
+    state.wait_for_everyone()
     header = replace(header, complete=True)
-    write_header(output_dir, header)
+    if state.is_main_process:
+        write_header(output_dir, header)
     return header
 
 
