@@ -1,7 +1,7 @@
 """Labels: the student writes, the teacher scores the student's candidates, rows go to disk, shard by shard.
 
-Knows two models and token ids; knows nothing of text, of where problems come from, or of training. The teacher never
-generates: one forward per trajectory gives all that is stored.
+Knows a model, a teacher and token ids; knows nothing of text, of where problems come from, of where the teacher runs,
+or of training. The teacher never generates: one reading of a trajectory gives all that is stored.
 
 Legend: B rows, T tokens, S generated positions of a trajectory, K candidates, V vocabulary.
 """
@@ -9,11 +9,12 @@ Legend: B rows, T tokens, S generated positions of a trajectory, K candidates, V
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from .config import _check_choice, _check_range
 from .proposals import exclude, floor_mask, propose
 from .reserved_tokens import model_hash
+from .teachers import Comparison, Teacher, as_teacher, compare_logits, context_length, head_rows, logits_from
 from .trajectories import (
     CORRECTED_ROLLOUTS,
     HEADER_NAME,
@@ -41,7 +43,7 @@ from .trajectories import (
     write_header,
     write_shard,
 )
-from .triggers import calibrate_threshold, entropy, kl_divergence, margin
+from .triggers import calibrate_threshold, entropy, margin
 
 
 HIT_SIZES = (1, 2, 4, 8, 16)
@@ -150,12 +152,13 @@ class TrajectoryScores(NamedTuple):
     """What both models say at every generated position of one trajectory, on the CPU.
 
     Attributes:
-        divergence_S: KL(teacher || student), nats.
+        divergence_S: KL(teacher || student), nats; a lower bound from a teacher that names its best tokens only.
         entropy_S: of the student over its renormalised top 64, nats.
         margin_S: minus the difference of the student's two best log-probabilities, nats.
         candidate_ids_SK: the student's top K, best first.
         student_logprobs_SK: over the student's full vocabulary less the excluded tokens, nats.
-        teacher_logprobs_SK: over the teacher's full vocabulary, nats; -1e4 at ids that the teacher does not have.
+        teacher_logprobs_SK: over the teacher's full vocabulary, nats; -1e4 at ids that the teacher does not have; nan
+            where a teacher that names its best tokens only has not been asked yet.
         teacher_top_id_S: the teacher's argmax among the ids that the student has.
     """
 
@@ -175,34 +178,40 @@ def score_positions(
     excluded_ids: torch.Tensor | None = None,
 ) -> TrajectoryScores:
     """Scores of some positions from the next-token logits of both models there. The heads may differ in rows."""
-    logits_SV, teacher_logits_SV = logits_SV.float(), teacher_logits_SV.float()
-    num_rows, num_teacher_rows = logits_SV.shape[-1], teacher_logits_SV.shape[-1]
-    logits_SV = exclude(logits_SV, excluded_ids)
+    return _score(logits_SV, partial(compare_logits, teacher_logits_SV), num_candidates, excluded_ids)
+
+
+def _score(
+    logits_SV: torch.Tensor,
+    compare: Callable[[torch.Tensor, torch.Tensor], Comparison],
+    num_candidates: int,
+    excluded_ids: torch.Tensor | None,
+) -> TrajectoryScores:
+    logits_SV = exclude(logits_SV.float(), excluded_ids)
     proposals = propose(logits_SV, num_candidates)
-    teacher_logp_SV = torch.log_softmax(teacher_logits_SV, dim=-1)
-    teacher_logprobs_SK = teacher_logp_SV.gather(-1, proposals.ids_BK.clamp_max(num_teacher_rows - 1))
-    teacher_logprobs_SK = teacher_logprobs_SK.masked_fill(proposals.ids_BK >= num_teacher_rows, MISSING_LOGPROB)
+    teacher = compare(logits_SV, proposals.ids_BK)
     return TrajectoryScores(
-        divergence_S=kl_divergence(teacher_logits_SV, logits_SV),
+        divergence_S=teacher.divergence_S,
         entropy_S=entropy(logits_SV),
         margin_S=margin(logits_SV),
         candidate_ids_SK=proposals.ids_BK,
         student_logprobs_SK=proposals.logprobs_BK.clamp_min(MISSING_LOGPROB),
-        teacher_logprobs_SK=teacher_logprobs_SK.clamp_min(MISSING_LOGPROB),
-        teacher_top_id_S=teacher_logits_SV[..., :num_rows].argmax(-1),
+        teacher_logprobs_SK=teacher.logprobs_SK,
+        teacher_top_id_S=teacher.top_id_S,
     )
 
 
 @torch.no_grad()
 def score_trajectories(
     model: PreTrainedModel,
-    teacher_model: PreTrainedModel,
+    teacher_model: PreTrainedModel | Teacher,
     sequences: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
     num_candidates: int,
     excluded_ids: Sequence[int] = (),
 ) -> list[TrajectoryScores]:
-    """Scores every generated position of some trajectories: one teacher-forced forward of each model.
+    """Scores every generated position of some trajectories: one teacher-forced forward of the student,
+    one reading of the teacher.
 
     Rows are padded on the right, which no causal model can see. Only logits of generated positions are kept; batches
     whose logits would not fit into about a gigabyte are run in parts, and float32 copies are made a few positions at a
@@ -210,7 +219,7 @@ def score_trajectories(
 
     Args:
         model: the student, in eval mode.
-        teacher_model: in eval mode, of the same tokenizer.
+        teacher_model: of the same tokenizer: a model, put into eval mode, or another teacher.
         sequences: prompts and rollouts, token ids.
         prompt_lengths: where each rollout begins; 1 at least.
         num_candidates: K.
@@ -219,71 +228,50 @@ def score_trajectories(
     Raises:
         ValueError: for a K above what the head offers, or token ids that one of the models does not have.
     """
-    num_rows, num_teacher_rows = _head_rows(model), _head_rows(teacher_model)
+    teacher = as_teacher(teacher_model)
+    num_rows = head_rows(model)
     check_num_candidates(num_candidates, num_rows, excluded_ids)
     largest = max(max(ids) for ids in sequences)
-    for name, one in (("model", model), ("teacher_model", teacher_model)):
-        if largest >= one.get_input_embeddings().weight.shape[0]:
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    for name, rows in (("model", num_embeddings), ("teacher_model", teacher.num_embeddings)):
+        if rows is not None and largest >= rows:
             raise ValueError(f"`sequences` hold token id {largest}, which `{name}` has no embedding for.")
     if any(not 1 <= prompt_length < len(ids) for ids, prompt_length in zip(sequences, prompt_lengths)):
         raise ValueError("`prompt_lengths` must be at least 1 and leave one generated token at least in each row.")
     width = max(len(ids) for ids in sequences)
     kept = width - min(prompt_lengths) + 1
-    rows_at_once = max(1, _MAX_LOGITS // (kept * (num_rows + num_teacher_rows)))
+    rows_at_once = max(1, _MAX_LOGITS // (kept * (num_rows + teacher.logits_per_position)))
     scores = []
     for start in range(0, len(sequences), rows_at_once):
         part = slice(start, start + rows_at_once)
-        scores += _score_batch(
-            model, teacher_model, sequences[part], prompt_lengths[part], num_candidates, excluded_ids
-        )
+        scores += _score_batch(model, teacher, sequences[part], prompt_lengths[part], num_candidates, excluded_ids)
     return scores
 
 
 def _score_batch(
     model: PreTrainedModel,
-    teacher_model: PreTrainedModel,
+    teacher: Teacher,
     sequences: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
     num_candidates: int,
     excluded_ids: Sequence[int],
 ) -> list[TrajectoryScores]:
     first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
-    logits_BTV = _logits_from(model, sequences, first)
-    teacher_logits_BTV = _logits_from(teacher_model, sequences, first)
+    logits_BTV = logits_from(model, sequences, first)
+    reading = teacher.read(sequences, prompt_lengths)
     device = logits_BTV.device
     excluded = torch.tensor(list(excluded_ids), dtype=torch.long, device=device)
-    chunk = max(1, _MAX_FLOAT_LOGITS // max(logits_BTV.shape[-1], teacher_logits_BTV.shape[-1]))
+    chunk = max(1, _MAX_FLOAT_LOGITS // max(logits_BTV.shape[-1], teacher.logits_per_position))
     scores = []
     for b, (ids, prompt_length) in enumerate(zip(sequences, prompt_lengths)):
         parts = []
-        for start in range(prompt_length - 1, len(ids) - 1, chunk):
-            where = slice(start - first, min(start + chunk, len(ids) - 1) - first)
-            parts.append(
-                score_positions(
-                    logits_BTV[b, where], teacher_logits_BTV[b, where].to(device), num_candidates, excluded
-                )
-            )
+        num_generated, offset = len(ids) - prompt_length, prompt_length - 1 - first
+        for start in range(0, num_generated, chunk):
+            where = slice(start, min(start + chunk, num_generated))
+            logits_SV = logits_BTV[b, offset + where.start : offset + where.stop]
+            parts.append(_score(logits_SV, partial(reading.compare, b, where), num_candidates, excluded))
         scores.append(TrajectoryScores(*(torch.cat(columns).cpu() for columns in zip(*parts))))
     return scores
-
-
-def _logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> torch.Tensor:
-    """Logits (B, T - first, V) of right-padded rows, in the model's own type."""
-    width = max(len(ids) for ids in sequences)
-    input_ids_BT = torch.zeros((len(sequences), width), dtype=torch.long)
-    mask_BT = torch.zeros_like(input_ids_BT)
-    for b, ids in enumerate(sequences):
-        input_ids_BT[b, : len(ids)] = torch.tensor(ids)
-        mask_BT[b, : len(ids)] = 1
-    keep = {"logits_to_keep": width - first} if "logits_to_keep" in signature(model.forward).parameters else {}
-    output = model(
-        input_ids=input_ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), use_cache=False, **keep
-    )
-    return output.logits[:, -(width - first) :]
-
-
-def _head_rows(model: PreTrainedModel) -> int:
-    return model.get_output_embeddings().weight.shape[0]
 
 
 def choose_positions(
@@ -318,10 +306,15 @@ def check_num_candidates(num_candidates: int, num_head_rows: int, excluded_ids: 
         raise ValueError(f"`num_candidates` must be at most {offered} for this model, got {num_candidates}.")
 
 
-def check_lengths(longest_prompt: int, max_new_tokens: int, configs: Mapping[str, PretrainedConfig]) -> None:
-    """Raises a ValueError where prompt and rollout do not fit into the context of one of the models (by name)."""
-    for name, config in configs.items():
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+def check_lengths(
+    longest_prompt: int, max_new_tokens: int, models: Mapping[str, PretrainedConfig | int | None]
+) -> None:
+    """Raises a ValueError where prompt and rollout do not fit into the context of one of the models.
+
+    `models`: name -> its config, or how many tokens it takes, `None` where that is unknown.
+    """
+    for name, one in models.items():
+        limit = context_length(one) if isinstance(one, PretrainedConfig) else one
         if limit is not None and longest_prompt + max_new_tokens > limit:
             raise ValueError(
                 f"`max_new_tokens` must be at most {max(limit - longest_prompt, 0)}: `{name}` takes {limit} tokens "
@@ -373,7 +366,7 @@ class _Trajectory:
 
 def label_problems(
     model: PreTrainedModel,
-    teacher_model: PreTrainedModel,
+    teacher_model: PreTrainedModel | Teacher,
     prompts: Mapping[str, Sequence[int]],
     output_dir: str | os.PathLike,
     header: TrajectoryHeader,
@@ -392,7 +385,7 @@ def label_problems(
 
     Args:
         model: the student; put into eval mode.
-        teacher_model: put into eval mode.
+        teacher_model: a model, put into eval mode, or another teacher, such as `teachers.HTTPTeacher`.
         prompts: problem id -> token ids of its prompt, in the order in which they are to be labelled.
         output_dir: folder of the labels.
         header: the settings. Where it has no `divergence_threshold`, the one that a share `target_rate` of the
@@ -417,15 +410,18 @@ def label_problems(
         raise ValueError("`prompts` must hold one problem at least, got none.")
     if any(len(ids) == 0 for ids in prompts.values()):
         raise ValueError("`prompts` must have one token at least each.")
+    teacher = as_teacher(teacher_model)
     if (header.rollout in CORRECTED_ROLLOUTS) != bool(decode_with):
         raise ValueError(
             f"`decode_with` must be given for the rollouts {', '.join(map(repr, CORRECTED_ROLLOUTS))} and for no "
             f"others, got {decode_with!r} for {header.rollout!r}."
         )
-    check_num_candidates(header.num_candidates, _head_rows(model), header.excluded_ids)
+    check_num_candidates(header.num_candidates, head_rows(model), header.excluded_ids)
     longest = max(len(ids) for ids in prompts.values())
-    check_lengths(longest, header.max_new_tokens, {"model": model.config, "teacher_model": teacher_model.config})
-    header = replace(header, model_hash=model_hash(model))
+    check_lengths(longest, header.max_new_tokens, {"model": model.config, "teacher_model": teacher.max_length})
+    header = replace(
+        header, model_hash=model_hash(model), teacher_source=teacher.source, top_logprobs=teacher.top_logprobs
+    )
     stored = find_unfinished(output_dir, header, overwrite)
     done = set() if stored is None else done_problem_ids(output_dir)
     todo = [id for id in prompts if id not in done]
@@ -436,7 +432,6 @@ def label_problems(
             return stored
 
     model.eval()
-    teacher_model.eval()
     state = PartialState(cpu=model.device.type == "cpu")  # of one process where nothing else was launched
     state.wait_for_everyone()  # all have looked at the folder before anybody writes
     first_index = 0 if overwrite else next_shard_index(output_dir)
@@ -445,7 +440,7 @@ def label_problems(
     disable = not show_progress or not state.is_main_process
     num_done = len(prompts) - len(todo)
     with tqdm(total=num_done + len(mine), initial=num_done, unit="problem", disable=disable) as bar:
-        worker = _Worker(model, teacher_model, prompts, header, pad_token_id, batch_size, bar, decode_with)
+        worker = _Worker(model, teacher, prompts, header, pad_token_id, batch_size, bar, decode_with)
         ready: dict[str, _Trajectory] = {}
         if header.divergence_threshold is None:
             bar.set_description("Estimating the threshold")
@@ -466,6 +461,7 @@ def label_problems(
         for index, ids in shards:
             ready |= worker.run([id for id in ids if id not in ready])
             rows = [make_row(id, ready.pop(id), header) for id in ids]
+            fill_in(rows, teacher)
             write_shard(output_dir, index, rows)
             worker.count_hits(rows)
     state.wait_for_everyone()
@@ -481,7 +477,7 @@ class _Worker:
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher_model: PreTrainedModel,
+        teacher: Teacher,
         prompts: Mapping[str, Sequence[int]],
         header: TrajectoryHeader,
         pad_token_id: int,
@@ -490,11 +486,12 @@ class _Worker:
         decode_with: Mapping[str, Any] | None,
     ):
         self.decode_with = decode_with
-        self.model, self.teacher_model, self.prompts, self.header = model, teacher_model, prompts, header
+        self.model, self.teacher, self.prompts, self.header = model, teacher, prompts, header
         self.pad_token_id, self.batch_size, self.bar = pad_token_id, batch_size, bar
         # rows that only the student's padded head has cannot be read by the teacher
-        teacher_rows = teacher_model.get_input_embeddings().weight.shape[0]
-        self.suppressed_ids = sorted({*header.excluded_ids, *range(teacher_rows, _head_rows(model))})
+        num_rows = head_rows(model)
+        teacher_rows = num_rows if teacher.num_embeddings is None else teacher.num_embeddings
+        self.suppressed_ids = sorted({*header.excluded_ids, *range(teacher_rows, num_rows)})
         self.num_tokens = self.num_points = self.num_hits = 0
         self.began = time.monotonic()
 
@@ -523,7 +520,7 @@ class _Worker:
             prompt_lengths = [len(self.prompts[id]) for id in batch]
             scores = score_trajectories(
                 self.model,
-                self.teacher_model,
+                self.teacher,
                 [sequences[id] for id in batch],
                 prompt_lengths,
                 header.num_candidates,
@@ -564,6 +561,22 @@ def make_row(problem_id: str, trajectory: _Trajectory, header: TrajectoryHeader)
         "teacher_logprobs": scores.teacher_logprobs_SK[chosen_N].tolist(),
         "teacher_top_id": scores.teacher_top_id_S[chosen_N].tolist(),
     }
+
+
+def fill_in(rows: Sequence[dict[str, Any]], teacher: Teacher) -> None:
+    """Asks the teacher for the candidates that it did not name by itself: here and not earlier, because it is asked
+    once for each point, and most positions are none."""
+    places, prefixes, ids = [], [], []
+    for row in rows:
+        for n, values in enumerate(row["teacher_logprobs"]):
+            unknown = [k for k, value in enumerate(values) if math.isnan(value)]
+            if unknown:
+                places.append((values, unknown))
+                prefixes.append(row["input_ids"][: row["positions"][n]])
+                ids.append([row["candidate_ids"][n][k] for k in unknown])
+    for (values, unknown), found in zip(places, teacher.logprobs_of(prefixes, ids) if places else ()):
+        for k, value in zip(unknown, found):
+            values[k] = value
 
 
 def label_stats(labels: Dataset, divergence_threshold: float) -> dict[str, Any]:

@@ -72,6 +72,9 @@ class TrajectoryHeader:
     Args:
         model (`str`): name or path of the student.
         teacher_model (`str`): of the teacher.
+        teacher_source (`str`): "local", or the name under which a server offered the teacher. Never its address.
+        top_logprobs (`int`, *optional*): how many tokens the teacher named at each position; `None` for all. Where it
+            is given, `divergence` is a lower bound (`teachers.coarse_divergence`).
         vocab_hash (`str`): fingerprint of the tokenizer that both share.
         model_hash (`str`): fingerprint of the student's weights; empty until they have been loaded.
         num_candidates (`int`): K. 16 in the paper for labels (arXiv 2604.26940).
@@ -116,6 +119,8 @@ class TrajectoryHeader:
     dtype: str = "float32"
     prompt_source: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    teacher_source: str = "local"
+    top_logprobs: int | None = None
     num_problems: int = 0
     complete: bool = False
 
@@ -132,6 +137,8 @@ class TrajectoryHeader:
         _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
         _check_choice("points", self.points, POINTS)
         _check_choice("rollout", self.rollout, ROLLOUTS)
+        if self.top_logprobs is not None:
+            _check_range("top_logprobs", self.top_logprobs, 1, 1 << 30, integer=True)
         _check_range("temperature", self.temperature, 0.0, 100.0)
         if self.temperature == 0:
             raise ValueError("`temperature` must be above 0, got 0; rollouts without sampling are rollout='greedy'.")

@@ -1,0 +1,527 @@
+"""Who scores the student's candidates: a model in this process, or one behind an OpenAI-compatible vLLM server.
+
+Knows token ids and log-probabilities; knows nothing of rollouts, decision points or files. A teacher never generates.
+
+Legend: S generated positions of a trajectory, K candidates, N tokens that a server names at a position, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+import requests
+import torch
+from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .trajectories import MISSING_LOGPROB
+from .triggers import kl_divergence
+
+
+_FLOOR = -9999.0  # what vLLM writes for minus infinity
+_MAX_WAIT = 30.0  # seconds between two attempts
+_START_RETRIES = 2  # a wrong address should not take minutes to be told
+_PLACEHOLDER = re.compile(r"token_id:(\d+)")
+
+
+class Comparison(NamedTuple):
+    """The teacher's view of some positions.
+
+    Attributes:
+        divergence_S: KL(teacher || student), nats; a lower bound where the teacher names its best tokens only.
+        logprobs_SK: of the candidates, over the teacher's full vocabulary, nats; nan where it was not asked yet.
+        top_id_S: the teacher's argmax among the ids that the student has.
+    """
+
+    divergence_S: torch.Tensor
+    logprobs_SK: torch.Tensor
+    top_id_S: torch.Tensor
+
+
+class Reading(Protocol):
+    """What a teacher says of a batch of trajectories."""
+
+    def compare(self, b: int, where: slice, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor) -> Comparison:
+        """Row `b` at its generated positions `where`, against the student's logits (-inf at what it may not say)."""
+
+
+class Teacher(Protocol):
+    """What labeling needs of a teacher.
+
+    Attributes:
+        source: "local", or the name under which a server offers the model.
+        top_logprobs: how many tokens it names at a position; `None` for all.
+        num_embeddings: token ids that it can read; `None` where unknown.
+        max_length: tokens that it can read; `None` where unknown.
+        logits_per_position: numbers that it keeps on a device for each position, for the memory of a batch.
+    """
+
+    source: str
+    top_logprobs: int | None
+    num_embeddings: int | None
+    max_length: int | None
+    logits_per_position: int
+
+    def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> Reading:
+        """Reads prompts and rollouts; `prompt_lengths` says where the rollouts begin."""
+
+    def logprobs_of(self, prefixes: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of the next tokens `ids` after each prefix, over the full vocabulary, nats."""
+
+
+def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
+    return LocalTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model in this process
+
+
+class LocalTeacher:
+    """A model in this process, put into eval mode: full next-token logits of right-padded rows."""
+
+    source = "local"
+    top_logprobs = None
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model.eval()
+        self.num_embeddings = model.get_input_embeddings().weight.shape[0]
+        self.max_length = context_length(model.config)
+        self.logits_per_position = head_rows(model)
+
+    def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> _LogitsReading:
+        first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
+        return _LogitsReading(logits_from(self.model, sequences, first), [p - 1 - first for p in prompt_lengths])
+
+    @torch.no_grad()
+    def logprobs_of(self, prefixes: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        rows = []
+        for prefix, wanted in zip(prefixes, ids):
+            logits_V = logits_from(self.model, [prefix], len(prefix) - 1)[0, -1].float()
+            rows.append(torch.log_softmax(logits_V, -1)[list(wanted)].clamp_min(MISSING_LOGPROB).tolist())
+        return rows
+
+
+class _LogitsReading:
+    def __init__(self, logits_BTV: torch.Tensor, starts: Sequence[int]):
+        self.logits_BTV, self.starts = logits_BTV, starts
+
+    def compare(self, b: int, where: slice, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor) -> Comparison:
+        start = self.starts[b]
+        teacher_logits_SV = self.logits_BTV[b, start + where.start : start + where.stop]
+        return compare_logits(teacher_logits_SV.to(logits_SV.device), logits_SV, candidate_ids_SK)
+
+
+def compare_logits(
+    teacher_logits_SV: torch.Tensor, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor
+) -> Comparison:
+    """From full logits of both. The heads may differ in rows: -1e4 at candidates that the teacher does not have."""
+    teacher_logits_SV = teacher_logits_SV.float()
+    num_rows, num_teacher_rows = logits_SV.shape[-1], teacher_logits_SV.shape[-1]
+    teacher_logp_SV = torch.log_softmax(teacher_logits_SV, dim=-1)
+    logprobs_SK = teacher_logp_SV.gather(-1, candidate_ids_SK.clamp_max(num_teacher_rows - 1))
+    logprobs_SK = logprobs_SK.masked_fill(candidate_ids_SK >= num_teacher_rows, MISSING_LOGPROB)
+    return Comparison(
+        divergence_S=kl_divergence(teacher_logits_SV, logits_SV),
+        logprobs_SK=logprobs_SK.clamp_min(MISSING_LOGPROB),
+        top_id_S=teacher_logits_SV[..., :num_rows].argmax(-1),
+    )
+
+
+def logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> torch.Tensor:
+    """Logits (B, T - first, V) of right-padded rows, in the model's own type."""
+    width = max(len(ids) for ids in sequences)
+    input_ids_BT = torch.zeros((len(sequences), width), dtype=torch.long)
+    mask_BT = torch.zeros_like(input_ids_BT)
+    for b, ids in enumerate(sequences):
+        input_ids_BT[b, : len(ids)] = torch.tensor(ids)
+        mask_BT[b, : len(ids)] = 1
+    keep = {"logits_to_keep": width - first} if "logits_to_keep" in signature(model.forward).parameters else {}
+    output = model(
+        input_ids=input_ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), use_cache=False, **keep
+    )
+    return output.logits[:, -(width - first) :]
+
+
+def head_rows(model: PreTrainedModel) -> int:
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model behind a server
+
+
+class TeacherError(RuntimeError):
+    """The server did not answer, or not with what was asked for. Never holds the key."""
+
+
+class HTTPTeacher:
+    """A model behind an OpenAI-compatible vLLM server.
+
+    One request reads a whole trajectory: `prompt` is its token ids, `prompt_logprobs` asks for the best tokens at
+    every position. A candidate that is not among them is asked for by id, at the chosen points only.
+
+    What the requests rest on, read in vLLM's source (`vllm/entrypoints/openai/completion/protocol.py` at 002032ee,
+    `.../completion/serving.py` at 030ea52e, `vllm/sampling_params.py` at 00388f65), not tried on a live vLLM here:
+
+    - `prompt` may be a list of token ids; prompt and `max_tokens` together must fit into `max_model_len`.
+    - `prompt_logprobs=k` gives `choices[0].prompt_logprobs`: one entry for each token, the first null, then
+      {token id: {"logprob", "rank", "decoded_token"}} with the best k and the token of the text itself, in or out of
+      them; -9999.0 stands for minus infinity. `k` may be `--max-logprobs` (20 unless the server says otherwise) at
+      most. Such requests do not read the prefix cache.
+    - `logprob_token_ids` (in the OpenAI routes since pull request 43463, merged in July 2026) needs `logprobs`, at
+      first with the same count; it gives `choices[0].logprobs.top_logprobs[0]` with those ids and the sampled token.
+      An older server ignores the field, which is told at the start.
+    - `return_tokens_as_token_ids` makes the keys there "token_id:17".
+    - Values are those of the raw logits unless the server runs with another `--logprobs-mode`. All sampling settings
+      are sent as neutral, so that the checkpoint's own generation config changes nothing in the processed mode either.
+
+    Args:
+        url: of the server, with or without "/v1"; holds no key.
+        model: name of the model there; needed where the server offers several.
+        api_key_env: environment variable with the key; no key is sent where it is not set.
+        max_concurrency: requests under way at one time.
+        timeout: seconds without a byte after which a request is given up and repeated.
+        max_retries: further attempts after a 5xx or 429 status, a lost connection, a timeout or half an answer, with
+            waits that double from `backoff` seconds up to 30; 8 outlast a restart of about a minute and a half.
+        top_logprobs: k, tokens named at each position.
+        num_embeddings: token ids that the model has, where known; candidates above are not asked for.
+        backoff: seconds, the first wait.
+
+    Raises:
+        ValueError: for illegal arguments, or a model that the server does not offer.
+        TeacherError: where the server is not there, or cannot do what is needed.
+    """
+
+    logits_per_position = 0
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        max_concurrency: int = 16,
+        timeout: float = 300.0,
+        max_retries: int = 8,
+        top_logprobs: int = 20,
+        num_embeddings: int | None = None,
+        backoff: float = 0.5,
+    ):
+        for name, value, low in (
+            ("max_concurrency", max_concurrency, 1),
+            ("max_retries", max_retries, 0),
+            ("top_logprobs", top_logprobs, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}.")
+        for name, value in (("timeout", timeout), ("backoff", backoff)):
+            if not value > 0:
+                raise ValueError(f"`{name}` must be above 0 seconds, got {value!r}.")
+        self.url = _base_url(url)
+        self.max_concurrency, self.timeout, self.max_retries = max_concurrency, timeout, max_retries
+        self.top_logprobs, self.num_embeddings, self.backoff = top_logprobs, num_embeddings, backoff
+        self._auth = _KeyFromEnvironment(api_key_env)
+        self._session = requests.Session()
+        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=max_concurrency, pool_block=True)
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, adapter)
+        self.model, self.max_length = self._find_model(model)
+        self.source = host_free(self.model)
+        # told now and not after an hour of rollouts
+        self._best_tokens([0, 0], 1)
+        self._next_token([0], [0])
+
+    def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> _TopReading:
+        rows = self._all(self._best_tokens, sequences, prompt_lengths)
+        return _TopReading(rows, self.top_logprobs, self.num_embeddings)
+
+    def logprobs_of(self, prefixes: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self._all(self._next_token, prefixes, ids)
+
+    def _all(self, function: Callable, *columns: Sequence) -> list:
+        with ThreadPoolExecutor(self.max_concurrency) as pool:
+            return list(pool.map(function, *columns))  # the first failure cancels what has not begun
+
+    def _find_model(self, model: str | None) -> tuple[str, int | None]:
+        answer = self._ask("GET", "models", None, min(self.max_retries, _START_RETRIES))
+        try:
+            offered = {one["id"]: one.get("max_model_len") for one in answer["data"]}
+        except (KeyError, TypeError, AttributeError):
+            offered = {}
+        if not offered:
+            raise TeacherError(f"{self.url}/models lists no model: it is no OpenAI-compatible server.")
+        if model is None and len(offered) > 1:
+            raise ValueError(f"`model` is required: {self.url} offers {sorted(offered)}.")
+        if model is not None and model not in offered:
+            raise ValueError(f"`model` must be one of {sorted(offered)}, which {self.url} offers, got {model!r}.")
+        name = next(iter(offered)) if model is None else model
+        length = offered[name]
+        return name, None if length is None else length - 1  # one token is generated, and thrown away
+
+    def _complete(self, prompt: Sequence[int], **settings: Any) -> dict[str, Any]:
+        body = {
+            "model": self.model,
+            "prompt": list(prompt),
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
+        answer = self._ask("POST", "completions", body | settings, self.max_retries)
+        try:
+            return dict(answer["choices"][0])
+        except (KeyError, TypeError, IndexError, ValueError):
+            raise TeacherError(f"{self.url}/completions answered without `choices`.") from None
+
+    def _best_tokens(self, ids: Sequence[int], prompt_length: int) -> list[dict[int, float]]:
+        """Token id -> log-probability at every position from `prompt_length` on."""
+        choice = self._complete(ids, prompt_logprobs=self.top_logprobs)
+        entries = choice.get("prompt_logprobs")
+        if not isinstance(entries, list) or len(entries) != len(ids):
+            found = len(entries) if isinstance(entries, list) else "no"
+            raise TeacherError(
+                f"{self.url}/completions gave {found} `prompt_logprobs` for {len(ids)} tokens: it must be vLLM."
+            )
+        try:
+            rows = [
+                {int(id): self._checked(one["logprob"]) for id, one in row.items()} for row in entries[prompt_length:]
+            ]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise TeacherError(f"{self.url}/completions gave `prompt_logprobs` of another form than vLLM's.") from None
+        if any(id not in row for id, row in zip(ids[prompt_length:], rows)):
+            raise TeacherError(f"{self.url}/completions gave `prompt_logprobs` that lack the tokens of the text.")
+        return rows
+
+    def _next_token(self, prefix: Sequence[int], ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of exactly these next tokens."""
+        choice = self._complete(
+            prefix, logprobs=len(ids), logprob_token_ids=list(ids), return_tokens_as_token_ids=True
+        )
+        try:
+            named = choice["logprobs"]["top_logprobs"][0]
+            found = {int(_PLACEHOLDER.fullmatch(key).group(1)): self._checked(value) for key, value in named.items()}
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError):
+            found = {}
+        missing = [id for id in ids if id not in found]
+        if missing:
+            raise TeacherError(
+                f"{self.url}/completions did not give the log-probabilities of the token ids {missing}: the server "
+                "must know `logprob_token_ids` (vLLM from July 2026 on)."
+            )
+        return [found[id] for id in ids]
+
+    @staticmethod
+    def _checked(value: Any) -> float:
+        value = float(value)
+        if not value <= 1e-3:
+            raise ValueError("no log-probability")
+        return MISSING_LOGPROB if value <= _FLOOR else min(value, 0.0)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None, max_retries: int) -> Any:
+        """The answer's JSON. Waits and asks again where that may help."""
+        for attempt in range(max_retries + 1):
+            answer, problem, wait = self._ask_once(method, path, body)
+            if problem is None:
+                return answer
+            if wait is None:
+                break
+            if attempt < max_retries:
+                # jitter, so that the requests which one fault broke do not all come back at one moment
+                longest = min(self.backoff * 2**attempt, _MAX_WAIT)
+                time.sleep(max(min(wait, _MAX_WAIT), longest * random.uniform(0.5, 1.0)))
+        # outside of any `except`: what `requests` raised holds the request, and with it the key
+        raise TeacherError(
+            f"{self.url}/{path}: {self._auth.hide(problem)} (attempt {attempt + 1} of {max_retries + 1})."
+        )
+
+    def _ask_once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[Any, str | None, float | None]:
+        """(answer, problem, seconds to wait at least before asking again, or None where that cannot help)."""
+        try:
+            response = self._session.request(
+                method,
+                f"{self.url}/{path}",
+                json=body,
+                auth=self._auth,
+                timeout=self.timeout,
+                allow_redirects=False,
+            )
+        except requests.Timeout:
+            return None, f"no answer within {self.timeout:g} seconds", 0.0
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+            return None, f"the connection failed ({type(error).__name__})", 0.0
+        except requests.RequestException as error:
+            return None, f"the request failed ({type(error).__name__})", None
+        status = response.status_code
+        if status == 429 or status >= 500:
+            return None, f"status {status}: {_message_of(response)}", _seconds(response.headers.get("Retry-After"))
+        if status != 200:
+            hint = f"; is {self._auth.variable} set?" if status in (401, 403) else ""
+            return None, f"status {status}: {_message_of(response)}{hint}", None
+        try:
+            return json.loads(response.content), None, None
+        except ValueError:
+            return None, f"status {status}, but the answer is cut off or no JSON", 0.0
+
+
+class _KeyFromEnvironment(AuthBase):
+    """Puts the key on a request. Reads it anew each time: it is in no attribute that could be printed or stored.
+
+    As `auth` and not as a header, because `requests` would replace a header by what it finds in ~/.netrc.
+    """
+
+    def __init__(self, variable: str):
+        self.variable = variable
+        if not re.fullmatch(r"[\x21-\x7e]*", self._key()):
+            raise ValueError(f"the environment variable {variable} must hold a key of printable characters.")
+
+    def _key(self) -> str:
+        return os.environ.get(self.variable, "").strip()
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if key := self._key():
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    def hide(self, text: str) -> str:
+        """`text` without the key: a server may repeat it in its message."""
+        key = self._key()
+        return text.replace(key, "***") if key else text
+
+
+def _base_url(url: str) -> str:
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            "`url` must hold neither a user, a password nor a query; the key is taken from the environment."
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"`url` must be like http://host:8000, got {url!r}.")
+    url = url.rstrip("/")
+    return url if url.endswith("/v1") else f"{url}/v1"
+
+
+def host_free(name: str) -> str:
+    """A served model's name for publication: of a path on the server's disk the last part only."""
+    return (
+        re.split(r"[/\\]", name.rstrip("/\\"))[-1] if name.startswith(("/", ".", "~", "\\")) or ":" in name else name
+    )
+
+
+def _message_of(response: requests.Response) -> str:
+    """The server's own words, on one line and not too many."""
+    text = " ".join(response.text.split())
+    try:
+        data = json.loads(response.content)
+        text = str((data.get("error") or data).get("message") or text)
+    except (ValueError, AttributeError):
+        pass
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _seconds(retry_after: str | None) -> float:
+    try:
+        return max(float(retry_after), 0.0)
+    except (TypeError, ValueError):
+        return 0.0
+
+
+class _TopReading:
+    """Rows of {token id: log-probability} for each generated position."""
+
+    def __init__(self, rows: Sequence[Sequence[dict[int, float]]], top_logprobs: int, num_rows: int | None):
+        self.rows, self.top_logprobs, self.num_rows = rows, top_logprobs, num_rows
+
+    def compare(self, b: int, where: slice, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor) -> Comparison:
+        named = self.rows[b][where]
+        width = max(len(row) for row in named)
+        ids_SN = torch.full((len(named), width), -1)
+        logprobs_SN = torch.full((len(named), width), -math.inf, dtype=torch.float64)
+        for s, row in enumerate(named):
+            best_first = sorted(row.items(), key=lambda item: (-item[1], item[0]))
+            ids_SN[s, : len(row)] = torch.tensor([id for id, _ in best_first])
+            logprobs_SN[s, : len(row)] = torch.tensor([value for _, value in best_first], dtype=torch.float64)
+        ids_SN, logprobs_SN = ids_SN.to(logits_SV.device), logprobs_SN.to(logits_SV.device)
+        same_SKN = candidate_ids_SK[:, :, None] == ids_SN[:, None, :]
+        logprobs_SK = logprobs_SN[:, None, :].masked_fill(~same_SKN, -math.inf).amax(-1)
+        logprobs_SK = logprobs_SK.masked_fill(~same_SKN.any(-1), math.nan)
+        if self.num_rows is not None:
+            logprobs_SK = logprobs_SK.masked_fill(candidate_ids_SK >= self.num_rows, MISSING_LOGPROB)
+        # best first, and at least the token of the text is one that the student has
+        first_S1 = (ids_SN < logits_SV.shape[-1]).int().argmax(-1, keepdim=True)
+        return Comparison(
+            divergence_S=coarse_divergence(logits_SV, ids_SN, logprobs_SN, self.top_logprobs, self.num_rows),
+            logprobs_SK=logprobs_SK.float(),
+            top_id_S=ids_SN.gather(-1, first_S1)[:, 0],
+        )
+
+
+def coarse_divergence(
+    logits_SV: torch.Tensor,
+    ids_SN: torch.Tensor,
+    logprobs_SN: torch.Tensor,
+    top_logprobs: int,
+    num_teacher_rows: int | None = None,
+) -> torch.Tensor:
+    """A lower bound of [`~triggers.kl_divergence`] (S,) where the teacher names some of its tokens only, nats.
+
+    It is the divergence on a coarser partition: each named token by itself, all others together. Merging outcomes can
+    only lower a divergence (data-processing inequality), and nothing is lost where all tokens are named. The named
+    ones are the teacher's best k and the token of the text, so what is lost is the disagreement among tokens that the
+    teacher holds improbable and the student did not write.
+
+    Tokens that the student may not say (logit -inf) count for nothing, as in `kl_divergence`. How much of the
+    teacher's unnamed mass lies on them is not known; it is at most their number times the k-th best probability, and
+    of all values in that range the one with the lowest divergence is taken. Rows that only the teacher's head has are
+    renormalised away where they are named, and taken to be empty otherwise: they are padding.
+
+    Args:
+        logits_SV: the student's, -inf at what it may not say.
+        ids_SN: tokens that the teacher names, best first; -1 where a position has fewer.
+        logprobs_SN: their log-probabilities over the teacher's vocabulary, nats.
+        top_logprobs: k, how many of them are the teacher's best.
+        num_teacher_rows: of the teacher's head; the student's where unknown.
+    """
+    shared = logits_SV.shape[-1] if num_teacher_rows is None else min(logits_SV.shape[-1], num_teacher_rows)
+    student_SV = torch.log_softmax(logits_SV[..., :shared].double(), dim=-1)
+    named_SN, inside_SN = ids_SN >= 0, (ids_SN >= 0) & (ids_SN < shared)
+    prob_SN = logprobs_SN.double().exp()
+    scale_S1 = (1 - (prob_SN * (named_SN & ~inside_SN)).sum(-1, keepdim=True)).clamp_min(1e-12)
+    prob_SN = (prob_SN * inside_SN) / scale_S1
+    # the column `shared` takes what does not belong to the vocabulary
+    where_SN = ids_SN.masked_fill(~inside_SN, shared)
+    padded_SV = torch.cat([student_SV, torch.full_like(student_SV[:, :1], -math.inf)], dim=-1)
+    student_SN = padded_SV.gather(-1, where_SN)
+    difference_SN = (prob_SN.log() - student_SN).masked_fill(torch.isinf(student_SN) | (prob_SN == 0), 0.0)
+    named_part_S = (prob_SN * difference_SN).sum(-1)
+
+    rest_SV = padded_SV.scatter(-1, where_SN, -math.inf)[:, :shared]
+    student_rest_S = torch.logsumexp(rest_SV, dim=-1)
+    most_S = (1 - prob_SN.sum(-1)).clamp_min(0.0)
+    forbidden_S = torch.isinf(student_SV).sum(-1) - (torch.isinf(student_SN) & inside_SN).sum(-1)
+    kth_S = (logprobs_SN[:, : min(top_logprobs, logprobs_SN.shape[-1])].double().exp() / scale_S1).amin(-1)
+    least_S = (most_S - forbidden_S * kth_S).clamp_min(0.0)
+    # t log(t / s) falls until t = s / e and rises from there
+    mass_S = torch.minimum(torch.maximum(student_rest_S.exp() / math.e, least_S), most_S)
+    rest_part_S = (mass_S * (mass_S.log() - student_rest_S)).masked_fill(
+        torch.isinf(student_rest_S) | (mass_S == 0), 0.0
+    )
+    return (named_part_S + rest_part_S).clamp_min(0.0).float()
