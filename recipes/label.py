@@ -3,6 +3,9 @@
     python recipes/label.py --model recipes/embedded/student --teacher_model recipes/embedded/teacher \
         --dataset data/embedded --split label --output_dir labels/embedded --max_new_tokens 72
 
+A teacher too large for this machine may be behind a vLLM server: `--teacher_url http://host:8000`, with its tokenizer
+and config in `--teacher_model` (no weights are loaded). A key, where one is needed, is read from OPENAI_API_KEY.
+
 Run the same command again after an interruption and it goes on; `accelerate launch` shares the problems among
 processes. Label training problems only: calibrate on other
 ones, evaluate on yet others. Everything is checked before weights are loaded and before anything is written.
@@ -39,6 +42,7 @@ from transformers_s2t.labeling import (
     label_stats,
 )
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
+from transformers_s2t.teachers import HTTPTeacher, TeacherError
 from transformers_s2t.trajectories import CORRECTED_ROLLOUTS, TrajectoryHeader, read_labels
 
 
@@ -51,11 +55,26 @@ class LabelArguments:
     """Which models label which problems, and how."""
 
     model: str = field(metadata={"help": "Student: Hub id or local folder."})
-    teacher_model: str = field(metadata={"help": "Teacher, of the same tokenizer: Hub id or local folder."})
     dataset: str = field(
         metadata={"help": "Problems: a .jsonl, .json or .parquet file, a folder of such, or a Hub id (id:config)."}
     )
     output_dir: str = field(metadata={"help": "Folder of the labels; one that this run began is gone on with."})
+    teacher_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher, of the same tokenizer: Hub id or local folder. With `teacher_url` its tokenizer is "
+            "compared and its config read; left out, the server's tokenizer is taken to be the student's."
+        },
+    )
+    teacher_url: str | None = field(
+        default=None,
+        metadata={"help": "vLLM server that runs the teacher, e.g. http://host:8000; key in OPENAI_API_KEY."},
+    )
+    top_logprobs: int = field(
+        default=20,
+        metadata={"help": "Tokens that the server names at each position, at most its own --max-logprobs."},
+    )
+    max_concurrency: int = field(default=16, metadata={"help": "Requests to the server at one time."})
     split: str | None = field(default=None, metadata={"help": "Split on the Hub, or file name in a folder."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
     answer_column: str | None = field(
@@ -119,9 +138,11 @@ class LabelArguments:
     private: bool = field(default=False, metadata={"help": "Make that data set a private one."})
 
     def __post_init__(self):
+        if self.teacher_model is None and self.teacher_url is None:
+            raise ValueError("`teacher_model` is required, or `teacher_url` of a server that runs the teacher.")
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}.")
-        for name in ("batch_size", "shard_size"):
+        for name in ("batch_size", "shard_size", "top_logprobs", "max_concurrency"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
@@ -129,6 +150,8 @@ class LabelArguments:
             raise ValueError(f"`skip` must be 0 or more, got {self.skip!r}.")
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise ValueError(f"`max_prompt_tokens` must be at least 1, got {self.max_prompt_tokens!r}.")
+        if self.rollout_policy == "s2t" and self.teacher_url is not None:
+            raise ValueError("`rollout_policy` must not be 's2t' with `teacher_url`: a server is too far to ask at steps.")
         if self.trigger == "kl" and self.rollout_policy == "s2t-local":
             raise ValueError("`trigger` must not be 'kl' with rollout_policy='s2t-local', which has no teacher.")
         if (self.adapter is None) == (self.rollout_policy == "s2t-local"):
@@ -161,7 +184,7 @@ class LabelArguments:
         """The settings, without what has to be read from the models."""
         return TrajectoryHeader(
             model=self.model,
-            teacher_model=self.teacher_model,
+            teacher_model=self.teacher_model or "",
             vocab_hash="",
             num_candidates=self.num_candidates,
             target_rate=self.target_rate,
@@ -195,6 +218,7 @@ class Plan(NamedTuple):
     prompts: dict[str, list[int]]
     header: TrajectoryHeader
     pad_token_id: int
+    teacher: HTTPTeacher | None = None
 
 
 def prepare(args: LabelArguments) -> Plan:
@@ -208,10 +232,13 @@ def prepare(args: LabelArguments) -> Plan:
     if not problems:
         raise ValueError(f"`skip` must be below the number of problems, got {args.skip}: nothing is left to label.")
     tokenizer = load_pretrained("model", args.model, AutoTokenizer)
-    teacher_tokenizer = load_pretrained("teacher_model", args.teacher_model, AutoTokenizer)
+    teacher_tokenizer, teacher_config = tokenizer, None
+    if args.teacher_model is not None:
+        teacher_tokenizer = load_pretrained("teacher_model", args.teacher_model, AutoTokenizer)
+        teacher_config = load_pretrained("teacher_model", args.teacher_model, AutoConfig)
     vocab = check_same_vocabulary(tokenizer, teacher_tokenizer)
     config = load_pretrained("model", args.model, AutoConfig)
-    teacher_config = load_pretrained("teacher_model", args.teacher_model, AutoConfig)
+    teacher = None if args.teacher_url is None else connect(args, teacher_config)
 
     num_head_rows = config.get_text_config().vocab_size
     try:
@@ -230,7 +257,8 @@ def prepare(args: LabelArguments) -> Plan:
     encoded = [ids[: args.max_prompt_tokens] for ids in encoded]
     prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
     longest = max(len(ids) for ids in encoded)
-    check_lengths(longest, args.max_new_tokens, {"model": config, "teacher_model": teacher_config})
+    teacher_length = teacher_config if teacher is None else teacher.max_length
+    check_lengths(longest, args.max_new_tokens, {"model": config, "teacher_model": teacher_length})
     header = replace(
         args.header(),
         vocab_hash=vocab,
@@ -238,8 +266,29 @@ def prepare(args: LabelArguments) -> Plan:
         excluded_ids=tuple(excluded_ids),
         dtype=resolve_dtype(args.dtype, config),
     )
+    if teacher is not None:
+        header = replace(
+            header,
+            teacher_model=args.teacher_model or teacher.source,
+            teacher_source=teacher.source,
+            top_logprobs=teacher.top_logprobs,
+        )
     find_unfinished(args.output_dir, header, args.overwrite)
-    return Plan(prompts, header, pad_token_id)
+    return Plan(prompts, header, pad_token_id, teacher)
+
+
+def connect(args: LabelArguments, teacher_config: PretrainedConfig | None) -> HTTPTeacher:
+    """The server's model: the one called `teacher_model` there, or the only one."""
+    rows = None if teacher_config is None else teacher_config.get_text_config().vocab_size
+    try:
+        return HTTPTeacher(
+            args.teacher_url,
+            max_concurrency=args.max_concurrency,
+            top_logprobs=args.top_logprobs,
+            num_embeddings=rows,
+        )
+    except TeacherError as error:
+        raise ValueError(f"`teacher_url`: {error}") from None
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
@@ -269,11 +318,13 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
     if args.device_map is None and state.num_processes > 1:
         device_map = {"": state.device}  # each process has both models on its own device
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=device_map)
-    teacher_model = AutoModelForCausalLM.from_pretrained(args.teacher_model, dtype=dtype, device_map=device_map)
+    teacher = plan.teacher
+    if teacher is None:
+        teacher = AutoModelForCausalLM.from_pretrained(args.teacher_model, dtype=dtype, device_map=device_map)
     decode_with = None
     if args.rollout_policy in CORRECTED_ROLLOUTS:
         if args.adapter is None:
-            selector = TeacherSelector(teacher_model)
+            selector = TeacherSelector(teacher)
         else:
             selector = LocalSelector.from_pretrained(args.adapter, model)
         decode_with = {
@@ -283,7 +334,7 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
         }
     header = label_problems(
         model,
-        teacher_model,
+        teacher,
         plan.prompts,
         args.output_dir,
         plan.header,

@@ -30,6 +30,7 @@ from .triggers import kl_divergence
 
 
 _FLOOR = -9999.0  # what vLLM writes for minus infinity
+_CONNECT_TIMEOUT = 10.0  # seconds
 _MAX_WAIT = 30.0  # seconds between two attempts
 _START_RETRIES = 2  # a wrong address should not take minutes to be told
 _PLACEHOLDER = re.compile(r"token_id:(\d+)")
@@ -349,9 +350,7 @@ class HTTPTeacher:
                 longest = min(self.backoff * 2**attempt, _MAX_WAIT)
                 time.sleep(max(min(wait, _MAX_WAIT), longest * random.uniform(0.5, 1.0)))
         # outside of any `except`: what `requests` raised holds the request, and with it the key
-        raise TeacherError(
-            f"{self.url}/{path}: {self._auth.hide(problem)} (attempt {attempt + 1} of {max_retries + 1})."
-        )
+        raise TeacherError(f"{self.url}/{path}: {problem} (attempt {attempt + 1} of {max_retries + 1}).")
 
     def _ask_once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[Any, str | None, float | None]:
         """(answer, problem, seconds to wait at least before asking again, or None where that cannot help)."""
@@ -361,7 +360,7 @@ class HTTPTeacher:
                 f"{self.url}/{path}",
                 json=body,
                 auth=self._auth,
-                timeout=self.timeout,
+                timeout=(min(self.timeout, _CONNECT_TIMEOUT), self.timeout),
                 allow_redirects=False,
             )
         except requests.Timeout:
@@ -372,10 +371,14 @@ class HTTPTeacher:
             return None, f"the request failed ({type(error).__name__})", None
         status = response.status_code
         if status == 429 or status >= 500:
-            return None, f"status {status}: {_message_of(response)}", _seconds(response.headers.get("Retry-After"))
+            return (
+                None,
+                f"status {status}: {_message_of(response, self._auth)}",
+                _seconds(response.headers.get("Retry-After")),
+            )
         if status != 200:
             hint = f"; is {self._auth.variable} set?" if status in (401, 403) else ""
-            return None, f"status {status}: {_message_of(response)}{hint}", None
+            return None, f"status {status}: {_message_of(response, self._auth)}{hint}", None
         try:
             return json.loads(response.content), None, None
         except ValueError:
@@ -404,7 +407,9 @@ class _KeyFromEnvironment(AuthBase):
     def hide(self, text: str) -> str:
         """`text` without the key: a server may repeat it in its message."""
         key = self._key()
-        return text.replace(key, "***") if key else text
+        for form in {key, json.dumps(key)[1:-1]} - {""}:
+            text = text.replace(form, "***")
+        return text
 
 
 def _base_url(url: str) -> str:
@@ -426,22 +431,24 @@ def host_free(name: str) -> str:
     )
 
 
-def _message_of(response: requests.Response) -> str:
-    """The server's own words, on one line and not too many."""
-    text = " ".join(response.text.split())
+def _message_of(response: requests.Response, auth: _KeyFromEnvironment) -> str:
+    """The server's own words without the key, on one line and not too many."""
+    text = response.text
     try:
         data = json.loads(response.content)
         text = str((data.get("error") or data).get("message") or text)
     except (ValueError, AttributeError):
         pass
+    text = " ".join(auth.hide(text).split())
     return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _seconds(retry_after: str | None) -> float:
     try:
-        return max(float(retry_after), 0.0)
+        seconds = float(retry_after)
     except (TypeError, ValueError):
         return 0.0
+    return seconds if 0 < seconds < math.inf else 0.0
 
 
 class _TopReading:
