@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,6 +255,15 @@ def test_what_the_client_did_wrong_is_not_repeated(server):
     with pytest.raises(TeacherError, match="status 400: This model's maximum context length.*attempt 1 of 9"):
         teacher.logprobs_of([[5] * 128], [[3]])
     assert len(server.bodies) == before + 1
+
+
+def test_one_failure_ends_the_waiting_of_all(server):
+    teacher = connect(server, backoff=20.0)
+    server.faults += ["error"] * 99
+    began = time.monotonic()
+    with pytest.raises(TeacherError, match="maximum context length"):
+        teacher.logprobs_of([[5] * 128, [5], [5], [5]], [[3]] * 4)
+    assert time.monotonic() - began < 5
 
 
 def test_a_failed_run_goes_on_where_it_stopped(pair, prompts, tmp_path, server):

@@ -163,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             if owner.delay:
                 time.sleep(owner.delay)
             status, answer = owner.answer(body)
-            if fault is None:
+            if fault is None or status == 400:
                 status_and_answer = (status, answer)
             else:
                 status_and_answer = getattr(self, f"fault_{fault}")(status, answer)

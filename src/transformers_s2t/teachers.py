@@ -12,7 +12,7 @@ import math
 import os
 import random
 import re
-import time
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
@@ -255,8 +255,13 @@ class HTTPTeacher:
         return self._all(self._next_token, prefixes, ids)
 
     def _all(self, function: Callable, *columns: Sequence) -> list:
+        stop = threading.Event()
         with ThreadPoolExecutor(self.max_concurrency) as pool:
-            return list(pool.map(function, *columns))  # the first failure cancels what has not begun
+            try:
+                return list(pool.map(lambda *row: function(*row, stop), *columns))
+            except BaseException:  # what has not begun is cancelled; what waits for another attempt need not
+                stop.set()
+                raise
 
     def _find_model(self, model: str | None) -> tuple[str, int | None]:
         answer = self._ask("GET", "models", None, min(self.max_retries, _START_RETRIES))
@@ -274,7 +279,7 @@ class HTTPTeacher:
         length = offered[name]
         return name, None if length is None else length - 1  # one token is generated, and thrown away
 
-    def _complete(self, prompt: Sequence[int], **settings: Any) -> dict[str, Any]:
+    def _complete(self, prompt: Sequence[int], stop: threading.Event | None, **settings: Any) -> dict[str, Any]:
         body = {
             "model": self.model,
             "prompt": list(prompt),
@@ -287,15 +292,17 @@ class HTTPTeacher:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
-        answer = self._ask("POST", "completions", body | settings, self.max_retries)
+        answer = self._ask("POST", "completions", body | settings, self.max_retries, stop)
         try:
             return dict(answer["choices"][0])
         except (KeyError, TypeError, IndexError, ValueError):
             raise TeacherError(f"{self.url}/completions answered without `choices`.") from None
 
-    def _best_tokens(self, ids: Sequence[int], prompt_length: int) -> list[dict[int, float]]:
+    def _best_tokens(
+        self, ids: Sequence[int], prompt_length: int, stop: threading.Event | None = None
+    ) -> list[dict[int, float]]:
         """Token id -> log-probability at every position from `prompt_length` on."""
-        choice = self._complete(ids, prompt_logprobs=self.top_logprobs)
+        choice = self._complete(ids, stop, prompt_logprobs=self.top_logprobs)
         entries = choice.get("prompt_logprobs")
         if not isinstance(entries, list) or len(entries) != len(ids):
             found = len(entries) if isinstance(entries, list) else "no"
@@ -312,10 +319,12 @@ class HTTPTeacher:
             raise TeacherError(f"{self.url}/completions gave `prompt_logprobs` that lack the tokens of the text.")
         return rows
 
-    def _next_token(self, prefix: Sequence[int], ids: Sequence[int]) -> list[float]:
+    def _next_token(
+        self, prefix: Sequence[int], ids: Sequence[int], stop: threading.Event | None = None
+    ) -> list[float]:
         """Log-probabilities of exactly these next tokens."""
         choice = self._complete(
-            prefix, logprobs=len(ids), logprob_token_ids=list(ids), return_tokens_as_token_ids=True
+            prefix, stop, logprobs=len(ids), logprob_token_ids=list(ids), return_tokens_as_token_ids=True
         )
         try:
             named = choice["logprobs"]["top_logprobs"][0]
@@ -337,8 +346,16 @@ class HTTPTeacher:
             raise ValueError("no log-probability")
         return MISSING_LOGPROB if value <= _FLOOR else min(value, 0.0)
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None, max_retries: int) -> Any:
-        """The answer's JSON. Waits and asks again where that may help."""
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        max_retries: int,
+        stop: threading.Event | None = None,
+    ) -> Any:
+        """The answer's JSON. Waits and asks again where that may help, unless told to stop."""
+        stop = threading.Event() if stop is None else stop
         for attempt in range(max_retries + 1):
             answer, problem, wait = self._ask_once(method, path, body)
             if problem is None:
@@ -348,7 +365,8 @@ class HTTPTeacher:
             if attempt < max_retries:
                 # jitter, so that the requests which one fault broke do not all come back at one moment
                 longest = min(self.backoff * 2**attempt, _MAX_WAIT)
-                time.sleep(max(min(wait, _MAX_WAIT), longest * random.uniform(0.5, 1.0)))
+                if stop.wait(max(min(wait, _MAX_WAIT), longest * random.uniform(0.5, 1.0))):
+                    break
         # outside of any `except`: what `requests` raised holds the request, and with it the key
         raise TeacherError(f"{self.url}/{path}: {problem} (attempt {attempt + 1} of {max_retries + 1}).")
 
