@@ -377,7 +377,13 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"label.py: {error}", file=sys.stderr)
         sys.exit(2)
-    stats = label(args, plan)
+    if plan.teacher is not None and args.teacher_model is None:
+        print("label.py: without `teacher_model` nobody checks that the server has the same tokens.", file=sys.stderr)
+    try:
+        stats = label(args, plan)
+    except TeacherError as error:
+        print(f"label.py: {error} What is labelled is kept; the same command goes on.", file=sys.stderr)
+        sys.exit(1)
     if stats is not None:
         print(report(args, stats))
 

@@ -438,6 +438,24 @@ def test_the_recipe_labels_with_a_server_and_loads_no_teacher(bench, server, rec
     assert read_header(bench / "nameless").teacher_model == "tiny-teacher"
 
 
+def test_the_recipe_says_in_one_line_that_the_server_is_gone_and_goes_on_later(
+    bench, server, recipe, capsys, monkeypatch
+):
+    def impatient(*args, **kwargs):
+        return HTTPTeacher(*args, **kwargs, max_retries=0)
+
+    monkeypatch.setattr(recipe, "HTTPTeacher", impatient)
+    arguments = command(bench, "http", teacher_model=bench / "teacher", teacher_url=server.url, shard_size=2)
+    server.faults += [None] * 6 + ["error"]
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(arguments)
+    assert stopped.value.code == 1
+    assert "status 500: Internal Server Error" in capsys.readouterr().err
+    recipe.main(arguments)
+    recipe.main(command(bench, "local", teacher_model=bench / "teacher"))
+    assert_rows_agree(rows_of(bench / "http"), rows_of(bench / "local"))
+
+
 def test_the_recipe_refuses_in_one_line(bench, server, recipe, capsys, monkeypatch):
     monkeypatch.setattr(recipe, "label", lambda *args: pytest.fail("weights were loaded"))
     server.max_logprobs = 5
