@@ -151,7 +151,9 @@ class LabelArguments:
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise ValueError(f"`max_prompt_tokens` must be at least 1, got {self.max_prompt_tokens!r}.")
         if self.rollout_policy == "s2t" and self.teacher_url is not None:
-            raise ValueError("`rollout_policy` must not be 's2t' with `teacher_url`: a server is too far to ask at steps.")
+            raise ValueError(
+                "`rollout_policy` must not be 's2t' with `teacher_url`: a server is too far to ask at steps."
+            )
         if self.trigger == "kl" and self.rollout_policy == "s2t-local":
             raise ValueError("`trigger` must not be 'kl' with rollout_policy='s2t-local', which has no teacher.")
         if (self.adapter is None) == (self.rollout_policy == "s2t-local"):
