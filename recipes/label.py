@@ -350,6 +350,8 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
         return None
     labels, _ = read_labels(args.output_dir)
     stats = {"divergence_threshold": header.divergence_threshold, **label_stats(labels, header.divergence_threshold)}
+    for half_written in Path(args.output_dir).glob(f".{STATS_NAME}.*"):  # of a run that was killed here
+        half_written.unlink()
     write_json(Path(args.output_dir) / STATS_NAME, stats)
     write_data_card(args.output_dir, labels, header, stats)
     if args.push_to_hub is not None:

@@ -36,6 +36,7 @@ from .trajectories import (
     POINTS,
     TrajectoryHeader,
     done_problem_ids,
+    half_written_files,
     next_shard_index,
     read_header,
     remove_labels,
@@ -335,7 +336,7 @@ def find_unfinished(
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`output_dir` must be a folder, got the file {str(folder)!r}.")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or set(folder.iterdir()) <= set(half_written_files(folder)):
         return None
     if overwrite and ((folder / HEADER_NAME).is_file() or shard_files(folder)):
         return None
@@ -379,9 +380,10 @@ def label_problems(
 ) -> TrajectoryHeader:
     """Rolls out, scores and writes every problem that `output_dir` does not hold yet.
 
-    A shard is written at once or not at all, so a killed run loses one shard's work at most, and the same call goes on
-    with the rest. Processes that `accelerate launch` has started share the shards. In float32 the rows do not depend
-    on `batch_size`, `shard_size`, interruptions or the number of processes.
+    A shard is written at once or not at all, so a killed run loses one shard's work at most (or the sample's, while
+    the threshold is estimated), and the same call goes on with the rest, to the same bytes. Processes that `accelerate
+    launch` has started share the shards. In float32 the rows do not depend on `batch_size`, `shard_size` or the number
+    of processes beyond rounding.
 
     Args:
         model: the student; put into eval mode.
@@ -445,7 +447,10 @@ def label_problems(
         if header.divergence_threshold is None:
             bar.set_description("Estimating the threshold")
             sample = list(prompts)[: header.threshold_sample]
-            ready = worker.run([id for id in sample if id in mine])
+            # Whole shards, as a run that goes on makes them: in other batches rounding would be another one.
+            for _, ids in shards:
+                if not set(sample).isdisjoint(ids):
+                    ready |= worker.run(ids)
             own = [(id, trajectory.scores.divergence_S) for id, trajectory in ready.items()]
             divergences = dict(gather_object(own))
             threshold = calibrate_threshold(torch.cat([divergences[id] for id in sample]), header.target_rate)
@@ -454,7 +459,8 @@ def label_problems(
         if state.is_main_process:
             if overwrite:
                 remove_labels(output_dir)
-            _remove_half_written(output_dir)
+            for file in half_written_files(output_dir):
+                file.unlink()
             write_header(output_dir, header)
         state.wait_for_everyone()
         bar.set_description("Labeling")
@@ -608,11 +614,6 @@ def label_stats(labels: Dataset, divergence_threshold: float) -> dict[str, Any]:
         "kl_points": kl_points,
         "hit_at_k": {str(k): hits[k] / kl_points for k in HIT_SIZES if k <= width} if kl_points else {},
     }
-
-
-def _remove_half_written(folder: str | os.PathLike) -> None:
-    for file in Path(folder).glob(".part-*.parquet.*"):
-        file.unlink()
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -197,7 +197,11 @@ def write_header(folder: str | os.PathLike, header: TrajectoryHeader) -> None:
         f"(arXiv 2604.26940). `{HEADER_NAME}` says how they were made; `transformers_s2t.trajectories.read_labels` "
         "reads them.\n"
     )
-    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    file = folder / CARD_NAME
+    # Left alone where it is right: after the header of a finished run nothing follows that a kill could cut short.
+    if not file.is_file() or file.read_text(encoding="utf-8") != card:
+        with atomic_write(file) as out:
+            out.write(card.encode("utf-8"))
 
 
 def read_header(folder: str | os.PathLike) -> TrajectoryHeader | None:
@@ -350,10 +354,19 @@ def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[Mapping[st
     return file
 
 
+def half_written_files(folder: str | os.PathLike) -> list[Path]:
+    """Temporary files that a killed run left behind, see `atomic_write`."""
+    patterns = (".part-*.parquet.*", f".{HEADER_NAME}.*", f".{CARD_NAME}.*")
+    return [file for pattern in patterns for file in Path(folder).glob(pattern)]
+
+
 def remove_labels(folder: str | os.PathLike) -> None:
-    """Removes what a labeling run wrote into a folder, half-written shards included, and nothing else."""
+    """Removes what a labeling run wrote into a folder, half-written files included, and nothing else.
+
+    The header goes last: without it, what a kill leaves behind would be taken for somebody else's files.
+    """
     folder = Path(folder)
-    for file in [*shard_files(folder), *folder.glob(".part-*.parquet.*"), folder / HEADER_NAME, folder / CARD_NAME]:
+    for file in [*half_written_files(folder), *shard_files(folder), folder / CARD_NAME, folder / HEADER_NAME]:
         file.unlink(missing_ok=True)
 
 
