@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 # vocabulary: that of `tiny` and `qwen2.5-0.5b` is cut, because a head of 151936 rows would hide the layers
 SHAPES = {
     "tiny": (64, 192, 4, 2, 1, 1000),
+    "tiny-wide": (128, 384, 4, 4, 2, 1000),  # teachers: twice as wide
     "small": (512, 1408, 8, 8, 2, 32000),
+    "small-wide": (1024, 2816, 8, 16, 4, 32000),
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 32768),
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936),
 }
