@@ -34,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import torch
@@ -105,6 +105,27 @@ def make_header(args: argparse.Namespace, vocab_size: int) -> TrajectoryHeader:
     )
 
 
+class Clock:
+    """Wall and CPU seconds since this was made; the latter do not depend on what else the machine does."""
+
+    def __init__(self):
+        self.began = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+
+
+class Rate(NamedTuple):
+    """Positions per second of one way in one turn."""
+
+    wall: float
+    cpu: float
+
+
+def make_rate(num_positions: int, seconds: tuple[float, float]) -> Rate:
+    return Rate(*(num_positions / max(value, 1e-9) for value in seconds))
+
+
 # --- both ways -------------------------------------------------------------------------------------------------------
 
 
@@ -114,14 +135,14 @@ def run_pipeline(
     prompts: dict[str, list[int]],
     header: TrajectoryHeader,
     batch_size: int,
-) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds, and the rows that were written."""
+) -> tuple[tuple[float, float], list[dict[str, Any]]]:
+    """Wall and CPU seconds, and the rows that were written."""
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        clock = Clock()
         label_problems(
             model, teacher_model, prompts, folder, header, pad_token_id=0, batch_size=batch_size, show_progress=False
         )
-        seconds = time.perf_counter() - began
+        seconds = clock.read()
         rows = [row for file in shard_files(folder) for row in pq.read_table(file).to_pylist()]
     return seconds, rows
 
@@ -148,10 +169,10 @@ def run_stepwise(
     prompts: dict[str, list[int]],
     header: TrajectoryHeader,
     cached: bool,
-) -> tuple[float, list[tuple[list[int], TrajectoryScores, list[float]]]]:
-    """Seconds, and of each problem its text, its scores and the differences of the teacher's two best tokens."""
+) -> tuple[tuple[float, float], list[tuple[list[int], TrajectoryScores, list[float]]]]:
+    """Wall and CPU seconds, and of each problem its text, its scores and how far the teacher's two best lie apart."""
     excluded = torch.tensor(header.excluded_ids, device=model.device)
-    began, done = time.perf_counter(), []
+    clock, done = Clock(), []
     for prompt in prompts.values():
         ids, parts, gaps = list(prompt), [], []
         student, teacher = Stepper(model, cached), Stepper(teacher_model, cached)
@@ -163,7 +184,7 @@ def run_stepwise(
             gaps.append(float(best_2[0] - best_2[1]))
             ids.append(int(exclude(logits_1V, excluded).argmax(-1)))
         done.append((ids, TrajectoryScores(*(torch.cat(columns) for columns in zip(*parts))), gaps))
-    return time.perf_counter() - began, done
+    return clock.read(), done
 
 
 class RowsDiffer(RuntimeError):
@@ -218,13 +239,8 @@ def compare(
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
-def synchronize(args: argparse.Namespace) -> None:
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Positions per second of each way in each turn, and how many positions were generated and compared."""
+def measure(args: argparse.Namespace) -> tuple[dict[str, list[Rate]], dict[str, int]]:
+    """The rates of each way in each turn, and how many positions were generated and compared."""
     pair = make_models(args)
     vocab_size = min(one.get_output_embeddings().weight.shape[0] for one in pair)
     prompts, header = make_prompts(args, vocab_size), make_header(args, vocab_size)
@@ -233,21 +249,20 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
     short = TrajectoryHeader(**header.to_dict() | {"max_new_tokens": 2})
     run_stepwise(*pair, dict(list(few.items())[:1]), short, cached)  # what is loaded on first use is no cost of a way
     run_pipeline(*pair, dict(list(prompts.items())[:2]), short, batch_size=2)
-    rates: dict[str, list[float]] = {"stepwise": []} | {f"pipeline {size}": [] for size in args.batch_sizes}
+    rates: dict[str, list[Rate]] = {"stepwise": []} | {f"pipeline {size}": [] for size in args.batch_sizes}
     counts = {"stepwise_positions": 0, "pipeline_positions": 0, "compared_positions": 0}
     with tqdm(total=args.turns * len(rates), unit="run") as bar:
         for _ in range(args.turns):
             bar.set_description("stepwise")
-            synchronize(args)
             seconds, steps = run_stepwise(*pair, few, header, cached)
             counts["stepwise_positions"] = sum(len(scores.divergence_S) for _, scores, _ in steps)
-            rates["stepwise"].append(counts["stepwise_positions"] / seconds)
+            rates["stepwise"].append(make_rate(counts["stepwise_positions"], seconds))
             bar.update()
             for size in args.batch_sizes:
                 bar.set_description(f"pipeline, batch {size}")
                 seconds, rows = run_pipeline(*pair, prompts, header, size)
                 counts["pipeline_positions"] = sum(len(row["divergence"]) for row in rows)
-                rates[f"pipeline {size}"].append(counts["pipeline_positions"] / seconds)
+                rates[f"pipeline {size}"].append(make_rate(counts["pipeline_positions"], seconds))
                 bar.update()
                 if [row["problem_id"] for row in rows] != list(prompts):
                     raise RowsDiffer("the pipeline's rows are not those of the problems.")
@@ -257,16 +272,20 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
     return rates, counts
 
 
-def make_row(name: str, samples: list[float], stepwise: list[float], batch_size: int, dtype: str) -> dict[str, Any]:
+def make_row(
+    name: str, samples: list[Rate], stepwise: list[Rate], batch_size: int, args: argparse.Namespace
+) -> dict[str, Any]:
     """One row of the JSON from positions per second, each beside stepwise's of the same turn."""
-    speedups = [own / theirs for own, theirs in zip(samples, stepwise)]
+    speedups = [own.wall / theirs.wall for own, theirs in zip(samples, stepwise)]
+    cpu_speedups = [own.cpu / theirs.cpu for own, theirs in zip(samples, stepwise)]
     return {
         "name": name,
         "batch_size": batch_size,
-        "dtype": dtype,
-        "positions_per_second": round(statistics.median(samples), 4),
+        "dtype": args.dtype,
+        "positions_per_second": round(statistics.median(rate.wall for rate in samples), 4),
         "speedup_over_stepwise": round(statistics.median(speedups), 4),
         "speedup_range": [round(min(speedups), 4), round(max(speedups), 4)],
+        "cpu_speedup_over_stepwise": None if args.device == "cuda" else round(statistics.median(cpu_speedups), 4),
         "turns": len(samples),
     }
 
@@ -291,11 +310,13 @@ def format_table(rows: list[dict[str, Any]], meta: dict[str, Any]) -> str:
              f"{settings['prompt_tokens']} tokens, rollouts of {settings['new_tokens']},",
              f"K = {settings['num_candidates']}, {settings['num_problems']} problems, {meta['device']}, "
              f"{meta['threads']} thread(s): median of {rows[0]['turns']} turn(s)", ""]  # fmt: skip
-    cells = [["", "batch", "positions/s", "speed-up", "[min, max]"]]
+    cells = [["", "batch", "positions/s", "speed-up", "[min, max]", "cpu"]]
     for row in rows:
         low, high = row["speedup_range"]
+        cpu = row["cpu_speedup_over_stepwise"]
         cells.append([row["name"], str(row["batch_size"]), f"{row['positions_per_second']:.1f}",
-                      f"{row['speedup_over_stepwise']:.1f}", f"[{low:.1f}, {high:.1f}]"])  # fmt: skip
+                      f"{row['speedup_over_stepwise']:.1f}", f"[{low:.1f}, {high:.1f}]",
+                      "-" if cpu is None else f"{cpu:.1f}"])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
     caches = "with both KV caches" if meta["stepwise_cache"] == "both" else "on the whole text at every step"
@@ -376,9 +397,9 @@ def main(argv: list[str] | None = None) -> None:
     except RowsDiffer as error:
         sys.exit(f"label.py: the two ways do not agree: {error}")
     meta = make_meta(args, counts)
-    rows = [make_row("stepwise", rates["stepwise"], rates["stepwise"], 1, args.dtype)]
+    rows = [make_row("stepwise", rates["stepwise"], rates["stepwise"], 1, args)]
     for size in args.batch_sizes:
-        rows.append(make_row("pipeline", rates[f"pipeline {size}"], rates["stepwise"], size, args.dtype))
+        rows.append(make_row("pipeline", rates[f"pipeline {size}"], rates["stepwise"], size, args))
     print(f"\n{format_table(rows, meta)}")
     if args.json is not None:
         write_json(args.json, {"meta": meta, "rows": rows})

@@ -7,19 +7,23 @@ A teacher too large for this machine may be behind a vLLM server: `--teacher_url
 and config in `--teacher_model` (no weights are loaded). A key, where one is needed, is read from OPENAI_API_KEY.
 
 Run the same command again after an interruption and it goes on; `accelerate launch` shares the problems among
-processes. Label training problems only: calibrate on other
-ones, evaluate on yet others. Everything is checked before weights are loaded and before anything is written.
+processes; with `--dry_run true` it labels a sample, keeps nothing and says what the rest will cost. Label training
+problems only: calibrate on other ones, evaluate on yet others. Everything is checked before weights are loaded and
+before anything is written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
+import tempfile
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import pyarrow.parquet as pq
 import tokenizers
 import torch
 import transformers
@@ -28,7 +32,14 @@ from data_card import write_data_card
 from huggingface_hub import HfApi
 from models import load_pretrained
 from problems import encode_prompts, load_problems
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from trl import TrlParser
 
 import transformers_s2t
@@ -43,10 +54,17 @@ from transformers_s2t.labeling import (
 )
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
 from transformers_s2t.teachers import HTTPTeacher, TeacherError
-from transformers_s2t.trajectories import CORRECTED_ROLLOUTS, TrajectoryHeader, read_labels
+from transformers_s2t.trajectories import (
+    CORRECTED_ROLLOUTS,
+    TrajectoryHeader,
+    done_problem_ids,
+    read_labels,
+    shard_files,
+)
 
 
 STATS_NAME = "label_stats.json"
+DRY_RUN_PROBLEMS = 8  # or a whole batch, where that is more: the time of a row depends on how many run beside it
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -136,6 +154,9 @@ class LabelArguments:
         default=None, metadata={"help": "Hub data set (you/name) to which the finished labels are pushed."}
     )
     private: bool = field(default=False, metadata={"help": "Make that data set a private one."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Label a sample, write nothing, and print what the whole job will cost."}
+    )
 
     def __post_init__(self):
         if self.teacher_model is None and self.teacher_url is None:
@@ -312,10 +333,12 @@ def _eos_token_ids(name: str, config: PretrainedConfig, tokenizer_eos: int | Non
     return sorted({*ids, *([] if tokenizer_eos is None else [tokenizer_eos])})
 
 
-def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
-    """Loads the weights, labels, writes the statistics and returns them; `None` in all processes but the main one."""
+def load_models(
+    args: LabelArguments, plan: Plan
+) -> tuple[PreTrainedModel, PreTrainedModel | HTTPTeacher, dict[str, Any] | None]:
+    """The student, the teacher, and how the student's rollouts are corrected."""
     dtype = plan.header.dtype
-    state = PartialState(cpu=args.device_map == "cpu" or not torch.accelerator.is_available())
+    state = process_state(args)
     device_map = args.device_map or ("auto" if torch.accelerator.is_available() else "cpu")
     if args.device_map is None and state.num_processes > 1:
         device_map = {"": state.device}  # each process has both models on its own device
@@ -334,6 +357,18 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
             "selector": selector,
             "decoding_config": args.decoding_config(),
         }
+    return model, teacher, decode_with
+
+
+def process_state(args: LabelArguments) -> PartialState:
+    """Which of the processes that accelerate has started this one is."""
+    return PartialState(cpu=args.device_map == "cpu" or not torch.accelerator.is_available())
+
+
+def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
+    """Loads the weights, labels, writes the statistics and returns them; `None` in all processes but the main one."""
+    state = process_state(args)
+    model, teacher, decode_with = load_models(args, plan)
     header = label_problems(
         model,
         teacher,
@@ -371,12 +406,86 @@ def report(args: LabelArguments, stats: dict[str, Any]) -> str:
     )
 
 
+class Cost(NamedTuple):
+    """What is left to do, by a sample of it. Loading the models is not in the time."""
+
+    sample: int
+    sample_seconds: float
+    done: int
+    problems: int
+    prompt_tokens: int
+    generated_tokens: int
+    points: int
+    seconds: float
+    num_bytes: int
+
+
+def estimate(args: LabelArguments, plan: Plan) -> Cost:
+    """Labels problems from all over what is left into a temporary folder, and scales up what that took."""
+    unfinished = find_unfinished(args.output_dir, plan.header, args.overwrite) is not None
+    done = done_problem_ids(args.output_dir) & plan.prompts.keys() if unfinished else set()
+    todo = [id for id in plan.prompts if id not in done]
+    if not todo:
+        return Cost(0, 0.0, len(done), 0, 0, 0, 0, 0.0, 0)
+    num_sample = min(len(todo), max(DRY_RUN_PROBLEMS, args.batch_size))
+    sample = {id: plan.prompts[id] for id in (todo[i * len(todo) // num_sample] for i in range(num_sample))}
+    model, teacher, decode_with = load_models(args, plan)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        label_problems(
+            model,
+            teacher,
+            sample,
+            folder,
+            plan.header,
+            plan.pad_token_id,
+            args.batch_size,
+            num_sample,
+            decode_with=decode_with,
+        )
+        seconds = time.perf_counter() - began
+        files = shard_files(folder)
+        num_bytes = sum(file.stat().st_size for file in files)
+        rows = [row for file in files for row in pq.read_table(file, columns=["divergence", "positions"]).to_pylist()]
+    share = len(todo) / num_sample
+    return Cost(
+        sample=num_sample,
+        sample_seconds=seconds,
+        done=len(done),
+        problems=len(todo),
+        prompt_tokens=sum(len(plan.prompts[id]) for id in todo),
+        generated_tokens=round(share * sum(len(row["divergence"]) for row in rows)),
+        points=round(share * sum(len(row["positions"]) for row in rows)),
+        seconds=share * seconds,
+        num_bytes=round(share * num_bytes),
+    )
+
+
+def report_cost(cost: Cost) -> str:
+    if not cost.problems:
+        return f"dry run: all {cost.done} problems are labelled, nothing is left to do"
+    minutes = cost.seconds / 60
+    disk = f"{cost.num_bytes / 1e6:.1f} MB" if cost.num_bytes >= 1e6 else f"{cost.num_bytes / 1e3:.1f} kB"
+    time_left = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.1f} minutes"
+    return (
+        f"dry run: {cost.sample} problems took {cost.sample_seconds:.1f} s, nothing was kept\n"
+        f"left to do: {cost.problems} problems ({cost.done} are done); about\n"
+        f"  teacher tokens  {cost.prompt_tokens + cost.generated_tokens} "
+        f"({cost.prompt_tokens} of prompts, {cost.generated_tokens} generated)\n"
+        f"  positions       {cost.generated_tokens} scored, {cost.points} stored as decision points\n"
+        f"  time            {time_left}, and loading the models\n"
+        f"  disk            {disk}"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     try:
         arguments = sys.argv[1:] if argv is None else list(argv)
         if arguments and arguments[-1] == "--config":
             raise ValueError("`--config` must be followed by a YAML file.")
         (args,) = TrlParser(LabelArguments, description=__doc__.split("\n")[0]).parse_args_and_config(arguments)
+        if args.dry_run and process_state(args).num_processes > 1:
+            raise ValueError("`dry_run` is for one process: start it with python, not with accelerate launch.")
         plan = prepare(args)
     except (ValueError, OSError) as error:
         print(f"label.py: {error}", file=sys.stderr)
@@ -384,6 +493,9 @@ def main(argv: list[str] | None = None) -> None:
     if plan.teacher is not None and args.teacher_model is None:
         print("label.py: without `teacher_model` nobody checks that the server has the same tokens.", file=sys.stderr)
     try:
+        if args.dry_run:
+            print(report_cost(estimate(args, plan)))
+            return
         stats = label(args, plan)
     except TeacherError as error:
         print(f"label.py: {error} What is labelled is kept; the same command goes on.", file=sys.stderr)

@@ -24,6 +24,7 @@ P, S, K = 5, 7, 4
 ARGUMENTS = "--shape tiny --prompt_tokens 5 --new_tokens 7 --num_candidates 4 --batch_sizes 3 2 --turns 2".split()
 ARGUMENTS += ["--threads", "1"]
 ROW = {"name", "batch_size", "dtype", "positions_per_second", "speedup_over_stepwise", "speedup_range", "turns"}
+ROW |= {"cpu_speedup_over_stepwise"}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,7 @@ def test_rows_and_meta_have_what_readers_of_the_file_expect(run):
         assert set(row) == ROW and (row["dtype"], row["turns"]) == ("float32", 2)
         low, high = row["speedup_range"]
         assert row["positions_per_second"] > 0 and 0 < low <= row["speedup_over_stepwise"] <= high
+        assert row["cpu_speedup_over_stepwise"] > 0
     assert run["rows"][0]["speedup_range"] == [1, 1]
     meta = run["meta"]
     assert {"threads", "device", "torch", "transformers", "settings"} <= set(meta)

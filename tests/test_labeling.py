@@ -5,6 +5,7 @@ Legend: S generated positions, K candidates, V vocabulary.
 
 import importlib
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -579,6 +580,51 @@ def test_recipe_end_to_end(bench, capsys):
     # again: nothing to do, the same files
     before = {file.name: file.read_bytes() for file in (bench / "labels").iterdir()}
     recipe.main([*command(bench), "--config", str(bench / "label.yaml")])
+    assert {file.name: file.read_bytes() for file in (bench / "labels").iterdir()} == before
+
+
+def numbers_of(printed):
+    return [float(number) for number in re.findall(r"[\d.]+", printed.split("left to do")[1])]
+
+
+def test_a_dry_run_says_what_the_job_costs_and_writes_nothing(bench, capsys, monkeypatch):
+    recipe = load_recipe("label")
+    before = {file: file.stat().st_mtime_ns for file in bench.rglob("*")}
+    recipe.main(command(bench, dry_run=True))
+    problems, done, teacher, prompts, generated, scored, points, _, kilobytes = numbers_of(capsys.readouterr().out)
+    assert {file: file.stat().st_mtime_ns for file in bench.rglob("*")} == before
+    recipe.main(command(bench))  # the sample was the whole job, so all of it is exact
+    rows = rows_of(bench / "labels")
+    assert (problems, done) == (8, 0) and teacher == sum(len(row["input_ids"]) for row in rows)
+    assert prompts == sum(row["prompt_length"] for row in rows) and teacher == prompts + generated
+    assert scored == generated == sum(len(row["divergence"]) for row in rows)
+    assert points == sum(len(row["positions"]) for row in rows) and kilobytes > 0
+
+    capsys.readouterr()
+    recipe.main(command(bench, dry_run=True))
+    assert "all 8 problems are labelled" in capsys.readouterr().out
+
+
+def test_a_dry_run_scales_a_sample_to_what_is_left(bench, capsys, monkeypatch):
+    recipe = load_recipe("label")
+    recipe.main(command(bench, limit=2))
+    before = {file.name: file.read_bytes() for file in (bench / "labels").iterdir()}
+    monkeypatch.setattr(recipe, "DRY_RUN_PROBLEMS", 3)
+    seen, label_problems = [], recipe.label_problems
+
+    def spy(model, teacher_model, prompts, *args):
+        seen.append((list(prompts.values()), args[0]))
+        return label_problems(model, teacher_model, prompts, *args)
+
+    monkeypatch.setattr(recipe, "label_problems", spy)
+    capsys.readouterr()
+    recipe.main(command(bench, dry_run=True, batch_size=2, max_new_tokens=8, points="floor+kl"))
+    printed = capsys.readouterr().out
+    problems, done, teacher, prompts, generated, scored, *_ = numbers_of(printed)
+    assert (problems, done) == (6, 2) and "3 problems took" in printed
+    assert teacher == prompts + generated and 0 < generated <= 6 * 8 and generated % 2 == 0  # twice the sample's
+    ((sample, folder),) = seen
+    assert len(sample) == 3 and not Path(folder).exists()
     assert {file.name: file.read_bytes() for file in (bench / "labels").iterdir()} == before
 
 
