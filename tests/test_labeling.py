@@ -612,9 +612,9 @@ def test_a_dry_run_scales_a_sample_to_what_is_left(bench, capsys, monkeypatch):
     monkeypatch.setattr(recipe, "DRY_RUN_PROBLEMS", 3)
     seen, label_problems = [], recipe.label_problems
 
-    def spy(model, teacher_model, prompts, *args):
+    def spy(model, teacher_model, prompts, *args, **kwargs):
         seen.append((list(prompts.values()), args[0]))
-        return label_problems(model, teacher_model, prompts, *args)
+        return label_problems(model, teacher_model, prompts, *args, **kwargs)
 
     monkeypatch.setattr(recipe, "label_problems", spy)
     capsys.readouterr()
