@@ -39,7 +39,17 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from setting import FIRST_TOKEN, NUM_RESERVED, SHAPES, Parser, check_file, fill_in_shape, machine_meta, random_model
+from setting import (
+    FIRST_TOKEN,
+    NUM_RESERVED,
+    SHAPES,
+    Parser,
+    check_device,
+    check_file,
+    fill_in_shape,
+    machine_meta,
+    random_model,
+)
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -519,8 +529,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not all(one >= low for one in (value if isinstance(value, list) else [value])):
             raise ValueError(f"--{name} must be at least {low}, got {value}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here.")
+    check_device(args)
     if args.attn_implementation == "flash_attention_2":
         if args.device != "cuda" or args.dtype == "float32":
             raise ValueError("--attn_implementation flash_attention_2 needs --device cuda and a 16-bit --dtype.")

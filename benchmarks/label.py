@@ -43,7 +43,9 @@ from setting import (
     NUM_RESERVED,
     SHAPES,
     Parser,
+    check_device,
     check_file,
+    check_range,
     fill_in_shape,
     machine_meta,
     random_model,
@@ -358,16 +360,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     least = {"prompt_tokens": 1, "new_tokens": 2, "num_candidates": 1, "num_problems": 1, "stepwise_problems": 1}
     least |= {"turns": 1, "num_layers": 1, "threads": 1, "tolerance": 0, "batch_sizes": 1}
     least["vocab_size"] = FIRST_TOKEN + max(args.num_candidates, 2) + NUM_RESERVED
-    for name, low in least.items():
-        value = getattr(args, name)
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and one < low:
-                raise ValueError(f"--{name} must be at least {low}, got {one}.")
-    for name, high in (("num_candidates", MAX_CANDIDATES), ("stepwise_problems", args.num_problems)):
-        if getattr(args, name) > high:
-            raise ValueError(f"--{name} must be at most {high}, got {getattr(args, name)}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here.")
+    check_range(args, least, {"num_candidates": MAX_CANDIDATES, "stepwise_problems": args.num_problems})
+    check_device(args)
     check_file("--json", args.json)
 
 

@@ -82,6 +82,24 @@ def check_file(flag: str, file: Path | None) -> None:
         raise ValueError(f"{flag} must name a file that can be written, got {str(file)!r}.")
 
 
+def check_range(args: argparse.Namespace, least: dict[str, int], most: dict[str, int]) -> None:
+    """Raises a ValueError for a flag, or one of a flag's values, outside of its bounds."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one < low:
+                raise ValueError(f"--{name} must be at least {low}, got {one}.")
+    for name, high in most.items():
+        if getattr(args, name) > high:
+            raise ValueError(f"--{name} must be at most {high}, got {getattr(args, name)}.")
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Raises a ValueError for a device that is not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here.")
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 

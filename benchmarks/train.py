@@ -43,7 +43,18 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from setting import FIRST_TOKEN, NUM_RESERVED, SHAPES, Parser, check_file, fill_in_shape, machine_meta, random_model
+from setting import (
+    FIRST_TOKEN,
+    NUM_RESERVED,
+    SHAPES,
+    Parser,
+    check_device,
+    check_file,
+    check_range,
+    fill_in_shape,
+    machine_meta,
+    random_model,
+)
 from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -423,16 +434,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     least = {"num_tokens": 8, "num_points": 2, "num_candidates": 2, "batch_size": 1, "packed_steps": 1, "turns": 1}
     least |= {"naive_groups": 1, "naive_groups_per_step": 1, "num_layers": 1, "threads": 1}
     least["vocab_size"] = FIRST_TOKEN + max(args.num_candidates, 2) + NUM_RESERVED
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name} must be at least {low}, got {value}.")
     after_prompt = args.num_tokens - args.num_tokens // 4
-    for name, high in (("num_candidates", MAX_CANDIDATES), ("num_points", after_prompt)):
-        if getattr(args, name) > high:
-            raise ValueError(f"--{name} must be at most {high}, got {getattr(args, name)}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here.")
+    check_range(args, least, {"num_candidates": MAX_CANDIDATES, "num_points": after_prompt})
+    check_device(args)
     if args.device == "cuda" and torch.cuda.device_count() > 1:
         raise ValueError("--device cuda: one process trains on one GPU; set CUDA_VISIBLE_DEVICES=0.")
     check_file("--json", args.json)
