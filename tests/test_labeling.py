@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tiny import EOS, PAD, RESERVED, VOCAB_SIZE, tiny_model
+from tiny import EOS, PAD, RESERVED, VOCAB_SIZE, disagreeing_pair, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -51,12 +51,7 @@ HEADER = TrajectoryHeader(
 
 @pytest.fixture(scope="module")
 def pair():
-    """A student and a teacher that says something else, but not everywhere."""
-    student, teacher = tiny_model(), tiny_model()
-    generator = torch.Generator().manual_seed(3)
-    for parameter in teacher.parameters():
-        parameter.data += 0.15 * torch.randn(parameter.shape, generator=generator)
-    return student, teacher
+    return disagreeing_pair()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import datasets
 import pytest
 import requests
 import torch
-from tiny import EOS, PAD, RESERVED, VOCAB_SIZE, tiny_model
+from tiny import EOS, PAD, RESERVED, VOCAB_SIZE, disagreeing_pair, tiny_model
 from tiny_labels import tiny_tokenizer
 from tiny_server import TinyServer
 
@@ -45,11 +45,7 @@ HEADER = TrajectoryHeader(
 
 @pytest.fixture(scope="module")
 def pair():
-    student, teacher = tiny_model(), tiny_model()
-    generator = torch.Generator().manual_seed(3)
-    for parameter in teacher.parameters():
-        parameter.data += 0.15 * torch.randn(parameter.shape, generator=generator)
-    return student, teacher
+    return disagreeing_pair()
 
 
 @pytest.fixture(scope="module")

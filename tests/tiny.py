@@ -18,28 +18,40 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 SCOPES = (("candidate", "base"), ("sequence", "base"), ("sequence", "adapted"))
 
 
+#: Of every tiny model, where a test says nothing else.
+SETTINGS = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+
+
 def tiny_model(family="llama", seed=0, attn="sdpa", **config):
     """A causal language model of random weights, wide enough spread that it is decisive and says different things."""
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": False,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-    }
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **(settings | config)), attn_implementation=attn
+        AutoConfig.for_model(family, **(SETTINGS | config)), attn_implementation=attn
     )
     return model.eval()
+
+
+def disagreeing_pair():
+    """A student and a teacher that says something else, but not everywhere."""
+    student, teacher = tiny_model(), tiny_model()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in teacher.parameters():
+        parameter.data += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return student, teacher
 
 
 def lora_model(model, seed=1, name="s2t", reserved=RESERVED):

@@ -6,7 +6,7 @@ Legend: B rows, T columns, D hidden size, V vocabulary.
 from dataclasses import dataclass, field
 
 import torch
-from tiny import BOS, PAD, VOCAB_SIZE, NaiveModel
+from tiny import SETTINGS, NaiveModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -21,21 +21,7 @@ DROPOUTS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
 )
-COMMON = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": None,
-} | dict.fromkeys(DROPOUTS, 0.0)
+COMMON = SETTINGS | {"max_position_embeddings": 64, "eos_token_id": None} | dict.fromkeys(DROPOUTS, 0.0)
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 LINEAR = {
