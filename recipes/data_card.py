@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from datasets import Dataset
 
-from transformers_s2t.trajectories import CARD_NAME, TrajectoryHeader
+from transformers_s2t.trajectories import CARD_METADATA, CARD_NAME, TrajectoryHeader
 
 
 matplotlib.use("Agg")
@@ -73,14 +73,7 @@ def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeade
         else "No point above the threshold is stored.\n"
     )
     card = f"""---
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: part-*.parquet
-tags:
-- transformers-s2t
-- s2t
+{CARD_METADATA}- s2t
 ---
 
 # Select to Think labels: {student}, taught by {teacher}

@@ -30,6 +30,12 @@ from .config import MAX_CANDIDATES, _check_choice, _check_range, atomic_write, w
 
 HEADER_NAME = "s2t_labels.json"
 CARD_NAME = "README.md"
+#: How a card begins. Without `data_files`, `datasets` takes the commonest extension: one shard beside two JSON files
+#: reads as JSON.
+CARD_METADATA = (
+    "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: part-*.parquet\n"
+    "tags:\n- transformers-s2t\n"
+)
 #: Which generated positions become decision points.
 POINTS = ("floor+kl", "kl", "floor", "all")
 ROLLOUTS = ("greedy", "sample", "s2t", "s2t-local")
@@ -188,10 +194,8 @@ def write_header(folder: str | os.PathLike, header: TrajectoryHeader) -> None:
     """Writes `s2t_labels.json` and the `README.md` that makes `datasets.load_dataset(folder)` work."""
     folder = Path(folder)
     write_json(folder / HEADER_NAME, header.to_dict())
-    # Without `data_files`, `datasets` takes the commonest extension: one shard beside two JSON files reads as JSON.
     card = (
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: part-*.parquet\n"
-        "tags:\n- transformers-s2t\n---\n\n"
+        f"---\n{CARD_METADATA}---\n\n"
         f"# Select to Think labels\n\nStudent `{header.model}`, teacher `{header.teacher_model}`: rollouts of the "
         "student, and at its decision points the candidates it proposes with the teacher's log-probabilities of them "
         f"(arXiv 2604.26940). `{HEADER_NAME}` says how they were made; `transformers_s2t.trajectories.read_labels` "
