@@ -1,0 +1,656 @@
+"""A teacher with another tokenizer: the student's candidates are scored by their text, as bytes.
+
+Knows tokenizers and logits; knows nothing of files, and of models only what `score_with_teacher` at the end calls.
+
+The quantity is P(the text goes on with c | prefix text), the teacher's probability of all token sequences whose text
+starts with the bytes of candidate c. What is computed, for a decision point behind prefix text p:
+
+1. *Context.* The teacher reads the canonical tokens of the whole trajectory, once. The *anchor* is the boundary before
+   the last of them that starts inside p (token healing), r is what of p lies behind the anchor. So a teacher's token
+   that spans the decision point, or would have with another candidate, is not cut in two.
+2. *Mass of a string s behind the anchor*: the sum, over some teacher token sequences w whose text is a proper prefix
+   of s, of P(w) times P(the next token starts with the rest of s). The last factor is an exact sum over a contiguous
+   range of the sorted vocabulary. The w are: the trajectory's own tokens (no extra forward), the canonical tokens of
+   s, and every w of at least `min_mass`.
+3. log P(c) = log mass(r + c) - log mass(r).
+
+Exact, for a given anchor: with `min_mass=0`, and where all of s's proper prefixes have no tokens besides the w above.
+With the anchor at the start of the text (many `healed_tokens`) it is the marginal over all tokenizations of the prefix
+as well. Otherwise an estimate: masses are lower bounds, and what was left out is known, hence `lower` and `upper`
+beside each number; they are bounds given the anchor, not given the text alone. Tokens without text (special ones, rows
+above the tokenizer) end the text: their mass belongs to no candidate but a special one.
+
+Legend: T teacher's tokens of a trajectory, N decision points, K candidates, V teacher's vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .reserved_tokens import vocab_hash
+
+
+_CONTEXTS_AT_ONCE = 16  # rows of one extra forward
+_FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]+")  # what "surrogateescape" makes of bytes that are no text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes of tokens
+
+
+@functools.lru_cache(maxsize=1)
+def _byte_of_char() -> dict[str, int]:
+    """The printable stand-ins of bytes in byte-level BPE files (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _types(node) -> set[str]:
+    """Every "type" in a part of tokenizer.json."""
+    if isinstance(node, dict):
+        return {str(node.get("type"))}.union(*map(_types, node.values()))
+    return set().union(*map(_types, node)) if isinstance(node, list) else set()
+
+
+def _as_written(node):
+    """A part of tokenizer.json that puts no space in front of the text and keeps its characters."""
+    if isinstance(node, list):
+        return [_as_written(one) for one in node if one.get("type") not in ("Prepend", "NFC", "NFKC", "NFD", "NFKD")]
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") in ("Prepend", "NFC", "NFKC", "NFD", "NFKD"):
+        return None
+    changed = {"add_prefix_space": False, "prepend_scheme": "never"}
+    whole = {name: _as_written(value) if isinstance(value, list) else value for name, value in node.items()}
+    return whole | {name: value for name, value in changed.items() if name in node}
+
+
+class _Vocabulary:
+    """What the tokens of one tokenizer are as bytes, and which of them start with a string."""
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase, name: str):
+        backend = getattr(processing_class, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(f"`{name}` must be a fast tokenizer (with `backend_tokenizer`), to know tokens as bytes.")
+        spec = json.loads(backend.to_str())
+        cutting = {"WordPiece", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit"}
+        if found := cutting & (_types(spec["pre_tokenizer"]) | _types(spec["model"])):
+            raise ValueError(f"`{name}` must have tokens that join to text, but it drops spaces ({min(found)}).")
+        self.byte_level = "ByteLevel" in _types(spec["decoder"]) | _types(spec["pre_tokenizer"])
+        metaspace = "▁" in json.dumps([spec["decoder"], spec["pre_tokenizer"], spec["normalizer"]], ensure_ascii=False)
+        byte_fallback = bool(spec["model"].get("byte_fallback")) or "ByteFallback" in _types(spec["decoder"])
+        added = processing_class.added_tokens_decoder
+        self.special_ids = {id for id, token in added.items() if token.special} | set(processing_class.all_special_ids)
+        self.id_of_token = processing_class.get_vocab()
+        self.token_of_id = {id: token for token, id in self.id_of_token.items()}
+        self.bytes_of_id: dict[int, bytes] = {}
+        for id, token in self.token_of_id.items():
+            if id in self.special_ids:
+                continue
+            if id in added:
+                data = token.encode()
+            elif self.byte_level:
+                data = bytes(_byte_of_char()[char] for char in token)
+            elif byte_fallback and (match := _FALLBACK_BYTE.fullmatch(token)):
+                data = bytes([int(match[1], 16)])
+            else:
+                data = (token.replace("▁", " ") if metaspace else token).encode()
+            if data:
+                self.bytes_of_id[id] = data
+        entries = sorted((data, id) for id, data in self.bytes_of_id.items())
+        self.sorted_bytes = [data for data, _ in entries]
+        self.sorted_ids = np.array([id for _, id in entries], dtype=np.int64)
+        self.ids_of_bytes: dict[bytes, list[int]] = {}
+        for data, id in entries:
+            self.ids_of_bytes.setdefault(data, []).append(id)
+        self.longest = max(map(len, self.sorted_bytes), default=0)
+        spec["normalizer"] = _as_written(spec["normalizer"]) if not self.byte_level else None
+        spec["pre_tokenizer"] = _as_written(spec["pre_tokenizer"])
+        self.backend = Tokenizer.from_str(json.dumps(spec))
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.encode_special_tokens = True  # the text "</s>" is text
+
+    def range(self, start: bytes) -> tuple[int, int]:
+        """Which part of the sorted vocabulary starts with `start`."""
+        after = start.rstrip(b"\xff")
+        after = after[:-1] + bytes([after[-1] + 1]) if after else None
+        low = bisect_left(self.sorted_bytes, start)
+        return low, bisect_left(self.sorted_bytes, after, low) if after else len(self.sorted_bytes)
+
+    def prefixes(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """The tokens that `data` starts with, shortest first."""
+        for end in range(1, min(len(data), self.longest) + 1):
+            for id in self.ids_of_bytes.get(data[:end], ()):
+                yield id, data[:end]
+
+    def encode(self, data: bytes) -> list[int]:
+        """Canonical tokens of some text; bytes that are no UTF-8 become their one-byte tokens.
+
+        Raises:
+            ValueError: where the tokens do not give the same bytes back.
+        """
+        text, ids, at = data.decode("utf-8", "surrogateescape"), [], 0
+        for match in [*_NOT_UTF8.finditer(text), None]:
+            part = text[at : match.start() if match else None]
+            if part:
+                ids += self._encode_text(part)
+            if match:
+                ids += self._longest_match(match[0].encode("utf-8", "surrogateescape"), longest=1)
+                at = match.end()
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        data = text.encode()
+        if b"".join(self.bytes_of_id.get(id, b"") for id in ids) == data:
+            return ids
+        return self._longest_match(data)  # a normalizer, or an added space in front
+
+    def _longest_match(self, data: bytes, longest: int | None = None) -> list[int]:
+        ids, at = [], 0
+        while at < len(data):
+            found = list(self.prefixes(data[at : at + (longest or self.longest)]))
+            if not found:
+                raise ValueError(f"The teacher's tokenizer has no token for {data[at : at + 8]!r}.")
+            ids.append(found[-1][0])
+            at += len(found[-1][1])
+        return ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sequences and scores
+
+
+class TeacherSequence(NamedTuple):
+    """A student's sequence as the teacher reads it.
+
+    Offsets count bytes; a special token counts as one, and no teacher's token spans it. With one vocabulary they count
+    tokens.
+
+    Attributes:
+        ids: the teacher's tokens.
+        ends: offset behind each of them.
+        offsets: of each student's position, and of the end: where its token begins.
+        fences: offset behind the last special token before each offset in `offsets`: healing goes back no further.
+        data: the bytes, 0 for a special token.
+    """
+
+    ids: list[int]
+    ends: list[int]
+    offsets: list[int]
+    fences: list[int]
+    data: bytes
+
+
+class CandidateScores(NamedTuple):
+    """What the teacher says of the candidates of some decision points; nats.
+
+    Attributes:
+        teacher_logprobs_NK: of each candidate's text; -inf where it has none or the teacher cannot write it.
+        lower_NK, upper_NK: bounds given the anchor; equal to the estimate where nothing was left out.
+        partition_NP: log-probabilities (N, K + 1) of disjoint events, see `partition`.
+        teacher_top_id_N: the student's token with the longest text that the teacher's likeliest next token (beyond the
+            prefix) starts with; -1 where there is none.
+        num_forwards: contexts besides the trajectory's own that were asked for.
+    """
+
+    teacher_logprobs_NK: torch.Tensor
+    lower_NK: torch.Tensor
+    upper_NK: torch.Tensor
+    partition_NP: torch.Tensor
+    teacher_top_id_N: torch.Tensor
+    num_forwards: int
+
+
+class _Point:
+    """Masses at one decision point. Target 0 is r alone, target k + 1 is r and candidate k."""
+
+    def __init__(self, anchor: int, rest: bytes, targets: list[tuple[bytes, tuple[int, ...]] | None]):
+        self.anchor = anchor
+        self.rest = rest
+        self.targets = [(rest, ()), *(target and (rest + target[0], target[1]) for target in targets)]
+        self.mass = np.zeros(len(self.targets))
+        self.dropped = np.zeros(len(self.targets))
+        self.planned: set[tuple[int, ...]] = set()
+        self.least = float("inf")
+        self.best = (-1.0, b"", -1)  # mass, text beyond r, special token
+        if not rest:
+            self.mass[0] = 1.0
+
+
+class CrossTokenizer:
+    """Scores the student's tokens with the logits of a teacher that has another tokenizer (see the top of the file).
+
+    Where both have one vocabulary, the log-probabilities are the teacher's ordinary ones of the tokens, which
+    are not those of their texts: another token may begin with the same text.
+
+    Args:
+        processing_class: the student's tokenizer.
+        teacher_processing_class: the teacher's.
+        eos_token_ids: the student's end tokens; the tokenizer's own by default. Each is worth all of the teacher's.
+        teacher_eos_token_ids: likewise, of the teacher.
+        healed_tokens: how many teacher tokens to go back over.
+        min_mass: follow every tokenization that has at least this probability, given r; `None`: the canonical ones
+            alone; 0: all, which is exact, and exponential in the length of r and the candidate.
+    """
+
+    def __init__(
+        self,
+        processing_class: PreTrainedTokenizerBase,
+        teacher_processing_class: PreTrainedTokenizerBase,
+        eos_token_ids: Sequence[int] | None = None,
+        teacher_eos_token_ids: Sequence[int] | None = None,
+        healed_tokens: int = 1,
+        min_mass: float | None = None,
+    ):
+        if healed_tokens < 0:
+            raise ValueError(f"`healed_tokens` must be 0 or more, got {healed_tokens}.")
+        if min_mass is not None and not 0.0 <= min_mass <= 1.0:
+            raise ValueError(f"`min_mass` must be in [0, 1] or None, got {min_mass}.")
+        self.same_vocabulary = vocab_hash(processing_class) == vocab_hash(teacher_processing_class)
+        self.student = _Vocabulary(processing_class, "processing_class")
+        self.teacher = _Vocabulary(teacher_processing_class, "teacher_processing_class")
+        self.healed_tokens, self.min_mass = healed_tokens, min_mass
+        ends, teacher_ends = (
+            tuple(i for i in ([one.eos_token_id] if given is None else given) if i is not None)
+            for one, given in (
+                (processing_class, eos_token_ids),
+                (teacher_processing_class, teacher_eos_token_ids),
+            )
+        )
+        # special tokens: by role, then by name
+        self.special_of_id: dict[int, tuple[int, ...]] = {}
+        for id in self.student.special_ids | set(ends):
+            same = self.teacher.id_of_token.get(self.student.token_of_id.get(id, ""))
+            self.special_of_id[id] = (same,) if same in self.teacher.special_ids else ()
+        for role in ("bos_token_id", "pad_token_id"):
+            id, teacher_id = getattr(processing_class, role), getattr(teacher_processing_class, role)
+            if id is not None and teacher_id is not None and id not in ends and not self.special_of_id.get(id):
+                self.special_of_id[id] = (teacher_id,)
+        self.special_of_id |= dict.fromkeys(ends, teacher_ends)
+        self.student_of_special = {t: id for id, ids in reversed(self.special_of_id.items()) for t in ids}
+        self.student_of_special |= dict.fromkeys(teacher_ends, ends[0] if ends else -1)
+        self.bos_token_id = processing_class.bos_token_id
+        first = teacher_processing_class("", add_special_tokens=True)["input_ids"][:1]
+        self.teacher_prefix = [id for id in first if id == teacher_processing_class.bos_token_id]
+        self._canonical = functools.lru_cache(maxsize=1 << 16)(self._canonical_pieces)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The student's token as bytes; empty for special tokens and rows above the tokenizer."""
+        return self.student.bytes_of_id.get(id, b"")
+
+    def teacher_token_bytes(self, id: int) -> bytes:
+        """The teacher's token as bytes, likewise."""
+        return self.teacher.bytes_of_id.get(id, b"")
+
+    def _canonical_pieces(self, data: bytes) -> tuple[int, ...]:
+        try:
+            return tuple(self.teacher.encode(data))
+        except ValueError:
+            return ()
+
+    def encode(
+        self, ids: Sequence[int], prompt_length: int = 0, teacher_prompt_ids: Sequence[int] | None = None
+    ) -> TeacherSequence:
+        """The teacher's tokens of a student's sequence, with the offsets of both.
+
+        Args:
+            ids: the student's sequence.
+            prompt_length: where the rollout begins.
+            teacher_prompt_ids: the prompt as the teacher is to read it (its own chat template), in place of the
+                student's; the rollout's text then begins a token of its own.
+
+        Raises:
+            ValueError: for a special token of the student that the teacher has none for.
+        """
+        if self.same_vocabulary:
+            own = list(ids if teacher_prompt_ids is None else [*teacher_prompt_ids, *ids[prompt_length:]])
+            offsets = [max(0, i + len(own) - len(ids)) for i in range(len(ids) + 1)]
+            return TeacherSequence(own, list(range(1, len(own) + 1)), offsets, offsets, b"")
+        offsets, fences, pieces = [], [], []  # pieces: text, or tokens that take one byte
+        at = fence = 0
+        if teacher_prompt_ids is not None:
+            pieces, at, fence = [tuple(teacher_prompt_ids)], 1, 1
+        for i, id in enumerate(ids):
+            offsets.append(at)
+            fences.append(fence)
+            if teacher_prompt_ids is not None and i < prompt_length:
+                continue
+            pieces.append(self.token_bytes(id) or self._special(id))
+            at += max(1, len(self.token_bytes(id)))
+            fence = fence if self.token_bytes(id) else at
+        offsets.append(at)
+        fences.append(fence)
+
+        teacher_ids, ends, data, text = [], [], b"", b""
+        if teacher_prompt_ids is None and pieces[:1] != [tuple(self.teacher_prefix)]:
+            teacher_ids, ends = list(self.teacher_prefix), [0] * len(self.teacher_prefix)
+        for piece in [*pieces, ()]:
+            if isinstance(piece, bytes):
+                text += piece
+                continue
+            for id in self.teacher.encode(text):
+                data += self.teacher_token_bytes(id)
+                teacher_ids.append(id)
+                ends.append(len(data))
+            data, text = data + b"\0", b""
+            teacher_ids += piece
+            ends += [len(data)] * len(piece)
+        return TeacherSequence(teacher_ids, ends, offsets, fences, data[:-1])
+
+    def _special(self, id: int) -> tuple[int, ...]:
+        """The teacher's token for a special one of the student; none for a beginning that the teacher does without."""
+        special = self.special_of_id.get(id, ())[:1]
+        if not special and id != self.bos_token_id:
+            raise ValueError(
+                f"The teacher's tokenizer has no counterpart of the special token "
+                f"{self.student.token_of_id.get(id, id)!r}: pass `teacher_prompt_ids`, the prompt in its own form."
+            )
+        return special
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _target(self, id: int) -> tuple[bytes, tuple[int, ...]] | None:
+        data = self.token_bytes(id)
+        if data:
+            return data, ()
+        special = self.special_of_id.get(id, ())
+        return (b"", special) if special else None
+
+    def _point(self, sequence: TeacherSequence, position: int, candidate_ids: Sequence[int]) -> _Point:
+        offset, fence = sequence.offsets[position], sequence.fences[position]
+        ends = sequence.ends
+        anchor = bisect_right(ends, offset)
+        start = max(ends[anchor - 1] if anchor else 0, fence)
+        back = self.healed_tokens - int(start < offset)  # a token that spans the offset is the first of them
+        while back > 0 and anchor > 1 and start > fence:
+            anchor, back = anchor - 1, back - 1
+            start = max(ends[anchor - 1], fence)
+        if anchor < 1:
+            raise ValueError(
+                f"No teacher token ends before position {position}: its logits there do not exist. Give the prompt "
+                "one more token, or the teacher's tokenizer a beginning-of-sequence token."
+            )
+        point = _Point(anchor, sequence.data[start:offset], [self._target(int(id)) for id in candidate_ids])
+        # the trajectory's own tokens up to the offset, and the canonical ones of each target
+        own = [sequence.ids[i] for i in range(anchor, len(sequence.ids)) if sequence.ends[i] <= offset]
+        point.planned = {tuple(own[:i]) for i in range(len(own) + 1)}
+        for target in point.targets:
+            if target is not None:
+                pieces = self._canonical(target[0])
+                point.planned |= {pieces[:i] for i in range(len(pieces) + bool(target[1]))}
+        return point
+
+    def _read(self, point: _Point, path: tuple[int, ...], mass: float, logits_V: torch.Tensor) -> list:
+        """Adds what the logits behind `path` say; returns the paths to go on with, and their masses."""
+        vocabulary = self.teacher
+        p_V = torch.softmax(logits_V.double(), dim=-1).cpu().numpy()
+        known = vocabulary.sorted_ids < len(p_V)
+        p = np.where(known, p_V[np.where(known, vocabulary.sorted_ids, 0)], 0.0) * mass
+        text = b"".join(vocabulary.bytes_of_id[id] for id in path)
+        children: dict[tuple[int, ...], tuple[float, list[int]]] = {}
+        for k, target in enumerate(point.targets):
+            if target is None or not target[0].startswith(text):
+                continue
+            data, special = target[0][len(text) :], target[1]
+            if special and not data:
+                point.mass[k] += sum(p_V[id] for id in special if id < len(p_V)) * mass
+            if not special and data:
+                low, high = vocabulary.range(data)
+                point.mass[k] += p[low:high].sum()
+            for id, token in vocabulary.prefixes(data):
+                if id < len(p_V) and (special or len(token) < len(data)):
+                    children.setdefault((*path, id), (p_V[id] * mass, []))[1].append(k)
+        self._find_best(point, text, p, p_V * mass)
+        follow = []
+        for child, (child_mass, targets) in children.items():
+            if child in point.planned or child_mass >= point.least:
+                follow.append((point, child, child_mass))
+            else:
+                point.dropped[targets] += child_mass
+        return follow
+
+    def _own_mass(self, point: _Point, sequence: TeacherSequence, logits_TV: torch.Tensor, first: int) -> float:
+        """What the trajectory's own tokens give for r: what `min_mass` is a part of."""
+        if not self.min_mass or not point.rest:
+            return 1.0
+        own, mass = 0.0, 1.0
+        rest = point.rest
+        for end in range(point.anchor, len(sequence.ids)):
+            p_V = torch.softmax(logits_TV[end - 1 - first].double(), dim=-1).cpu().numpy()
+            low, high = self.teacher.range(rest)
+            ids = self.teacher.sorted_ids[low:high]
+            own += mass * float(p_V[ids[ids < len(p_V)]].sum())
+            token = self.teacher_token_bytes(sequence.ids[end])
+            if len(token) >= len(rest):
+                break
+            mass, rest = mass * float(p_V[sequence.ids[end]]), rest[len(token) :]
+        return own
+
+    def _find_best(self, point: _Point, text: bytes, p: np.ndarray, p_V: np.ndarray) -> None:
+        if not point.rest.startswith(text):
+            return
+        beyond = point.rest[len(text) :]
+        low, high = self.teacher.range(beyond) if beyond else (0, len(p))
+        low += len(self.teacher.ids_of_bytes.get(beyond, ()))
+        if low < high:
+            i = low + int(p[low:high].argmax())
+            if p[i] > point.best[0]:
+                point.best = (p[i], self.teacher.sorted_bytes[i][len(beyond) :], -1)
+        if not beyond:
+            for id in self.student_of_special:
+                if id < len(p_V) and p_V[id] > point.best[0]:
+                    point.best = (p_V[id], b"", id)
+
+    def _top_id(self, point: _Point) -> int:
+        _, text, special = point.best
+        if special >= 0:
+            return self.student_of_special[special]
+        found = list(self.student.prefixes(text))
+        return min(id for id, token in found if token == found[-1][1]) if found else -1
+
+    def score_candidates(
+        self,
+        sequence: TeacherSequence,
+        teacher_logits_TV: torch.Tensor,
+        positions: Sequence[int],
+        candidate_ids_NK: torch.Tensor,
+        next_logits: Callable[[list[list[int]]], torch.Tensor],
+        first: int = 0,
+    ) -> CandidateScores:
+        """Scores the candidates of some decision points of one sequence.
+
+        Args:
+            sequence: from `encode`.
+            teacher_logits_TV: the teacher's logits behind each token of `sequence.ids[first:]`.
+            positions: the student's, as in the labels: the index of the token under decision.
+            candidate_ids_NK: the student's.
+            next_logits: the teacher's logits (B, V) behind each of some other contexts; all points share the calls.
+            first: see above.
+        """
+        if self.same_vocabulary:
+            return self._score_same(sequence, teacher_logits_TV, positions, candidate_ids_NK, first)
+        candidates = candidate_ids_NK.tolist()
+        points = [self._point(sequence, position, ids) for position, ids in zip(positions, candidates)]
+        if self.min_mass is not None:
+            for point in points:
+                point.least = self.min_mass * self._own_mass(point, sequence, teacher_logits_TV, first)
+        num_forwards, follow = 0, [(point, (), 1.0) for point in points]
+        while follow:
+            elsewhere, later = [], []
+            for point, path, mass in follow:
+                end = point.anchor + len(path)
+                if path == tuple(sequence.ids[point.anchor : end]):
+                    later += self._read(point, path, mass, teacher_logits_TV[end - 1 - first])
+                else:
+                    elsewhere.append((point, path, mass))
+            num_forwards += len(elsewhere)
+            for start in range(0, len(elsewhere), _CONTEXTS_AT_ONCE):
+                part = elsewhere[start : start + _CONTEXTS_AT_ONCE]
+                logits_BV = next_logits([[*sequence.ids[: point.anchor], *path] for point, path, _ in part])
+                for (point, path, mass), logits_V in zip(part, logits_BV):
+                    later += self._read(point, path, mass, logits_V)
+            follow = later
+        mass = torch.tensor(np.array([point.mass for point in points])).reshape(len(points), -1)
+        most = mass + torch.tensor(np.array([point.dropped for point in points])).reshape(len(points), -1)
+        logprobs_NK = (mass[:, 1:] / mass[:, :1]).log()
+        return CandidateScores(
+            teacher_logprobs_NK=logprobs_NK,
+            lower_NK=(mass[:, 1:] / most[:, :1]).log(),
+            upper_NK=(most[:, 1:] / mass[:, :1]).clamp_max(1.0).log(),
+            partition_NP=self.partition(logprobs_NK, candidate_ids_NK),
+            teacher_top_id_N=torch.tensor([self._top_id(point) for point in points], dtype=torch.long),
+            num_forwards=num_forwards,
+        )
+
+    def _score_same(self, sequence, teacher_logits_TV, positions, candidate_ids_NK, first) -> CandidateScores:
+        """One vocabulary: the tokens are the same, and only heads may differ in rows."""
+        rows = torch.tensor([sequence.offsets[position] - 1 - first for position in positions], dtype=torch.long)
+        logits_NV = teacher_logits_TV[rows.to(teacher_logits_TV.device)].float().cpu()
+        candidate_ids_NK, num_rows = candidate_ids_NK.cpu(), logits_NV.shape[-1]
+        logprobs_NK = torch.log_softmax(logits_NV, dim=-1).gather(-1, candidate_ids_NK.clamp_max(num_rows - 1))
+        logprobs_NK = logprobs_NK.masked_fill(candidate_ids_NK >= num_rows, float("-inf"))
+        rest_N = -torch.expm1(logprobs_NK.double().logsumexp(-1)).clamp_max(0.0)
+        partition_NP = torch.cat([logprobs_NK.double(), rest_N.log()[:, None]], dim=-1)
+        return CandidateScores(logprobs_NK, logprobs_NK, logprobs_NK, partition_NP, logits_NV.argmax(-1), 0)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def partition(self, logprobs_NK: torch.Tensor, candidate_ids_NK: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (N, K + 1) of disjoint events: the longest candidate that the text starts with; none.
+
+        Texts of candidates nest ("1", "12") or exclude one another, so an event's probability is the candidate's less
+        those of the next longer candidates that start with it. A text that two candidates share counts for the first.
+        """
+        exclusive_NP = torch.full((len(logprobs_NK), logprobs_NK.shape[-1] + 1), 0.0, dtype=torch.float64)
+        for n, ids in enumerate(candidate_ids_NK.tolist()):
+            probs = logprobs_NK[n].double().exp().tolist()
+            targets = [self._target(id) for id in ids]
+            left, rest = [0.0] * len(ids), 1.0
+            for k, target in enumerate(targets):
+                if target is None or target in targets[:k]:
+                    continue
+                left[k] += probs[k]
+                parents = [
+                    j
+                    for j, other in enumerate(targets)
+                    if other
+                    and target[0]
+                    and other[0]
+                    and len(other[0]) < len(target[0])
+                    and target[0].startswith(other[0])
+                ]
+                if parents:
+                    parent = max(parents, key=lambda j: (len(targets[j][0]), -j))
+                    left[parent] -= probs[k]
+                else:
+                    rest -= probs[k]
+            exclusive_NP[n] = torch.tensor([*left, rest], dtype=torch.float64)
+        return exclusive_NP.clamp_min(0.0).log()
+
+    def student_partition(self, logits_NV: torch.Tensor, candidate_ids_NK: torch.Tensor) -> torch.Tensor:
+        """The student's log-probabilities (N, K + 1) of the events of `partition`, by its next token alone.
+
+        A student's token belongs to the longest candidate that it starts with. So the events are the same texts, up to
+        what the student would have spelled with shorter tokens than a candidate.
+        """
+        if self.same_vocabulary:
+            probs_NK = torch.softmax(logits_NV.double(), dim=-1).cpu().gather(-1, candidate_ids_NK.cpu())
+            rest_N = (1.0 - probs_NK.sum(-1)).clamp_min(0.0)
+            return torch.cat([probs_NK, rest_N[:, None]], dim=-1).log()
+        vocabulary = self.student
+        p_NV = torch.softmax(logits_NV.double(), dim=-1).cpu().numpy()
+        known = vocabulary.sorted_ids < p_NV.shape[-1]
+        p_NW = np.where(known, p_NV[:, np.where(known, vocabulary.sorted_ids, 0)], 0.0)
+        probs_NK = torch.zeros(candidate_ids_NK.shape, dtype=torch.float64)
+        for n, ids in enumerate(candidate_ids_NK.tolist()):
+            for k, id in enumerate(ids):
+                low, high = vocabulary.range(self.token_bytes(id)) if self.token_bytes(id) else (0, 0)
+                same = [
+                    i for i, special in self.special_of_id.items() if special and self._target(i) == self._target(id)
+                ]
+                probs_NK[n, k] = float(p_NW[n, low:high].sum() if high else p_NV[n, same].sum())
+        return self.partition(probs_NK.log(), candidate_ids_NK)
+
+
+def partition_divergence(teacher_NP: torch.Tensor, student_NP: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) (N,) in nats over the K + 1 events of `CrossTokenizer.partition`.
+
+    A coarser partition has a smaller KL, so this is a lower bound of the one over texts as far as both sides are exact
+    probabilities of those events; a KL over tokens of different vocabularies is not defined.
+    """
+    teacher_NP, student_NP = teacher_NP.double(), student_NP.double()
+    term_NP = teacher_NP.exp() * (teacher_NP - student_NP.clamp_min(-1e4))
+    return term_NP.masked_fill(teacher_NP == float("-inf"), 0.0).sum(-1).clamp_min(0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a model
+
+
+@torch.no_grad()
+def score_with_teacher(
+    cross: CrossTokenizer,
+    teacher_model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    positions: Sequence[Sequence[int]],
+    candidate_ids: Sequence[torch.Tensor],
+    teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
+) -> list[CandidateScores]:
+    """Scores some sequences: one forward of the teacher for each, and batches of the contexts that it does not hold.
+
+    Args:
+        cross: the pair of tokenizers.
+        teacher_model: in eval mode.
+        sequences, prompt_lengths: the student's, as in `score_trajectories`.
+        positions: of each sequence, the decision points (N,).
+        candidate_ids: of each sequence, (N, K).
+        teacher_prompt_ids: of each sequence, the prompt in the teacher's own form.
+    """
+    scores = []
+    for b, ids in enumerate(sequences):
+        own = None if teacher_prompt_ids is None else teacher_prompt_ids[b]
+        sequence = cross.encode(ids, prompt_lengths[b], own)
+        rows = _logits(teacher_model, [sequence.ids])[0]
+        scores.append(
+            cross.score_candidates(
+                sequence, rows, positions[b], candidate_ids[b], functools.partial(_next_logits, teacher_model)
+            )
+        )
+    return scores
+
+
+def _logits(model: PreTrainedModel, rows: list[list[int]], keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits (B, T, V) of right-padded rows, or at the indices `keep` alone."""
+    ids_BT = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for b, row in enumerate(rows):
+        ids_BT[b, : len(row)] = torch.tensor(row)
+        mask_BT[b, : len(row)] = 1
+    inputs = {"input_ids": ids_BT.to(model.device), "attention_mask": mask_BT.to(model.device), "use_cache": False}
+    if keep is not None and "logits_to_keep" in signature(model.forward).parameters:
+        return model(**inputs, logits_to_keep=keep.to(model.device)).logits
+    logits_BTV = model(**inputs).logits
+    return logits_BTV if keep is None else logits_BTV[:, keep.to(logits_BTV.device)]
+
+
+def _next_logits(model: PreTrainedModel, contexts: list[list[int]]) -> torch.Tensor:
+    """Logits (B, V) behind each context."""
+    last, index = torch.unique(torch.tensor([len(ids) - 1 for ids in contexts]), return_inverse=True)
+    logits_BUV = _logits(model, contexts, last)
+    return logits_BUV[torch.arange(len(contexts)), index]
