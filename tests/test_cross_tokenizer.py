@@ -15,7 +15,7 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from transformers_s2t.cross_tokenizer import CrossTokenizer, partition_divergence, score_with_teacher
+from transformers_s2t.cross_tokenizer import CrossTokenizer, _Trajectory, partition_divergence, score_with_teacher
 
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -363,8 +363,17 @@ def test_a_point_without_any_context_is_refused(pair):
         cross.score_candidates(sequence, logits_TV, [1], torch.tensor([[3]]), model.next_logits)
 
 
-def test_a_model_is_asked_once_per_trajectory_and_for_the_contexts_it_lacks(pair):
-    model = tiny_model(seed=3, vocab_size=14)  # two rows more than the teacher's tokenizer has
+@pytest.mark.parametrize(
+    ("family", "settings", "branches"),
+    [
+        ("llama", {}, True),
+        ("qwen2", {"attn": "eager"}, True),
+        ("mistral", {"sliding_window": 4}, False),
+    ],
+)
+def test_a_model_reads_a_trajectory_once_and_then_what_branches_off(pair, family, settings, branches):
+    model = tiny_model(family, seed=3, vocab_size=14, **settings)  # two rows more than the teacher's tokenizer has
+    assert (_Trajectory(model, [1, 2], 0).cache is not None) == branches
     cross = CrossTokenizer(*pair, min_mass=0.0)
     sequences = [STUDENT_IDS, STUDENT_IDS[:6]]
     positions, candidate_ids = [[2, 5], [4]], [torch.tensor([[3, 7, 10], [6, 9, EOS]]), torch.tensor([[4, 5, 8]])]

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "selection": {"config", "proposals", "triggers", "reserved_tokens", "scoring"},
     "logits_process": {"config", "proposals", "selection"},
     "generation": {"config", "logits_process", "proposals", "scoring", "selection"},
-    "cross_tokenizer": {"reserved_tokens"},
+    "cross_tokenizer": {"reserved_tokens", "scoring"},
     "trajectories": {"config"},
     "teachers": {"triggers", "trajectories"},
     "labeling": {"config", "proposals", "reserved_tokens", "teachers", "triggers", "trajectories"},

@@ -36,9 +36,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from .reserved_tokens import vocab_hash
+from .scoring import fork_cache, supports_tree
 
 
 _CONTEXTS_AT_ONCE = 16  # rows of one extra forward
@@ -371,7 +373,14 @@ class CrossTokenizer:
         special = self.special_of_id.get(id, ())
         return (b"", special) if special else None
 
-    def _point(self, sequence: TeacherSequence, position: int, candidate_ids: Sequence[int]) -> _Point:
+    def anchor(self, sequence: TeacherSequence, position: int) -> tuple[int, int]:
+        """How many of the teacher's tokens stand before the anchor of a decision point, and the anchor's offset.
+
+        Raises:
+            ValueError: where there are none.
+        """
+        if self.same_vocabulary:
+            return sequence.offsets[position], sequence.offsets[position]
         offset, fence = sequence.offsets[position], sequence.fences[position]
         ends = sequence.ends
         anchor = bisect_right(ends, offset)
@@ -385,6 +394,11 @@ class CrossTokenizer:
                 f"No teacher token ends before position {position}: its logits there do not exist. Give the prompt "
                 "one more token, or the teacher's tokenizer a beginning-of-sequence token."
             )
+        return anchor, start
+
+    def _point(self, sequence: TeacherSequence, position: int, candidate_ids: Sequence[int]) -> _Point:
+        offset = sequence.offsets[position]
+        anchor, start = self.anchor(sequence, position)
         point = _Point(anchor, sequence.data[start:offset], [self._target(int(id)) for id in candidate_ids])
         # the trajectory's own tokens up to the offset, and the canonical ones of each target
         own = [sequence.ids[i] for i in range(anchor, len(sequence.ids)) if sequence.ends[i] <= offset]
@@ -612,7 +626,7 @@ def score_with_teacher(
     candidate_ids: Sequence[torch.Tensor],
     teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
 ) -> list[CandidateScores]:
-    """Scores some sequences: one forward of the teacher for each, and batches of the contexts that it does not hold.
+    """Scores some sequences: one forward of the teacher for each, and a few more of the contexts that branch off.
 
     Args:
         cross: the pair of tokenizers.
@@ -624,33 +638,80 @@ def score_with_teacher(
     """
     scores = []
     for b, ids in enumerate(sequences):
-        own = None if teacher_prompt_ids is None else teacher_prompt_ids[b]
-        sequence = cross.encode(ids, prompt_lengths[b], own)
-        rows = _logits(teacher_model, [sequence.ids])[0]
+        sequence = cross.encode(ids, prompt_lengths[b], None if teacher_prompt_ids is None else teacher_prompt_ids[b])
+        first = min((cross.anchor(sequence, position)[0] for position in positions[b]), default=1) - 1
+        text = _Trajectory(teacher_model, sequence.ids, first)
         scores.append(
-            cross.score_candidates(
-                sequence, rows, positions[b], candidate_ids[b], functools.partial(_next_logits, teacher_model)
-            )
+            cross.score_candidates(sequence, text.logits_TV, positions[b], candidate_ids[b], text.next_logits, first)
         )
     return scores
 
 
-def _logits(model: PreTrainedModel, rows: list[list[int]], keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits (B, T, V) of right-padded rows, or at the indices `keep` alone."""
-    ids_BT = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for b, row in enumerate(rows):
-        ids_BT[b, : len(row)] = torch.tensor(row)
-        mask_BT[b, : len(row)] = 1
-    inputs = {"input_ids": ids_BT.to(model.device), "attention_mask": mask_BT.to(model.device), "use_cache": False}
-    if keep is not None and "logits_to_keep" in signature(model.forward).parameters:
-        return model(**inputs, logits_to_keep=keep.to(model.device)).logits
-    logits_BTV = model(**inputs).logits
-    return logits_BTV if keep is None else logits_BTV[:, keep.to(logits_BTV.device)]
+class _Trajectory:
+    """A trajectory that the teacher has read: its logits from `first` on, and those behind contexts that branch off.
+
+    Branches ride in one forward on the trajectory's cache, each seeing its own prefix and itself; where a mask cannot
+    say so (windows, recurrent layers, flash attention), every branch is read from its beginning.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: list[int], first: int):
+        self.model, self.ids = model, ids
+        inputs = {"input_ids": torch.tensor([ids], device=model.device), "use_cache": True}
+        output = model(**inputs, **_kept(model, torch.arange(first, len(ids))))
+        self.logits_TV = output.logits[0, -(len(ids) - first) :]
+        cache = getattr(output, "past_key_values", None)
+        plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+        self.cache = cache if plain and supports_tree(model, cache) else None
+
+    def next_logits(self, contexts: list[list[int]]) -> torch.Tensor:
+        """Logits (B, V) behind each context."""
+        return self._from_start(contexts) if self.cache is None else self._from_branch(contexts)
+
+    def _from_branch(self, contexts: list[list[int]]) -> torch.Tensor:
+        tokens, positions, limits, owners, last = [], [], [], [], []
+        for b, context in enumerate(contexts):
+            at = next((i for i, (x, y) in enumerate(zip(context, self.ids)) if x != y), len(self.ids))
+            at = min(at, len(context) - 1)
+            tokens += context[at:]
+            positions += range(at, len(context))
+            limits += [at] * (len(context) - at)
+            owners += [b] * (len(context) - at)
+            last.append(len(tokens) - 1)
+        device = self.model.device
+        limits_M, owners_M, order_M = torch.tensor(limits), torch.tensor(owners), torch.arange(len(tokens))
+        before_MT = torch.arange(len(self.ids)) < limits_M[:, None]
+        own_MM = (owners_M[:, None] == owners_M) & (order_M <= order_M[:, None])
+        mask_11MC = torch.cat([before_MT, own_MM], dim=-1)[None, None].to(device)
+        if self.model.config._attn_implementation == "eager":
+            least = torch.finfo(self.model.dtype).min
+            mask_11MC = torch.zeros_like(mask_11MC, dtype=self.model.dtype).masked_fill(~mask_11MC, least)
+        output = self.model(
+            input_ids=torch.tensor([tokens], device=device),
+            attention_mask=mask_11MC,
+            position_ids=torch.tensor([positions], device=device),
+            past_key_values=fork_cache(self.cache),
+            use_cache=True,
+            **(kept := _kept(self.model, torch.tensor(last))),
+        )
+        return output.logits[0] if kept else output.logits[0, last]
+
+    def _from_start(self, contexts: list[list[int]]) -> torch.Tensor:
+        ids_BT = torch.zeros((len(contexts), max(map(len, contexts))), dtype=torch.long)
+        mask_BT = torch.zeros_like(ids_BT)
+        for b, context in enumerate(contexts):
+            ids_BT[b, : len(context)] = torch.tensor(context)
+            mask_BT[b, : len(context)] = 1
+        last_B = torch.tensor([len(context) - 1 for context in contexts])
+        last_U, index_B = torch.unique(last_B, return_inverse=True)
+        device = self.model.device
+        kept = _kept(self.model, last_U)
+        logits_BTV = self.model(
+            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False, **kept
+        ).logits
+        return logits_BTV[torch.arange(len(contexts)), index_B if kept else last_B]
 
 
-def _next_logits(model: PreTrainedModel, contexts: list[list[int]]) -> torch.Tensor:
-    """Logits (B, V) behind each context."""
-    last, index = torch.unique(torch.tensor([len(ids) - 1 for ids in contexts]), return_inverse=True)
-    logits_BUV = _logits(model, contexts, last)
-    return logits_BUV[torch.arange(len(contexts)), index]
+def _kept(model: PreTrainedModel, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Argument for logits at some indices alone, where the model has one."""
+    named = "logits_to_keep" in signature(model.forward).parameters
+    return {"logits_to_keep": index.to(model.device)} if named else {}
