@@ -116,7 +116,7 @@ def pair():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_following_every_tokenization_gives_the_exact_marginal(pair, seed):
-    cross, model = CrossTokenizer(*pair, min_mass=0.0), RandomModel(12, seed)
+    cross, model = CrossTokenizer(*pair, healed_tokens=1, min_mass=0.0), RandomModel(12, seed)
     sequence = cross.encode(STUDENT_IDS)
     positions = [2, 3, 4, 6, 7]
     candidate_ids_NK = torch.tensor([[3, 4, 5, 6, 7, 9, 10, EOS]] * len(positions))
@@ -192,7 +192,7 @@ def test_one_vocabulary_gives_the_ordinary_log_probabilities(pair):
 
 
 def test_the_partition_adds_up_and_takes_the_longest_candidate(pair):
-    cross, model = CrossTokenizer(*pair, min_mass=0.0), RandomModel(12, 4)
+    cross, model = CrossTokenizer(*pair, healed_tokens=1, min_mass=0.0), RandomModel(12, 4)
     sequence = cross.encode(STUDENT_IDS)
     ids = [3, 6, 7, 4, EOS]  # a, ab, aba, b
     scores = cross.score_candidates(sequence, model.along(sequence.ids), [3], torch.tensor([ids]), model.next_logits)
@@ -298,7 +298,7 @@ def test_fragments_of_characters_are_compared_as_bytes():
         sequence, model.along(sequence.ids), fragments, candidate_ids_NK, model.next_logits
     )
     assert scores.teacher_logprobs_NK.isfinite().all()
-    exact = CrossTokenizer(student, teacher, min_mass=0.0).score_candidates(
+    exact = CrossTokenizer(student, teacher, healed_tokens=1, min_mass=0.0).score_candidates(
         sequence, model.along(sequence.ids), fragments, candidate_ids_NK, model.next_logits
     )
 

@@ -6,19 +6,23 @@ The quantity is P(the text goes on with c | prefix text), the teacher's probabil
 starts with the bytes of candidate c. What is computed, for a decision point behind prefix text p:
 
 1. *Context.* The teacher reads the canonical tokens of the whole trajectory, once. The *anchor* is the boundary before
-   the last of them that starts inside p (token healing), r is what of p lies behind the anchor. So a teacher's token
-   that spans the decision point, or would have with another candidate, is not cut in two.
+   the last `healed_tokens` of them that start inside p (token healing), r is what of p lies behind the anchor. So a
+   teacher's token that spans the decision point, or would with another candidate, is not cut in two.
 2. *Mass of a string s behind the anchor*: the sum, over some teacher token sequences w whose text is a proper prefix
    of s, of P(w) times P(the next token starts with the rest of s). The last factor is an exact sum over a contiguous
    range of the sorted vocabulary. The w are: the trajectory's own tokens (no extra forward), the canonical tokens of
-   s, and every w of at least `min_mass`.
+   s, and all that have at least `min_mass` of r's probability.
 3. log P(c) = log mass(r + c) - log mass(r).
 
-Exact, for a given anchor: with `min_mass=0`, and where all of s's proper prefixes have no tokens besides the w above.
-With the anchor at the start of the text (many `healed_tokens`) it is the marginal over all tokenizations of the prefix
-as well. Otherwise an estimate: masses are lower bounds, and what was left out is known, hence `lower` and `upper`
-beside each number; they are bounds given the anchor, not given the text alone. Tokens without text (special ones, rows
-above the tokenizer) end the text: their mass belongs to no candidate but a special one.
+Exact given the anchor: with `min_mass=0`, or where no other w spell a proper prefix of s (a teacher of characters).
+With the anchor at the start of the text (many `healed_tokens`) the prefix's own tokenizations are summed over as well
+and it is the quantity itself. Otherwise an estimate: both masses are lower bounds, what was left out is known, and
+`lower_NK` and `upper_NK` bound the value given the anchor. Nothing bounds what the anchor does: the trajectory's
+tokens are canonical with what follows in view, and other tokenizations of the text before the anchor do not count.
+
+Tokens without text (special ones, rows above the tokenizer) end the text: their mass belongs to no candidate but a
+special one. Text scores nest: "th" is never below "the". To choose among candidates, or to compare with the student's
+token probabilities, take `partition_NP`, where a text counts for the longest candidate alone.
 
 Legend: T teacher's tokens of a trajectory, N decision points, K candidates, V teacher's vocabulary.
 """
@@ -43,7 +47,8 @@ from .reserved_tokens import vocab_hash
 from .scoring import fork_cache, supports_tree
 
 
-_CONTEXTS_AT_ONCE = 16  # rows of one extra forward
+_CONTEXTS_AT_ONCE = 64  # branches in one extra forward
+_ROWS_AT_ONCE = 8  # where each has to be read from its beginning
 _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]+")  # what "surrogateescape" makes of bytes that are no text
 
@@ -121,10 +126,14 @@ class _Vocabulary:
         self.longest = max(map(len, self.sorted_bytes), default=0)
         spec["normalizer"] = _as_written(spec["normalizer"]) if not self.byte_level else None
         spec["pre_tokenizer"] = _as_written(spec["pre_tokenizer"])
-        self.backend = Tokenizer.from_str(json.dumps(spec))
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        self.backend.encode_special_tokens = True  # the text "</s>" is text
+        self._spec = spec | {"padding": None, "truncation": None}
+
+    @functools.cached_property
+    def backend(self) -> Tokenizer:
+        """The tokenizer without what changes the text; only the teacher's is used, and it takes seconds to build."""
+        backend = Tokenizer.from_str(json.dumps(self._spec))
+        backend.encode_special_tokens = True  # the text "</s>" is text
+        return backend
 
     def range(self, start: bytes) -> tuple[int, int]:
         """Which part of the sorted vocabulary starts with `start`."""
@@ -246,7 +255,7 @@ class CrossTokenizer:
         eos_token_ids: the student's end tokens; the tokenizer's own by default. Each is worth all of the teacher's.
         teacher_eos_token_ids: likewise, of the teacher.
         healed_tokens: how many teacher tokens to go back over.
-        min_mass: follow every tokenization that has at least this probability, given r; `None`: the canonical ones
+        min_mass: follow every tokenization that has at least this part of r's probability; `None`: the canonical ones
             alone; 0: all, which is exact, and exponential in the length of r and the candidate.
     """
 
@@ -256,8 +265,8 @@ class CrossTokenizer:
         teacher_processing_class: PreTrainedTokenizerBase,
         eos_token_ids: Sequence[int] | None = None,
         teacher_eos_token_ids: Sequence[int] | None = None,
-        healed_tokens: int = 1,
-        min_mass: float | None = None,
+        healed_tokens: int = 2,
+        min_mass: float | None = 0.01,
     ):
         if healed_tokens < 0:
             raise ValueError(f"`healed_tokens` must be 0 or more, got {healed_tokens}.")
@@ -520,6 +529,7 @@ class CrossTokenizer:
                     later += self._read(point, path, mass, logits_V)
             follow = later
         mass = torch.tensor(np.array([point.mass for point in points])).reshape(len(points), -1)
+        mass[:, 0].clamp_min_(torch.finfo(torch.float64).tiny)  # a prefix that the teacher holds impossible
         most = mass + torch.tensor(np.array([point.dropped for point in points])).reshape(len(points), -1)
         logprobs_NK = (mass[:, 1:] / mass[:, :1]).log()
         return CandidateScores(
@@ -665,7 +675,10 @@ class _Trajectory:
 
     def next_logits(self, contexts: list[list[int]]) -> torch.Tensor:
         """Logits (B, V) behind each context."""
-        return self._from_start(contexts) if self.cache is None else self._from_branch(contexts)
+        if self.cache is not None:
+            return self._from_branch(contexts)
+        parts = [contexts[start : start + _ROWS_AT_ONCE] for start in range(0, len(contexts), _ROWS_AT_ONCE)]
+        return torch.cat([self._from_start(part) for part in parts])
 
     def _from_branch(self, contexts: list[list[int]]) -> torch.Tensor:
         tokens, positions, limits, owners, last = [], [], [], [], []
