@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from datasets import Dataset
 
-from transformers_s2t.trajectories import CARD_METADATA, CARD_NAME, TrajectoryHeader
+from transformers_s2t.trajectories import CARD_NAME, TrajectoryHeader, card_metadata, label_splits
 
 
 matplotlib.use("Agg")
@@ -72,8 +72,9 @@ def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeade
         if stats["hit_at_k"]
         else "No point above the threshold is stored.\n"
     )
+    parts = ", ".join(f"`{split}` {rows}" for split, rows in stats["splits"].items())
     card = f"""---
-{CARD_METADATA}- s2t
+{card_metadata(label_splits(folder))}- s2t
 ---
 
 # Select to Think labels: {student}, taught by {teacher}
@@ -81,6 +82,7 @@ def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeade
 {stats["rows"]} trajectories ({writes}, at most {header.max_new_tokens} new tokens), {stats["tokens"]} generated
 tokens, {stats["points"]} decision points with the student's {header.num_candidates} candidates and the teacher's
 log-probabilities of them ([Select to Think](https://arxiv.org/abs/2604.26940)). Points: `{header.points}`.
+Trajectories by split: {parts}. All of a problem's are in one.
 
 ## Local sufficiency
 

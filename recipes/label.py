@@ -15,6 +15,7 @@ before anything is written.
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import tempfile
 import time
@@ -48,16 +49,19 @@ from transformers_s2t.config import write_json
 from transformers_s2t.labeling import (
     check_lengths,
     check_num_candidates,
+    divide,
     find_unfinished,
     label_problems,
     label_stats,
 )
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
-from transformers_s2t.teachers import HTTPTeacher, TeacherError
+from transformers_s2t.teachers import HTTPTeacher, TeacherError, host_free
 from transformers_s2t.trajectories import (
     CORRECTED_ROLLOUTS,
+    HEADER_NAME,
     TrajectoryHeader,
     done_problem_ids,
+    label_splits,
     read_labels,
     shard_files,
 )
@@ -129,6 +133,14 @@ class LabelArguments:
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Of 'sample'."})
+    num_rollouts: int = field(default=1, metadata={"help": "Rollouts of each problem, several with 'sample'."})
+    validation_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the problems that is held out, as the split 'validation'. A hash of the prompt decides, "
+            "so it is the same problems in every run."
+        },
+    )
     adapter: str | None = field(default=None, metadata={"help": "The trained selector of 's2t-local'."})
     trigger: str = field(default="always", metadata={"help": "When 's2t' and 's2t-local' correct: a trigger's name."})
     trigger_rate: float | None = field(
@@ -218,6 +230,8 @@ class LabelArguments:
             rollout=self.rollout_policy,
             decoding=self.decoding_settings(),
             temperature=self.temperature,
+            num_rollouts=self.num_rollouts,
+            validation_share=self.validation_share,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             prompt_source={
@@ -279,6 +293,7 @@ def prepare(args: LabelArguments) -> Plan:
     )
     encoded = [ids[: args.max_prompt_tokens] for ids in encoded]
     prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
+    divide(prompts, args.validation_share)
     longest = max(len(ids) for ids in encoded)
     teacher_length = teacher_config if teacher is None else teacher.max_length
     check_lengths(longest, args.max_new_tokens, {"model": config, "teacher_model": teacher_length})
@@ -383,23 +398,38 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
     )
     if not state.is_main_process:
         return None
-    labels, _ = read_labels(args.output_dir)
-    stats = {"divergence_threshold": header.divergence_threshold, **label_stats(labels, header.divergence_threshold)}
+    labels, _ = read_labels(args.output_dir, split="all")
+    stats = {
+        "divergence_threshold": header.divergence_threshold,
+        "splits": {split: len(read_labels(args.output_dir, split)[0]) for split in label_splits(args.output_dir)},
+        **label_stats(labels, header.divergence_threshold),
+    }
     for half_written in Path(args.output_dir).glob(f".{STATS_NAME}.*"):  # of a run that was killed here
         half_written.unlink()
     write_json(Path(args.output_dir) / STATS_NAME, stats)
     write_data_card(args.output_dir, labels, header, stats)
     if args.push_to_hub is not None:
-        HfApi().create_repo(args.push_to_hub, repo_type="dataset", private=args.private, exist_ok=True)
-        HfApi().upload_folder(repo_id=args.push_to_hub, repo_type="dataset", folder_path=args.output_dir)
+        push(args, header)
     return stats
+
+
+def push(args: LabelArguments, header: TrajectoryHeader) -> None:
+    """Uploads the folder. Its header names models and data by their local paths, which are nobody else's business."""
+    source = header.prompt_source | {"dataset": host_free(args.dataset)}
+    names = {name: host_free(getattr(header, name)) for name in ("model", "teacher_model")}
+    public = json.dumps(replace(header, prompt_source=source, **names).to_dict(), indent=2) + "\n"
+    hub, repo = HfApi(), {"repo_id": args.push_to_hub, "repo_type": "dataset"}
+    hub.create_repo(**repo, private=args.private, exist_ok=True)
+    hub.upload_folder(**repo, folder_path=args.output_dir, ignore_patterns=[HEADER_NAME])
+    hub.upload_file(**repo, path_in_repo=HEADER_NAME, path_or_fileobj=public.encode())
 
 
 def report(args: LabelArguments, stats: dict[str, Any]) -> str:
     hits = " ".join(f"Hit@{k} {value:.3f}" for k, value in stats["hit_at_k"].items()) or "none stored"
+    splits = ", ".join(f"{split}: {rows}" for split, rows in stats["splits"].items())
     return (
-        f"{stats['rows']} trajectories, {stats['tokens']} generated tokens, {stats['points']} decision points in "
-        f"{args.output_dir}\n"
+        f"{stats['rows']} trajectories ({splits}), {stats['tokens']} generated tokens, {stats['points']} decision "
+        f"points in {args.output_dir}\n"
         f"divergence >= {stats['divergence_threshold']:.4f} nats at {stats['kl_tokens']} tokens "
         f"({stats['kl_tokens'] / stats['tokens']:.1%}), {stats['kl_points']} of them stored\n"
         f"teacher's choice among the student's first k there: {hits}"
@@ -427,7 +457,7 @@ def estimate(args: LabelArguments, plan: Plan) -> Cost:
     todo = [id for id in plan.prompts if id not in done]
     if not todo:
         return Cost(0, 0.0, len(done), 0, 0, 0, 0, 0.0, 0)
-    num_sample = min(len(todo), max(DRY_RUN_PROBLEMS, args.batch_size))
+    num_sample = min(len(todo), max(DRY_RUN_PROBLEMS, args.batch_size // args.num_rollouts))
     sample = {id: plan.prompts[id] for id in (todo[i * len(todo) // num_sample] for i in range(num_sample))}
     model, teacher, decode_with = load_models(args, plan)
     with tempfile.TemporaryDirectory() as folder:
@@ -437,7 +467,7 @@ def estimate(args: LabelArguments, plan: Plan) -> Cost:
             teacher,
             sample,
             folder,
-            plan.header,
+            replace(plan.header, validation_share=0.0),
             plan.pad_token_id,
             args.batch_size,
             num_sample,
@@ -453,7 +483,7 @@ def estimate(args: LabelArguments, plan: Plan) -> Cost:
         sample_seconds=seconds,
         done=len(done),
         problems=len(todo),
-        prompt_tokens=sum(len(plan.prompts[id]) for id in todo),
+        prompt_tokens=args.num_rollouts * sum(len(plan.prompts[id]) for id in todo),
         generated_tokens=round(share * sum(len(row["divergence"]) for row in rows)),
         points=round(share * sum(len(row["positions"]) for row in rows)),
         seconds=share * seconds,

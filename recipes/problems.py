@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from transformers_s2t.labeling import left_pad
+from transformers_s2t.trajectories import share_of
 
 
 __all__ = ["Problem", "encode_prompts", "left_pad", "load_problems", "split_by_id"]
@@ -27,7 +28,8 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `id` tells problems apart across files: evaluation refuses ids that were labelled."""
+    """One problem. `id` is made of the prompt, so it is the same one in every file and data set: evaluation refuses
+    ids that were labelled."""
 
     id: str
     prompt: str
@@ -41,7 +43,7 @@ def load_problems(
     answer_column: str | None = "answer",
     limit: int | None = None,
 ) -> list[Problem]:
-    """The problems of one split, in the order of the file, without repeated ids (the first one stays).
+    """The problems of one split, in the order of the file, without repeated prompts (the first one stays).
 
     Args:
         source: a `.jsonl`, `.json` (a list of objects) or `.parquet` file; a folder with `{split}` files of these
@@ -52,7 +54,8 @@ def load_problems(
         limit: at most so many problems, the first ones.
 
     Returns:
-        Problems; `id` is the column `id` where there is one, else 16 hex digits of the prompt's SHA-256.
+        Problems; `id` is 16 hex digits of the prompt's SHA-256. A column `id` is not read: numbers in one file say
+        nothing of those in another.
 
     Raises:
         FileNotFoundError: where there is no such file, folder or data set.
@@ -93,8 +96,7 @@ def _to_problem(
         raise ValueError(
             f"column {answer_column!r} must hold text or a number, got {answer!r} in row {number} of {where}."
         )
-    id = row.get("id")
-    id = hashlib.sha256(prompt.encode()).hexdigest()[:16] if id is None else str(id)
+    id = hashlib.sha256(prompt.encode()).hexdigest()[:16]
     return Problem(id, prompt, None if answer is None else str(answer))
 
 
@@ -176,8 +178,7 @@ def split_by_id(
         raise ValueError(f"`fractions` must be above 0 and sum to at most 1, got {dict(fractions)}.")
     parts: dict[str, list[Problem]] = {name: [] for name in fractions}
     for problem in problems:
-        digest = hashlib.sha256(f"{seed}\t{problem.id}".encode()).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64
+        place = share_of(f"{seed}\t{problem.id}")
         edge = 0.0
         for name, share in fractions.items():
             edge += share

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import datasets
@@ -31,7 +32,14 @@ from transformers_s2t.labeling import (
     score_positions,
     score_trajectories,
 )
-from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_labels, shard_files
+from transformers_s2t.trajectories import (
+    TrajectoryHeader,
+    read_header,
+    read_held_out_labels,
+    read_labels,
+    shard_files,
+    split_of,
+)
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -65,6 +73,12 @@ def prompts():
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def many(prompts):
+    """Enough problems for both splits."""
+    return {f"q{i}": [*list(prompts.values())[i % len(prompts)], 3 + i] for i in range(24)}
 
 
 def load_recipe(name):
@@ -208,7 +222,8 @@ def test_samples_follow_the_softmax(pair):
     with torch.no_grad():
         expected_V = torch.softmax(pair[0](torch.tensor([prompt])).logits[0, -1] / temperature, dim=-1)
     logits_BV = pair[0](torch.tensor([prompt])).logits[0, -1].detach().expand(2000, -1)
-    noisy_BV = labeling._GumbelNoise([[i] for i in range(2000)], temperature, 0, torch.device("cpu"))(None, logits_BV)
+    noise = labeling._GumbelNoise([[i] for i in range(2000)], [0] * 2000, temperature, 0, torch.device("cpu"))
+    noisy_BV = noise(None, logits_BV)
     counts = Counter(noisy_BV.argmax(-1).tolist())
     for id in expected_V.topk(5).indices.tolist():
         assert counts[id] / 2000 == pytest.approx(float(expected_V[id]), abs=0.04)
@@ -360,11 +375,11 @@ def test_a_killed_run_goes_on_to_the_same_rows(pair, prompts, tmp_path, monkeypa
     label(pair, prompts, tmp_path / "whole")
     write_shard = labeling.write_shard
 
-    def killed(folder, index, rows):
+    def killed(folder, index, rows, split):
         if index == killed_at:
-            (folder / f".part-{index:05d}.parquet.x").write_text("half")
+            (folder / f".train-{index:05d}.parquet.x").write_text("half")
             raise KeyboardInterrupt
-        return write_shard(folder, index, rows)
+        return write_shard(folder, index, rows, split)
 
     with monkeypatch.context() as patch:
         patch.setattr(labeling, "write_shard", killed)
@@ -375,7 +390,7 @@ def test_a_killed_run_goes_on_to_the_same_rows(pair, prompts, tmp_path, monkeypa
     header = label(pair, prompts, tmp_path / "cut", batch_size=2)
     assert header == read_header(tmp_path / "whole")
     assert_same_rows(rows_of(tmp_path / "cut"), rows_of(tmp_path / "whole"))
-    assert not list((tmp_path / "cut").glob(".part-*"))
+    assert not list((tmp_path / "cut").glob(".train-*"))
 
 
 def test_more_problems_extend_a_folder_with_its_own_threshold(pair, prompts, tmp_path):
@@ -444,6 +459,73 @@ def test_statistics(pair, prompts, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several rollouts, two splits
+
+
+SAMPLED = replace(HEADER, rollout="sample", num_rollouts=3, points="all", divergence_threshold=0.5)
+
+
+def test_several_rollouts_of_a_problem_differ_and_do_not_depend_on_the_batch(pair, prompts, tmp_path):
+    label(pair, prompts, tmp_path / "a", SAMPLED, batch_size=4, shard_size=4)
+    label(pair, prompts, tmp_path / "b", SAMPLED, batch_size=7, shard_size=10)
+    rows = rows_of(tmp_path / "a")
+    assert_same_rows(rows, rows_of(tmp_path / "b"))
+    assert [(row["problem_id"], row["rollout"]) for row in rows] == [(id, n) for id in prompts for n in range(3)]
+    texts = Counter(tuple(row["input_ids"]) for row in rows)
+    assert len(texts) > 0.8 * len(rows)
+    label(pair, prompts, tmp_path / "one", replace(SAMPLED, num_rollouts=1))
+    assert_same_rows([row for row in rows if row["rollout"] == 0], rows_of(tmp_path / "one"))
+
+
+def test_a_killed_run_of_several_rollouts_goes_on_with_whole_problems(pair, prompts, tmp_path, monkeypatch):
+    write_shard = labeling.write_shard
+
+    def killed(folder, index, *rest):
+        if index == 2:
+            raise KeyboardInterrupt
+        return write_shard(folder, index, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(labeling, "write_shard", killed)
+        label(pair, prompts, tmp_path, SAMPLED)
+    assert label(pair, prompts, tmp_path, SAMPLED).num_problems == len(prompts)
+    assert Counter(row["problem_id"] for row in rows_of(tmp_path)) == dict.fromkeys(prompts, 3)
+
+
+def test_more_rollouts_of_a_greedy_student_are_refused():
+    with pytest.raises(ValueError, match="`num_rollouts` must be 1 for rollout='greedy'.* got 2"):
+        replace(HEADER, num_rollouts=2)
+
+
+def test_held_out_problems_are_a_split_of_their_own(pair, many, tmp_path):
+    header = replace(SAMPLED, num_rollouts=2, validation_share=0.3)
+    label(pair, many, tmp_path / "a", header)
+    parts = {split: set(read_labels(tmp_path / "a", split)[0]["problem_id"]) for split in ("train", "validation")}
+    assert parts["train"].isdisjoint(parts["validation"]) and parts["train"] | parts["validation"] == set(many)
+    assert 2 <= len(parts["validation"]) <= 14
+    assert len(read_labels(tmp_path / "a", "all")[0]) == 48
+    assert set(read_held_out_labels(tmp_path / "a")[0]["problem_id"]) == parts["validation"]
+    loaded = datasets.load_dataset(str(tmp_path / "a"))
+    assert {name: set(rows["problem_id"]) for name, rows in loaded.items()} == parts
+    # other problems beside them, in another order, change nothing for those that were there
+    label(pair, dict(reversed(list(many.items())[::2])), tmp_path / "b", header)
+    assert set(read_labels(tmp_path / "b", "validation")[0]["problem_id"]) == parts["validation"] & set(
+        list(many)[::2]
+    )
+    # a larger share takes more, and gives none back
+    assert all(split_of(id, 0.6) == "validation" for id in parts["validation"])
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused(pair, many, tmp_path):
+    held_out = next(id for id in many if split_of(id, 0.5) == "validation")
+    with pytest.raises(ValueError, match="`validation_share` must leave a problem for training: 0.5 holds out all 1"):
+        label(pair, {held_out: many[held_out]}, tmp_path / "a", replace(HEADER, validation_share=0.5))
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match=r"`validation_share` must be in \[0, 1\), got 1"):
+        replace(HEADER, validation_share=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Problems
 
 
@@ -451,13 +533,14 @@ def test_problems_from_files_and_folders(tmp_path):
     problems = load_recipe("problems")
     rows = [
         {"id": "a", "prompt": "one", "answer": "1"},
-        {"id": 7, "prompt": "two", "answer": 2},
-        {"id": "a", "prompt": "again", "answer": None},
+        {"id": "a", "prompt": "two", "answer": 2},
+        {"id": "b", "prompt": "one", "answer": None},
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "test.json").write_text(json.dumps(rows))
     datasets.Dataset.from_list([rows[0]]).to_parquet(tmp_path / "held.parquet")
-    expected = [problems.Problem("a", "one", "1"), problems.Problem("7", "two", "2")]
+    ids = [sha256(prompt).hexdigest()[:16] for prompt in (b"one", b"two")]  # not the file's: others may use them too
+    expected = [problems.Problem(ids[0], "one", "1"), problems.Problem(ids[1], "two", "2")]
     assert problems.load_problems(str(tmp_path), "train") == expected
     assert problems.load_problems(str(tmp_path), "test") == expected
     assert problems.load_problems(str(tmp_path), "held") == expected[:1]
@@ -478,13 +561,6 @@ def test_problems_from_files_and_folders(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
         problems.load_problems(str(tmp_path), "empty")
-
-
-def test_problems_without_ids_are_known_by_their_prompt(tmp_path):
-    problems = load_recipe("problems")
-    (tmp_path / "a.jsonl").write_text('{"prompt": "one", "answer": "1"}\n' * 2)
-    (only,) = problems.load_problems(str(tmp_path / "a.jsonl"))
-    assert only.id == "7692c3ad3540bb80"  # sha256(b"one")
 
 
 def test_division_by_id_is_disjoint_and_stable():

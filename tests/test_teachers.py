@@ -267,7 +267,7 @@ def test_a_failed_run_goes_on_where_it_stopped(pair, prompts, tmp_path, server):
     server.faults += [None] * 25 + ["error"]
     with pytest.raises(TeacherError):
         label(pair[0], teacher, prompts, tmp_path / "http", shard_size=1)
-    assert 0 < len(list((tmp_path / "http").glob("part-*"))) < len(prompts)
+    assert 0 < len(list((tmp_path / "http").glob("train-*"))) < len(prompts)
     label(pair[0], teacher, prompts, tmp_path / "http", shard_size=1)
     label(*pair, prompts, tmp_path / "local")
     assert_rows_agree(rows_of(tmp_path / "http"), rows_of(tmp_path / "local"))

@@ -49,6 +49,7 @@ def make_row(problem_id="one"):
     """Two points, two candidates each."""
     return {
         "problem_id": problem_id,
+        "rollout": 0,
         "input_ids": [5, 6, 7, 8],
         "prompt_length": 2,
         "divergence": [0.5, 0.0],
@@ -66,6 +67,7 @@ def make_empty_row(problem_id="two"):
     """No point at all."""
     return {
         "problem_id": problem_id,
+        "rollout": 0,
         "input_ids": [5, 6],
         "prompt_length": 1,
         "divergence": [0.25],
@@ -234,28 +236,29 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_folders_that_are_no_labels_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder of labels"):
         read_labels(tmp_path / "missing")
-    with pytest.raises(ValueError, match="holds no part-"):
+    with pytest.raises(ValueError, match="holds no train-"):
         read_labels(tmp_path)
-    with pytest.raises(ValueError, match="`split` must be 'train'"):
-        read_labels(tmp_path, split="test")
+    with pytest.raises(ValueError, match="`split` must be one of 'train', 'all', got 'test'"):
+        write_shard(tmp_path / "train only", 0, [make_row()])
+        read_labels(tmp_path / "train only", split="test")
 
     other = tmp_path / "other"
     other.mkdir()
-    pq.write_table(pa.table({"prompt": ["a"]}), other / "part-00000.parquet")
+    pq.write_table(pa.table({"prompt": ["a"]}), other / "train-00000.parquet")
     with pytest.raises(ValueError, match="missing: problem_id.*unknown: prompt"):
         read_labels(other)
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    pq.write_table(FEATURES.arrow_schema.empty_table(), empty / "part-00000.parquet")
+    pq.write_table(FEATURES.arrow_schema.empty_table(), empty / "train-00000.parquet")
     with pytest.raises(ValueError, match="no labelled trajectory"):
         read_labels(empty)
 
     broken = tmp_path / "broken"
     write_shard(broken, 0, [make_row()])
-    file = broken / "part-00000.parquet"
+    file = broken / "train-00000.parquet"
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="part-00000.parquet is not a readable"):
+    with pytest.raises(ValueError, match="train-00000.parquet is not a readable"):
         read_labels(broken)
 
 
@@ -278,7 +281,7 @@ def test_removing_labels_leaves_other_files(tmp_path):
     write_header(tmp_path, HEADER)
     write_shard(tmp_path, 0, [make_row()])
     (tmp_path / "notes.txt").write_text("keep")
-    (tmp_path / ".part-00001.parquet.x1").write_text("half")
+    (tmp_path / ".train-00001.parquet.x1").write_text("half")
     assert {CARD_NAME, HEADER_NAME} < {file.name for file in tmp_path.iterdir()}
     remove_labels(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

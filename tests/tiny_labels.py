@@ -53,6 +53,7 @@ def make_labels(num_rows=12, seed=0):
         rows.append(
             {
                 "problem_id": f"p{seed}-{i}",
+                "rollout": 0,
                 "input_ids": ids,
                 "prompt_length": prompt_length,
                 "divergence": [0.1] * num_generated,

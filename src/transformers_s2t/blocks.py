@@ -139,7 +139,11 @@ def _cut_batch(
 def _check_row(row: dict[str, Any], num_candidates: int, vocab_size: int, reserved_token_ids: tuple[int, ...]) -> None:
     """Raises a ValueError, naming the column and what is wrong, for a row that this model cannot be trained on."""
     num_generated = len(row["input_ids"] or ()) - (row["prompt_length"] or 0)
-    unread = {"problem_id": "unnamed", **dict.fromkeys(("divergence", "entropy", "margin"), [0.0] * num_generated)}
+    unread = {
+        "problem_id": "unnamed",
+        "rollout": 0,
+        **dict.fromkeys(("divergence", "entropy", "margin"), [0.0] * num_generated),
+    }
     row = unread | row  # what training does not read may be missing
     validate_row({name: row[name] for name in FEATURES})
     where = f"(problem_id {row['problem_id']!r})"

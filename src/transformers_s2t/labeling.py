@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from .trajectories import (
     read_header,
     remove_labels,
     shard_files,
+    split_of,
     write_header,
     write_shard,
 )
@@ -70,14 +71,22 @@ def left_pad(ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch
 class _GumbelNoise(LogitsProcessor):
     """Makes argmax a sample from softmax(logits / temperature), each row from a generator of its own.
 
-    So what is sampled for a prompt depends on the seed and that prompt, and not on its neighbours in the batch.
+    So what is sampled for a prompt depends on the seed, that prompt and which of its rollouts it is, and not on its
+    neighbours in the batch.
     """
 
-    def __init__(self, prompt_ids: Sequence[Sequence[int]], temperature: float, seed: int, device: torch.device):
+    def __init__(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        rollouts: Sequence[int],
+        temperature: float,
+        seed: int,
+        device: torch.device,
+    ):
         self.temperature = temperature
         self.generators = []
-        for ids in prompt_ids:
-            digest = hashlib.sha256(f"{seed} {list(ids)}".encode()).digest()
+        for ids, number in zip(prompt_ids, rollouts, strict=True):
+            digest = hashlib.sha256(f"{seed} {number} {list(ids)}".encode()).digest()
             row_seed = int.from_bytes(digest[:8], "big") >> 1
             self.generators.append(torch.Generator(device=device).manual_seed(row_seed))
 
@@ -98,6 +107,7 @@ def rollout(
     do_sample: bool = False,
     temperature: float = 1.0,
     seed: int = 0,
+    rollouts: Sequence[int] | None = None,
     suppressed_ids: Sequence[int] = (),
     decode_with: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
@@ -112,7 +122,8 @@ def rollout(
         max_new_tokens: of each row.
         pad_token_id: for the left of shorter prompts.
         eos_token_ids: end a row; the models' defaults are not looked up.
-        do_sample, temperature, seed: see above; a row's samples depend on the seed and its prompt only.
+        do_sample, temperature, seed: see above; a row's samples depend on the seed, its prompt and its number only.
+        rollouts: the number of each row, for prompts that are sampled several times; 0 if not given.
         suppressed_ids: never generated.
         decode_with: for `generate`: `custom_generate=s2t_generate` with a selector corrects the model as it writes.
 
@@ -129,7 +140,8 @@ def rollout(
     inputs = {name: tensor.to(model.device) for name, tensor in left_pad(prompt_ids, pad_token_id).items()}
     processors = LogitsProcessorList()
     if do_sample:
-        processors.append(_GumbelNoise(prompt_ids, temperature, seed, model.device))
+        numbers = [0] * len(prompt_ids) if rollouts is None else rollouts
+        processors.append(_GumbelNoise(prompt_ids, numbers, temperature, seed, model.device))
     # `generate` fills everything that is None from the model's own config, so that one has to be out of the way.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -323,6 +335,16 @@ def check_lengths(
             )
 
 
+def divide(problem_ids: Iterable[str], validation_share: float) -> dict[str, str]:
+    """Problem id -> its split. Raises a ValueError where none is left for training."""
+    split = {id: split_of(id, validation_share) for id in problem_ids}
+    if "train" not in split.values():
+        raise ValueError(
+            f"`validation_share` must leave a problem for training: {validation_share} holds out all {len(split)}."
+        )
+    return split
+
+
 def find_unfinished(
     output_dir: str | os.PathLike, header: TrajectoryHeader, overwrite: bool
 ) -> TrajectoryHeader | None:
@@ -360,6 +382,7 @@ def find_unfinished(
 class _Trajectory:
     """A rollout and its scores, before points are chosen."""
 
+    number: int
     ids: list[int]
     prompt_length: int
     scores: TrajectoryScores
@@ -380,10 +403,11 @@ def label_problems(
 ) -> TrajectoryHeader:
     """Rolls out, scores and writes every problem that `output_dir` does not hold yet.
 
-    A shard is written at once or not at all, so a killed run loses one shard's work at most (or the sample's, while
-    the threshold is estimated), and the same call goes on with the rest, to the same bytes. Processes that `accelerate
-    launch` has started share the shards. In float32 the rows do not depend on `batch_size`, `shard_size` or the number
-    of processes beyond rounding.
+    A problem's rollouts are in one shard, and a shard belongs to one split (`trajectories.split_of`). It is written
+    at once or not at all, so a killed run loses one shard's work at most (or the sample's, while the threshold is
+    estimated), and the same call goes on with the rest, to the same bytes. Processes that `accelerate launch` has
+    started share the shards. In float32 the rows do not depend on `batch_size`, `shard_size` or the number of
+    processes beyond rounding.
 
     Args:
         model: the student; put into eval mode.
@@ -392,9 +416,10 @@ def label_problems(
         output_dir: folder of the labels.
         header: the settings. Where it has no `divergence_threshold`, the one that a share `target_rate` of the
             generated positions of the first `threshold_sample` problems reaches is taken, and stored before any row.
+            It says how many rollouts a problem has, and which share of the problems is held out.
         pad_token_id: of the tokenizer.
         batch_size: rows of one forward.
-        shard_size: problems of one shard.
+        shard_size: problems of one shard, at most.
         overwrite: start anew where the folder holds labels.
         show_progress: a bar over problems, with tokens per second and Hit@K at the chosen points.
         decode_with: how `generate` corrects the student where the header's rollout is "s2t" or "s2t-local", see
@@ -427,7 +452,8 @@ def label_problems(
     stored = find_unfinished(output_dir, header, overwrite)
     done = set() if stored is None else done_problem_ids(output_dir)
     todo = [id for id in prompts if id not in done]
-    num_problems = len(done.union(prompts))
+    split = divide(sorted(done.union(prompts)), header.validation_share)
+    splits = sorted(set(split.values()))
     if stored is not None:
         header = stored
         if not todo and stored.complete:
@@ -437,13 +463,16 @@ def label_problems(
     state = PartialState(cpu=model.device.type == "cpu")  # of one process where nothing else was launched
     state.wait_for_everyone()  # all have looked at the folder before anybody writes
     first_index = 0 if overwrite else next_shard_index(output_dir)
-    shards = list(enumerate(_chunks(todo, shard_size), start=first_index))[state.process_index :: state.num_processes]
+    chunks = [ids for name in splits for ids in _chunks([id for id in todo if split[id] == name], shard_size)]
+    order = {id: i for i, id in enumerate(todo)}
+    chunks.sort(key=lambda ids: order[ids[0]])
+    shards = list(enumerate(chunks, start=first_index))[state.process_index :: state.num_processes]
     mine = {id for _, ids in shards for id in ids}
     disable = not show_progress or not state.is_main_process
     num_done = len(prompts) - len(todo)
     with tqdm(total=num_done + len(mine), initial=num_done, unit="problem", disable=disable) as bar:
         worker = _Worker(model, teacher, prompts, header, pad_token_id, batch_size, bar, decode_with)
-        ready: dict[str, _Trajectory] = {}
+        ready: dict[str, list[_Trajectory]] = {}
         if header.divergence_threshold is None:
             bar.set_description("Estimating the threshold")
             sample = list(prompts)[: header.threshold_sample]
@@ -451,29 +480,29 @@ def label_problems(
             for _, ids in shards:
                 if not set(sample).isdisjoint(ids):
                     ready |= worker.run(ids)
-            own = [(id, trajectory.scores.divergence_S) for id, trajectory in ready.items()]
+            own = [(id, torch.cat([one.scores.divergence_S for one in rollouts])) for id, rollouts in ready.items()]
             divergences = dict(gather_object(own))
             threshold = calibrate_threshold(torch.cat([divergences[id] for id in sample]), header.target_rate)
             header = replace(header, divergence_threshold=threshold)
-        header = replace(header, num_problems=num_problems, complete=False)
+        header = replace(header, num_problems=len(split), complete=False)
         if state.is_main_process:
             if overwrite:
                 remove_labels(output_dir)
             for file in half_written_files(output_dir):
                 file.unlink()
-            write_header(output_dir, header)
+            write_header(output_dir, header, splits)
         state.wait_for_everyone()
         bar.set_description("Labeling")
         for index, ids in shards:
             ready |= worker.run([id for id in ids if id not in ready])
-            rows = [make_row(id, ready.pop(id), header) for id in ids]
+            rows = [make_row(id, trajectory, header) for id in ids for trajectory in ready.pop(id)]
             fill_in(rows, teacher)
-            write_shard(output_dir, index, rows)
+            write_shard(output_dir, index, rows, split[ids[0]])
             worker.count_hits(rows)
     state.wait_for_everyone()
     header = replace(header, complete=True)
     if state.is_main_process:
-        write_header(output_dir, header)
+        write_header(output_dir, header, splits)
     return header
 
 
@@ -501,41 +530,45 @@ class _Worker:
         self.num_tokens = self.num_points = self.num_hits = 0
         self.began = time.monotonic()
 
-    def run(self, problem_ids: list[str]) -> dict[str, _Trajectory]:
+    def run(self, problem_ids: Sequence[str]) -> dict[str, list[_Trajectory]]:
+        """All rollouts of some problems, with their scores."""
         header = self.header
-        sequences: dict[str, list[int]] = {}
-        for batch in _chunks(sorted(problem_ids, key=lambda id: len(self.prompts[id])), self.batch_size):
+        wanted = [(id, number) for id in problem_ids for number in range(header.num_rollouts)]
+        sequences: dict[tuple[str, int], list[int]] = {}
+        for batch in _chunks(sorted(wanted, key=lambda one: len(self.prompts[one[0]])), self.batch_size):
             new_ids = rollout(
                 self.model,
-                [self.prompts[id] for id in batch],
+                [self.prompts[id] for id, _ in batch],
                 header.max_new_tokens,
                 self.pad_token_id,
                 header.eos_token_ids,
                 do_sample=header.rollout == "sample",
                 temperature=header.temperature,
                 seed=header.seed,
+                rollouts=[number for _, number in batch],
                 suppressed_ids=self.suppressed_ids,
                 decode_with=self.decode_with,
             )
-            for id, new in zip(batch, new_ids):
-                sequences[id] = [*self.prompts[id], *new]
+            for one, new in zip(batch, new_ids):
+                sequences[one] = [*self.prompts[one[0]], *new]
                 self.num_tokens += len(new)
             self._tell()
-        done: dict[str, _Trajectory] = {}
-        for batch in _chunks(sorted(problem_ids, key=lambda id: len(sequences[id])), self.batch_size):
-            prompt_lengths = [len(self.prompts[id]) for id in batch]
+        done: dict[tuple[str, int], _Trajectory] = {}
+        for batch in _chunks(sorted(wanted, key=lambda one: len(sequences[one])), self.batch_size):
+            prompt_lengths = [len(self.prompts[id]) for id, _ in batch]
             scores = score_trajectories(
                 self.model,
                 self.teacher,
-                [sequences[id] for id in batch],
+                [sequences[one] for one in batch],
                 prompt_lengths,
                 header.num_candidates,
                 header.excluded_ids,
             )
-            for id, prompt_length, one in zip(batch, prompt_lengths, scores):
-                done[id] = _Trajectory(sequences[id], prompt_length, one)
-            self.bar.update(len(batch))
-        return done
+            for one, prompt_length, score in zip(batch, prompt_lengths, scores):
+                done[one] = _Trajectory(one[1], sequences[one], prompt_length, score)
+            told = (len(done) - len(batch)) // header.num_rollouts
+            self.bar.update(len(done) // header.num_rollouts - told)
+        return {id: [done[id, number] for number in range(header.num_rollouts)] for id in problem_ids}
 
     def count_hits(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -556,6 +589,7 @@ def make_row(problem_id: str, trajectory: _Trajectory, header: TrajectoryHeader)
     chosen_N = choose_positions(scores.divergence_S, floor_count_S, header.divergence_threshold, header.points)
     return {
         "problem_id": problem_id,
+        "rollout": trajectory.number,
         "input_ids": trajectory.ids,
         "prompt_length": trajectory.prompt_length,
         "divergence": scores.divergence_S.tolist(),

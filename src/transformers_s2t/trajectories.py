@@ -2,14 +2,16 @@
 
 One row is one trajectory: a prompt and what the student wrote. For every generated position it holds the trigger
 values, for the chosen points the student's candidates and what the teacher thinks of them. A folder of labels holds
-`part-00000.parquet` and so on, a header `s2t_labels.json` and a `README.md` that tells `datasets.load_dataset(folder)`
-which of the files are data. This file knows nothing of models.
+`train-00000.parquet` and so on, `validation-00003.parquet` where problems were held out, a header `s2t_labels.json`
+and a `README.md` that tells `datasets.load_dataset(folder)` which of the files are data. This file knows nothing of
+models.
 
 Legend: B rows, T tokens, S = T - prompt_length generated positions, N decision points, K candidates.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,25 +19,22 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from operator import lt
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Dataset, Features, List, Value, get_dataset_split_names, load_dataset
 
 from .config import MAX_CANDIDATES, _check_choice, _check_range, atomic_write, write_json
 
 
 HEADER_NAME = "s2t_labels.json"
 CARD_NAME = "README.md"
-#: How a card begins. Without `data_files`, `datasets` takes the commonest extension: one shard beside two JSON files
-#: reads as JSON.
-CARD_METADATA = (
-    "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: part-*.parquet\n"
-    "tags:\n- transformers-s2t\n"
-)
+#: The parts of a folder of labels. A problem, with all its rollouts, is in one of them (`split_of`).
+SPLITS = ("train", "validation")
 #: Which generated positions become decision points.
 POINTS = ("floor+kl", "kl", "floor", "all")
 ROLLOUTS = ("greedy", "sample", "s2t", "s2t-local")
@@ -47,6 +46,7 @@ MISSING_LOGPROB = -1e4
 FEATURES = Features(
     {
         "problem_id": Value("string"),
+        "rollout": Value("int32"),  # which of the problem's rollouts, from 0
         "input_ids": List(Value("int32")),  # (T)
         "prompt_length": Value("int32"),
         "divergence": List(Value("float32")),  # (S) KL(teacher || student), nats
@@ -62,7 +62,7 @@ FEATURES = Features(
 _PER_TOKEN = ("divergence", "entropy", "margin")
 _PER_POINT = ("candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")
 _TOLERANCE = 1e-3  # of float32 sums over a large vocabulary
-_SHARD = re.compile(r"part-(\d{5,})\.parquet")
+_SHARD = re.compile(r"(train|validation)-(\d{5,})\.parquet")
 #: What a repository on the Hub is called.
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -94,6 +94,8 @@ class TrajectoryHeader:
             corrected by the teacher at decision points) or "s2t-local" (corrected by a trained selector).
         decoding (`dict`): of the last two: the settings of [`S2TDecodingConfig`], and the selector's adapter.
         temperature (`float`): of the sampling.
+        num_rollouts (`int`): rows of each problem; more than one with "sample" alone.
+        validation_share (`float`): of the problems, held out of the split "train" (`split_of`).
         max_new_tokens (`int`): of a rollout.
         seed (`int`): of the sampling.
         eos_token_ids (`tuple[int, ...]`): tokens that end a rollout.
@@ -118,6 +120,8 @@ class TrajectoryHeader:
     rollout: str = "greedy"
     decoding: dict[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
+    num_rollouts: int = 1
+    validation_share: float = 0.0
     max_new_tokens: int = 256
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
@@ -148,6 +152,15 @@ class TrajectoryHeader:
         _check_range("temperature", self.temperature, 0.0, 100.0)
         if self.temperature == 0:
             raise ValueError("`temperature` must be above 0, got 0; rollouts without sampling are rollout='greedy'.")
+        _check_range("num_rollouts", self.num_rollouts, 1, 1 << 20, integer=True)
+        if self.num_rollouts > 1 and self.rollout != "sample":
+            raise ValueError(
+                f"`num_rollouts` must be 1 for rollout={self.rollout!r}, which writes the same text every time, got "
+                f"{self.num_rollouts}; rollout='sample' writes several."
+            )
+        _check_range("validation_share", self.validation_share, 0.0, 1.0)
+        if self.validation_share == 1:
+            raise ValueError("`validation_share` must be in [0, 1), got 1: no problem is left for training.")
         _check_range("max_new_tokens", self.max_new_tokens, 1, 1 << 20, integer=True)
         _check_range("seed", self.seed, 0, (1 << 63) - 1, integer=True)
         for name in ("eos_token_ids", "excluded_ids"):
@@ -190,12 +203,18 @@ class TrajectoryHeader:
             raise ValueError(f"{where}: {error}") from None
 
 
-def write_header(folder: str | os.PathLike, header: TrajectoryHeader) -> None:
-    """Writes `s2t_labels.json` and the `README.md` that makes `datasets.load_dataset(folder)` work."""
+def card_metadata(splits: Sequence[str]) -> str:
+    """How a card begins: without `data_files`, `datasets` takes the commonest extension, JSON where shards are few."""
+    files = "".join(f"  - split: {split}\n    path: {split}-*.parquet\n" for split in splits)
+    return f"configs:\n- config_name: default\n  data_files:\n{files}tags:\n- transformers-s2t\n"
+
+
+def write_header(folder: str | os.PathLike, header: TrajectoryHeader, splits: Sequence[str] = ("train",)) -> None:
+    """Writes `s2t_labels.json` and the `README.md` that makes `datasets.load_dataset(folder)` read these splits."""
     folder = Path(folder)
     write_json(folder / HEADER_NAME, header.to_dict())
     card = (
-        f"---\n{CARD_METADATA}---\n\n"
+        f"---\n{card_metadata(splits)}---\n\n"
         f"# Select to Think labels\n\nStudent `{header.model}`, teacher `{header.teacher_model}`: rollouts of the "
         "student, and at its decision points the candidates it proposes with the teacher's log-probabilities of them "
         f"(arXiv 2604.26940). `{HEADER_NAME}` says how they were made; `transformers_s2t.trajectories.read_labels` "
@@ -238,6 +257,8 @@ def validate_row(row: Mapping[str, Any]) -> None:
     if not isinstance(problem_id, str) or not problem_id:
         raise ValueError(f"`problem_id` must be a non-empty string, got {problem_id!r}.")
     where = f"(problem_id {problem_id!r})"
+    if not _is_int(row["rollout"]) or row["rollout"] < 0:
+        raise ValueError(f"`rollout` must be an integer of 0 or more, got {row['rollout']!r} {where}.")
     ids = _ids("input_ids", row["input_ids"], where)
     if not _is_int(prompt_length) or not 1 <= prompt_length < len(ids):
         raise ValueError(
@@ -273,7 +294,7 @@ def validate_row(row: Mapping[str, Any]) -> None:
             values = _numbers(name, row[name][n], MISSING_LOGPROB, 0.0, at)
             _check_length(name, values, width, "one for each candidate", at)
         values = row["student_logprobs"][n]
-        if any(left < right for left, right in zip(values, values[1:])):
+        if any(map(lt, values, values[1:])):
             raise ValueError(f"`student_logprobs` must descend, best candidate first {at}.")
 
 
@@ -291,7 +312,9 @@ def _is_int(value: Any) -> bool:
 
 
 def _ids(name: str, values: Any, where: str) -> Sequence[int]:
-    if not isinstance(values, (list, tuple)) or not all(_is_int(value) and value >= 0 for value in values):
+    # `map` runs in C: this looks at every number of every shard
+    fine = isinstance(values, (list, tuple)) and set(map(type, values)) <= {int} and min(values, default=0) >= 0
+    if not fine:
         raise ValueError(f"`{name}` must be a list of integers of 0 or more, got {_short(values)} {where}.")
     return values
 
@@ -299,7 +322,10 @@ def _ids(name: str, values: Any, where: str) -> Sequence[int]:
 def _numbers(name: str, values: Any, low: float, high: float, where: str) -> Sequence[float]:
     if not isinstance(values, (list, tuple)):
         raise ValueError(f"`{name}` must be a list of numbers, got {_short(values)} {where}.")
-    for value in values:
+    if set(map(type, values)) <= {float, int} and math.isfinite(sum(values)):
+        if low - _TOLERANCE <= min(values, default=low) and max(values, default=low) <= high + _TOLERANCE:
+            return values
+    for value in values:  # which one is it
         if not isinstance(value, (float, int)) or isinstance(value, bool) or not math.isfinite(value):
             raise ValueError(f"`{name}` must hold finite numbers, got {value!r} {where}.")
         if not low - _TOLERANCE <= value <= high + _TOLERANCE:
@@ -321,35 +347,47 @@ def _short(value: Any) -> str:
 # Folders
 
 
-def shard_files(folder: str | os.PathLike) -> list[Path]:
-    """The shards of a folder in order."""
-    found = [
-        (int(match.group(1)), file) for file in Path(folder).glob("part-*") if (match := _SHARD.fullmatch(file.name))
-    ]
-    return [file for _, file in sorted(found)]
+def split_of(problem_id: str, validation_share: float) -> str:
+    """Which split a problem belongs to. Its id alone decides, so it is the same one in every folder of labels with
+    this share, and with a larger share no problem of the validation split goes back to training."""
+    return "validation" if share_of(f"validation\t{problem_id}") < validation_share else "train"
+
+
+def share_of(text: str) -> float:
+    """A number in [0, 1) that looks random and depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def shard_files(folder: str | os.PathLike, split: str | None = None) -> list[Path]:
+    """The shards of a folder in order: those of a split, or all."""
+    found = [(match, file) for file in Path(folder).glob("*.parquet") if (match := _SHARD.fullmatch(file.name))]
+    return [file for _, file in sorted((int(match[2]), file) for match, file in found if split in (None, match[1]))]
 
 
 def next_shard_index(folder: str | os.PathLike) -> int:
     """One above the last shard's number."""
     files = shard_files(folder)
-    return int(_SHARD.fullmatch(files[-1].name).group(1)) + 1 if files else 0
+    return int(_SHARD.fullmatch(files[-1].name)[2]) + 1 if files else 0
 
 
-def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes `part-{index}.parquet`, all rows or nothing: a temporary file, flushed to disk, then renamed.
+def write_shard(
+    folder: str | os.PathLike, index: int, rows: Sequence[Mapping[str, Any]], split: str = "train"
+) -> Path:
+    """Writes `{split}-{index}.parquet`, all rows or nothing: a temporary file, flushed to disk, then renamed.
 
     Raises:
-        ValueError: for an illegal row, no rows, or a problem that occurs twice.
+        ValueError: for an illegal row or split, no rows, or a rollout that occurs twice.
         FileExistsError: where there is such a shard.
     """
+    _check_choice("split", split, SPLITS)
     folder = Path(folder)
-    file = folder / f"part-{index:05d}.parquet"
+    file = folder / f"{split}-{index:05d}.parquet"
     if not rows:
         raise ValueError("`rows` must hold one row at least, got none.")
     for row in rows:
         validate_row(row)
-    if len({row["problem_id"] for row in rows}) != len(rows):
-        raise ValueError("`rows` must have different `problem_id`s; one occurs twice.")
+    if len({(row["problem_id"], row["rollout"]) for row in rows}) != len(rows):
+        raise ValueError("`rows` must differ in `problem_id` or `rollout`; one occurs twice.")
     if file.exists():
         raise FileExistsError(f"{file} exists.")
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=FEATURES.arrow_schema)
@@ -360,7 +398,7 @@ def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[Mapping[st
 
 def half_written_files(folder: str | os.PathLike) -> list[Path]:
     """Temporary files that a killed run left behind, see `atomic_write`."""
-    patterns = (".part-*.parquet.*", f".{HEADER_NAME}.*", f".{CARD_NAME}.*")
+    patterns = (*(f".{split}-*.parquet.*" for split in SPLITS), f".{HEADER_NAME}.*", f".{CARD_NAME}.*")
     return [file for pattern in patterns for file in Path(folder).glob(pattern)]
 
 
@@ -395,7 +433,7 @@ def read_labels(path_or_hub_id: str | os.PathLike, split: str = "train") -> tupl
 
     Args:
         path_or_hub_id: a folder that recipes/label.py wrote, or a data set on the Hub.
-        split: of a data set on the Hub; a local folder has one, "train".
+        split: "train", "validation" (problems held out by `recipes/label.py --validation_share`) or "all".
 
     Returns:
         the rows, and the header (`None` where a data set on the Hub or a folder has none).
@@ -413,20 +451,35 @@ def read_labels(path_or_hub_id: str | os.PathLike, split: str = "train") -> tupl
     return _read_hub(name, split)
 
 
+def label_splits(path_or_hub_id: str | os.PathLike) -> list[str]:
+    """Which splits a folder of labels, or a data set on the Hub, has."""
+    name = os.fspath(path_or_hub_id)
+    if not HUB_ID.fullmatch(name) or os.path.exists(name):
+        return [split for split in SPLITS if shard_files(name, split)]
+    try:
+        return get_dataset_split_names(name)
+    except (FileNotFoundError, ConnectionError):
+        return []  # `read_labels` says so
+
+
+def read_held_out_labels(path_or_hub_id: str | os.PathLike) -> tuple[Dataset, TrajectoryHeader | None]:
+    """[`read_labels`] for what training must not see: the split "validation", or the whole of labels without one."""
+    return read_labels(path_or_hub_id, "validation" if "validation" in label_splits(path_or_hub_id) else "train")
+
+
 def _read_folder(folder: Path, split: str) -> tuple[Dataset, TrajectoryHeader | None]:
-    if split != "train":
-        raise ValueError(f"`split` must be 'train' for a local folder of labels, got {split!r}.")
-    files = shard_files(folder)
-    if not files:
-        raise ValueError(f"{folder} holds no part-*.parquet: it is not a folder of labels (recipes/label.py).")
+    if not shard_files(folder):
+        raise ValueError(f"{folder} holds no train-*.parquet: it is not a folder of labels (recipes/label.py).")
+    _check_choice("split", split, (*label_splits(folder), "all"))
+    files = shard_files(folder, None if split == "all" else split)
     header = read_header(folder)
     num_rows = sum(_read_parquet(file, columns=["problem_id"]).num_rows for file in files)
     if num_rows == 0:
         raise ValueError(f"{folder} holds no labelled trajectory.")
     if header is not None and not header.complete:
         warnings.warn(
-            f"{folder} is incomplete: {num_rows} of {header.num_problems} problems; the same recipes/label.py command "
-            "goes on with the rest.",
+            f"{folder} is incomplete: {len(done_problem_ids(folder))} of {header.num_problems} problems; the same "
+            "recipes/label.py command goes on with the rest.",
             stacklevel=3,
         )
     return Dataset.from_parquet([str(file) for file in files], features=FEATURES), header
