@@ -25,7 +25,7 @@ from trl import TrlParser
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration import ScoredPoints, score_labels
 from transformers_s2t.config import write_json
-from transformers_s2t.trajectories import read_labels
+from transformers_s2t.trajectories import read_held_out_labels, read_labels
 
 
 @dataclass
@@ -94,7 +94,7 @@ def compare(runs: list[ScoredPoints], fusions: list[FusionWeights], prior: Count
 def main(argv: list[str] | None = None) -> None:
     (args,) = TrlParser(AgreementArguments).parse_args_and_config(argv)
     configs = [SelectorConfig.from_pretrained(adapter) for adapter in args.adapters]
-    labels, header = read_labels(args.labels)
+    labels, header = read_held_out_labels(args.labels)
     if header is None or header.divergence_threshold is None:
         raise ValueError(f"`labels` {args.labels!r} have no header with a divergence threshold: label again.")
     shapes = {(config.num_candidates, config.min_prob_ratio) for config in configs}

@@ -21,7 +21,7 @@ from trl import TrlParser
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration import TARGET_RATES, calibrate_thresholds, fit_fusion, score_labels
 from transformers_s2t.config import S2T_CONFIG_NAME
-from transformers_s2t.trajectories import read_labels
+from transformers_s2t.trajectories import read_held_out_labels
 
 
 @dataclass
@@ -29,7 +29,9 @@ class CalibrateArguments:
     """What is calibrated, and on what."""
 
     adapter: str = field(metadata={"help": "Folder of the trained adapter; its s2t_config.json is rewritten."})
-    labels: str = field(metadata={"help": "Labels of held-out training problems (recipes/label.py)."})
+    labels: str = field(
+        metadata={"help": "Labels of held-out training problems (recipes/label.py); their split 'validation', if any."}
+    )
     model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
     target_rates: list[float] = field(
         default_factory=lambda: list(TARGET_RATES), metadata={"help": "Shares of generated tokens that trigger."}
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             "trajectories and trigger values: its thresholds cannot be taken from them. Use trigger='always', or pass "
             "`threshold=` yourself."
         )
-    labels, header = read_labels(args.labels)
+    labels, header = read_held_out_labels(args.labels)
     if header is not None and config.vocab_hash and header.vocab_hash != config.vocab_hash:
         raise ValueError(
             f"`labels` {args.labels!r} were made with another tokenizer ({header.vocab_hash}) than the adapter's "

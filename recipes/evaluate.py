@@ -58,7 +58,7 @@ from transformers_s2t import (
 )
 from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary
-from transformers_s2t.trajectories import read_labels
+from transformers_s2t.trajectories import read_held_out_labels, read_labels
 
 
 LOCAL_POLICIES = ("s2t-local", "s2t-local-bare")
@@ -543,7 +543,7 @@ def check_no_leak(problems: list[Problem], label_dirs: list[str]) -> None:
     """Raises a ValueError where a problem under evaluation was labelled for training or calibration."""
     ids = {str(problem.id) for problem in problems}
     for folder in label_dirs:
-        shared = sorted(ids & set(read_labels(folder)[0]["problem_id"]))
+        shared = sorted(ids & set(read_labels(folder, split="all")[0]["problem_id"]))
         if shared:
             raise ValueError(
                 f"`label_dirs`: {folder!r} holds {len(shared)} of the {len(ids)} problems to evaluate (ids "
@@ -558,7 +558,7 @@ def measure_hits(folder: str, num_candidates: int) -> tuple[dict[str, float], di
     Hit@K: share of points where the teacher's first token is among the student's first K. Agree@1: share where the
     best of the `num_candidates` by the teacher is the student's first, or second, candidate.
     """
-    labels, header = read_labels(folder)
+    labels, header = read_held_out_labels(folder)
     if header is None or header.divergence_threshold is None:
         raise ValueError(f"`eval_labels`: {folder!r} has no `divergence_threshold` in its header: label it again.")
     threshold = header.divergence_threshold

@@ -20,6 +20,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
 from transformers_s2t import S2TConfig, S2TTrainer
+from transformers_s2t.trajectories import label_splits
 
 
 @dataclass
@@ -28,7 +29,13 @@ class ScriptArguments:
 
     model: str = field(metadata={"help": "Name or path of the small model."})
     labels: str = field(metadata={"help": "Folder written by recipes/label.py, or a Hub data set."})
-    eval_labels: str | None = field(default=None, metadata={"help": "Held-out labels, for Agree@1 during training."})
+    eval_labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out labels, for Agree@1 during training; the split 'validation' of `labels` by default, "
+            "where there is one."
+        },
+    )
     dtype: str = field(default="auto", metadata={"help": "Weights' type: 'auto', 'float32', 'bfloat16'."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "'sdpa' or 'eager'."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter (the paper's 74.3 M of 1.5 B fit 64)."})
@@ -93,6 +100,8 @@ def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, 
         lora_dropout=script_args.lora_dropout,
         target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
     )
+    if script_args.eval_labels is None and "validation" in label_splits(script_args.labels):
+        script_args.eval_labels = script_args.labels
     args.model_init_kwargs = {
         "dtype": script_args.dtype,
         "attn_implementation": script_args.attn_implementation,

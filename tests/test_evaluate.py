@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -181,14 +182,15 @@ def bed(tmp_path_factory):
     SelectorConfig(
         reserved, thresholds=thresholds, vocab_hash=vocab_hash(tokenizer), metrics={"agree_at_1": 0.5}
     ).save_pretrained(root / "adapter")
-    rows = [{"id": f"t{i}", "prompt": f"Tom has {20 + i} nuts.\n", "answer": str(i)} for i in range(10)]
+    rows = [{"prompt": f"Tom has {20 + i} nuts.\n", "answer": str(i)} for i in range(10)]
     (root / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     point = {"input_ids": list(range(30, 38)), "prompt_length": 4, "divergence": [0.0, 2.0, 3.0, 0.1]}
     point |= {"entropy": [0.1] * 4, "margin": [-0.1] * 4, "positions": [4, 5, 6]}
     point |= {"candidate_ids": [[40, 41, 42]] * 3, "student_logprobs": [[-0.5, -1.5, -2.5]] * 3}
     point |= {"teacher_logprobs": [[-0.1, -3.0, -4.0], [-2.0, -0.2, -3.0], [-4.0, -3.0, -2.0]]}
     point |= {"teacher_top_id": [40, 41, 50]}
-    write_shard(root / "labels", 0, [point | {"problem_id": name} for name in ("a", "b")])
+    ids = ["a", sha256(b"Tom has 2 nuts.\n").hexdigest()[:16]]
+    write_shard(root / "labels", 0, [point | {"problem_id": id, "rollout": 0} for id in ids])
     done = {"num_problems": 2, "complete": True, "num_candidates": 3, "divergence_threshold": 1.0}
     header = TrajectoryHeader("student", "teacher", vocab_hash(tokenizer), **done)
     write_header(root / "labels", header)
@@ -227,7 +229,8 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
     assert len({len(line) for line in table[: 2 + len(rows)]}) == 1
 
     header, records = evaluate.read_records(tmp_path / "records" / "s2t_always.jsonl")
-    assert [record["id"] for record in records] == [f"t{i}" for i in range(10)]
+    prompts = [f"Tom has {20 + i} nuts.\n".encode() for i in range(10)]
+    assert [record["id"] for record in records] == [sha256(prompt).hexdigest()[:16] for prompt in prompts]
     for record in records:
         assert len(record["tokens"]) == len(record["kinds"]) == record["num_tokens"]
         assert set(map(int, record["student_tokens"])) == {i for i, kind in enumerate(record["kinds"]) if kind == "f"}
@@ -276,10 +279,10 @@ def test_examples_say_what_the_student_would_have_written(bed):
 
 
 def test_labelled_problems_are_refused(bed, tmp_path):
-    row = {"id": "b", "prompt": "Tom has 2 nuts.\n", "answer": "2"}
+    row = {"prompt": "Tom has 2 nuts.\n", "answer": "2"}
     (tmp_path / "leak.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     args = arguments(bed, tmp_path, dataset=str(tmp_path / "leak.jsonl"), label_dirs=[str(bed / "labels")])
-    with pytest.raises(ValueError, match="holds 1 of the 1 problems to evaluate .ids b.*another split"):
+    with pytest.raises(ValueError, match="holds 1 of the 1 problems to evaluate .ids [0-9a-f]{16}.*another split"):
         evaluate.evaluate(args)
     assert not (tmp_path / "records").exists()
 

@@ -141,22 +141,50 @@ def test_two_processes_write_the_labels_of_one(run):
 def test_labels_have_a_card_with_figures_and_a_picture_and_go_to_the_hub(run, monkeypatch):
     folder, calls = run["folder"] / "labels" / "held-out", []
     hub = SimpleNamespace(
-        create_repo=lambda name, **kwargs: calls.append((name, kwargs)),
+        create_repo=lambda **kwargs: calls.append(kwargs),
         upload_folder=lambda **kwargs: calls.append(kwargs),
+        upload_file=lambda **kwargs: calls.append(kwargs),
     )
     monkeypatch.setattr(run["label"], "HfApi", lambda: hub)
     arguments = ["--model", str(run["folder"] / "student"), "--teacher_model", str(run["folder"] / "teacher")]
     arguments += ["--dataset", str(run["folder"] / "held-out.jsonl"), "--output_dir", str(folder)]
     arguments += ["--max_new_tokens", "10", "--num_candidates", "8", "--dtype", "float32"]
     run["label"].main([*arguments, "--push_to_hub", "you/labels", "--private", "true"])  # finished: nothing is run
-    assert calls[0] == ("you/labels", {"repo_type": "dataset", "private": True, "exist_ok": True})
-    assert calls[1] == {"repo_id": "you/labels", "repo_type": "dataset", "folder_path": str(folder)}
+    repo = {"repo_id": "you/labels", "repo_type": "dataset"}
+    assert calls[0] == repo | {"private": True, "exist_ok": True}
+    assert calls[1] == repo | {"folder_path": str(folder), "ignore_patterns": ["s2t_labels.json"]}
+    pushed = json.loads(calls[2]["path_or_fileobj"])
+    assert str(run["folder"]) not in str(pushed) and str(run["folder"]) in (folder / "s2t_labels.json").read_text()
+    assert pushed["model"] == "student" and pushed["prompt_source"]["dataset"] == "held-out.jsonl"
     card, stats = (folder / "README.md").read_text(), json.loads((folder / "label_stats.json").read_text())
     for value in stats["hit_at_k"].values():
         assert f"{value:.3f}" in card
     assert "divergence.png" in card and (folder / "divergence.png").stat().st_size > 5000
     assert str(run["folder"]) not in card
     assert len(load_dataset(str(folder), split="train", cache_dir=str(run["folder"] / "cache"))) == 25
+
+
+def test_one_folder_of_labels_holds_what_is_trained_on_and_what_is_held_out(run, capsys):
+    """Labeled once; training evaluates on the held-out problems, and evaluation refuses both parts."""
+    folder, labels = run["folder"], str(run["folder"] / "labels" / "divided")
+    arguments = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher"), "--dtype", "float32"]
+    arguments += ["--dataset", str(folder / "train.jsonl"), "--max_new_tokens", "10", "--num_candidates", "8"]
+    arguments += ["--rollout_policy", "sample", "--num_rollouts", "2", "--validation_share", "0.25"]
+    run["label"].main([*arguments, "--output_dir", labels, "--dry_run", "true"])
+    assert not Path(labels).exists() and "left to do: 40 problems" in capsys.readouterr().out
+    run["label"].main([*arguments, "--output_dir", labels])
+    assert "80 trajectories (train: " in capsys.readouterr().out
+    card = (Path(labels) / "README.md").read_text()
+    assert "path: train-*.parquet" in card and "path: validation-*.parquet" in card
+    sizes = {split: len(read_labels(labels, split)[0]) for split in ("train", "validation")}
+    assert sum(sizes.values()) == 80 and sizes["validation"] > 0
+    trained = ["--model", str(folder / "student"), "--labels", labels, "--dtype", "float32", "--use_cpu", "true"]
+    trained += ["--output_dir", str(folder / "divided"), "--max_steps", "1", "--save_strategy", "no"]
+    run["train"].main(trained)
+    state = json.loads((folder / "divided" / "trainer_state.json").read_text())
+    assert any("eval_agree_at_1" in entry for entry in state["log_history"])
+    run["calibrate"].main(["--adapter", str(folder / "divided"), "--labels", labels])
+    assert f" decision points of {sizes['validation']} trajectories" in capsys.readouterr().out
 
 
 def test_a_trained_folder_is_not_trained_again_unless_asked(run, capsys):

@@ -53,7 +53,7 @@ from .scoring import (
     valid_candidates,
     warn_without_tree,
 )
-from .trajectories import HUB_ID, TrajectoryCollator, TrajectoryHeader, read_labels
+from .trajectories import HUB_ID, TrajectoryCollator, TrajectoryHeader, read_held_out_labels, read_labels
 
 
 _HUB_KWARGS = ("revision", "token", "trust_remote_code", "cache_dir")
@@ -66,7 +66,8 @@ class S2TTrainer(Trainer):
         model: name or path, `PreTrainedModel`, or a `PeftModel` whose LoraConfig trains the reserved rows.
         args: [`S2TConfig`]; `None` for the defaults.
         train_dataset: labelled trajectories: a `Dataset`, a folder written by recipes/label.py, or a Hub id.
-        eval_dataset: held-out ones, or a dict of several.
+        eval_dataset: held-out ones, or a dict of several. Of a folder or Hub id with a split "validation", that
+            split: labels made with `--validation_share` can be given to both.
         processing_class: the model's tokenizer; loaded from the model's name where not given.
         peft_config: LoRA settings; `None` for r=16, alpha=32, dropout 0.05 on all linear layers (the authors'
             script). The reserved rows are added to it.
@@ -122,6 +123,8 @@ class S2TTrainer(Trainer):
                 eval_dataset[key], headers[name] = _load_labels(value, name)
         elif eval_dataset is not None:
             eval_dataset, headers["eval_dataset"] = _load_labels(eval_dataset, "eval_dataset")
+        held_out = eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
+        _warn_of_overlap(train_dataset, {name: labels for name, labels in held_out if labels is not None})
 
         if isinstance(model, str):
             init_kwargs = dict(args.model_init_kwargs or {})
@@ -565,12 +568,24 @@ def _load_labels(
     source: Dataset | str | os.PathLike, name: str, header: TrajectoryHeader | None = None
 ) -> tuple[Dataset, TrajectoryHeader | None]:
     if isinstance(source, (str, os.PathLike)):
-        source, header = read_labels(source)
+        source, header = read_labels(source) if name == "train_dataset" else read_held_out_labels(source)
     if not isinstance(source, Dataset):
         raise TypeError(f"`{name}` must be a datasets.Dataset, a folder of labels or a Hub id, got {type(source)}.")
     if len(source) == 0:
         raise ValueError(f"`{name}` is empty: label some problems first (recipes/label.py).")
     return source.with_format(None), header
+
+
+def _warn_of_overlap(train_dataset: Dataset, held_out: dict[str, Dataset]) -> None:
+    """Not an error: whoever tries out whether a model can learn a few rows by heart does just this."""
+    for name, labels in held_out.items():
+        if "problem_id" in labels.column_names and "problem_id" in train_dataset.column_names:
+            shared = set(train_dataset["problem_id"]) & set(labels["problem_id"])
+            if shared:
+                warnings.warn(
+                    f"`{name}` shares {len(shared)} problems with `train_dataset`: its figures are not held out.",
+                    stacklevel=3,
+                )
 
 
 def _check_weights_fit(headers: dict[str, TrajectoryHeader | None], model: PreTrainedModel, args: S2TConfig) -> None:
