@@ -1,26 +1,32 @@
 """What labels cost: `label_problems` against the step-by-step procedure at batch 1, per position, in one run.
 
-    python benchmarks/label.py --json runs/benchmarks/label.json
-    python benchmarks/label.py --quick                   # two minutes on two cores
-    python benchmarks/label.py --device cuda --dtype bfloat16 --model STUDENT --teacher_model TEACHER
+    python benchmarks/label.py --json runs/benchmarks/label.json            # the embedded pair on its own problems
+    python benchmarks/label.py --quick                                      # half a minute on two cores
+    python benchmarks/label.py --model weak --teacher_model strong --dataset gsm8k/train.jsonl \\
+        --prompt_column question --max_prompt_tokens 48 --new_tokens 128    # any other pair and problems
+    python benchmarks/label.py --shape small                                # random models, random prompts
+    python benchmarks/label.py --shape qwen2.5-0.5b --device cuda --dtype bfloat16
 
-Both ways label the same prompts of random tokens with the same two models, and rollouts have a fixed length:
+Both ways label the same prompts with the same two models:
 
-    pipeline   `label_problems` as recipes/label.py calls it: rollouts of the student in batches, one forward of each
-               model over whole texts, every position stored as a point, rows checked and written to disk
+    pipeline   `label_problems` as recipes/label.py calls it: rollouts of the student in length-sorted batches, one
+               forward of each model over whole texts, points chosen, rows checked and written to disk
     stepwise   what the public code (arXiv 2604.26940) does while it collects: one text at a time, and at every step
                the student and the teacher, the student's argmax appended; nothing is written
 
 `stepwise` is favoured here: the KV caches of both models are kept, as in the public code (`--stepwise_cache none`:
 both run on the whole text so far at every step); its scores are read by our own functions; it writes no file. It is
-slow, so it runs on the first few of the problems. The random models never end a text, so no batch runs half empty; on
-real problems rollouts cost the pipeline what the longest text of a batch is longer than the mean one.
+slow, so it runs on the first few of the problems. Real problems end where the student ends them, and a batch lasts as
+long as its longest text; random models never end one.
 
-On a CPU batch 1 is bound by reading the weights and the pipeline by arithmetic, so the ratio has a ceiling there that
-no batch size moves: the seconds of one pass over the weights, over those of one text token's arithmetic.
+What the ratio depends on: small models at batch 1 are bound by launching their operations, and a batch costs hardly
+more than one text. Larger models on a CPU are bound by reading the weights at batch 1 and by arithmetic in a batch, so
+there the ratio has a ceiling that no batch size moves: the seconds of one pass over the weights, over those of one
+text token's arithmetic.
 
-In float32 the rows of both ways are compared position by position, and the run fails where they differ by more than
-`--tolerance`. Where two tokens tie within it either may come first; texts that part there are compared up to there.
+In float32 the rows of both ways are compared, the trigger values at every position and all columns at the stored
+points, and the run fails where they differ by more than `--tolerance`. Where two tokens tie within it either may come
+first; texts that part there are compared up to there.
 
 Each way is timed in turn, A B C A B C ...; ratios are taken inside one turn, medians over turns are reported.
 """
@@ -28,6 +34,7 @@ Each way is timed in turn, A B C A B C ...; ratios are taken inside one turn, me
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -51,60 +58,97 @@ from setting import (
     random_model,
 )
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transformers_s2t.config import MAX_CANDIDATES, write_json
 from transformers_s2t.labeling import TrajectoryScores, label_problems, score_positions
 from transformers_s2t.proposals import exclude
+from transformers_s2t.reserved_tokens import find_reserved_token_ids
 from transformers_s2t.trajectories import TrajectoryHeader, shard_files
+
+
+#: The pair that ships here.
+EMBEDDED = Path(__file__).resolve().parents[1] / "recipes" / "embedded"
+
+sys.path += [str(EMBEDDED.parent), str(EMBEDDED)]
+from corpus import build_split  # noqa: E402
+from problems import encode_prompts, load_problems  # noqa: E402
 
 
 #: The teacher of each shape: twice as wide.
 TEACHERS = {"tiny": "tiny-wide", "small": "small-wide", "qwen2.5-0.5b": "qwen2.5-1.5b"}
 
-#: Same models, prompts and batches, half the rollouts' length, one turn.
-QUICK = {"turns": 1, "stepwise_problems": 1, "new_tokens": 128}
+#: Of the models and problems that are labelled: what holds where no flag says otherwise.
+NAMED = {"new_tokens": 72, "num_problems": 500, "batch_sizes": [32, 128], "stepwise_problems": 16, "turns": 5}
+RANDOM = {"new_tokens": 256, "batch_sizes": [32], "stepwise_problems": 2, "turns": 3}
+
+#: Fewer of the same problems; of random models half the rollouts' length.
+QUICK = {"num_problems": 256, "stepwise_problems": 8, "turns": 3}
+QUICK_RANDOM = {"stepwise_problems": 1, "new_tokens": 128, "turns": 1}
 
 
 # --- what is labelled ------------------------------------------------------------------------------------------------
 
 
-def make_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The student and the teacher: random ones, or those that were named."""
-    num_positions = args.prompt_tokens + args.new_tokens
-    models = []
-    for name, shape in ((args.model, args.shape), (args.teacher_model, args.teacher_shape)):
-        if name is None:
-            own = argparse.Namespace(**vars(args) | {"shape": shape})
-            models.append(random_model(own, num_positions, eos_token_id=None))
-        else:
-            one = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype))
-            models.append(one.eval().to(args.device))
-    return models[0], models[1]
+class Work(NamedTuple):
+    """Two models and what they label."""
+
+    model: PreTrainedModel
+    teacher_model: PreTrainedModel
+    prompts: dict[str, list[int]]
+    header: TrajectoryHeader
 
 
-def make_prompts(args: argparse.Namespace, vocab_size: int) -> dict[str, list[int]]:
+def make_work(args: argparse.Namespace) -> Work:
+    """The named models and problems, or random ones of a shape."""
+    common = {
+        "vocab_hash": "",
+        "num_candidates": args.num_candidates,
+        "max_new_tokens": args.new_tokens,
+        "dtype": args.dtype,
+    }
+    if args.shape is not None:
+        models = [
+            random_model(
+                argparse.Namespace(**vars(args) | {"shape": shape}), args.prompt_tokens + args.new_tokens, None
+            )
+            for shape in (args.shape, args.teacher_shape)
+        ]
+        reserved = range(args.vocab_size - NUM_RESERVED, args.vocab_size)
+        header = TrajectoryHeader(args.shape, args.teacher_shape, excluded_ids=tuple(reserved), **common)
+        return Work(*models, random_prompts(args), header)
+    models = [
+        AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype)).eval().to(args.device)
+        for name in (args.model, args.teacher_model)
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    try:
+        reserved = find_reserved_token_ids(tokenizer, models[0].get_output_embeddings().weight.shape[0])
+    except ValueError:
+        reserved = []
+    texts = read_prompts(args)
+    prompts = {str(i): ids[: args.max_prompt_tokens] for i, ids in enumerate(encode_prompts(tokenizer, texts))}
+    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    names = (Path(name).name for name in (args.model, args.teacher_model))
+    return Work(*models, prompts, TrajectoryHeader(*names, excluded_ids=reserved, eos_token_ids=ends, **common))
+
+
+def random_prompts(args: argparse.Namespace) -> dict[str, list[int]]:
     """Problem id -> random text tokens."""
     generator = torch.Generator().manual_seed(1)
     shape = (args.num_problems, args.prompt_tokens)
-    ids_NP = torch.randint(FIRST_TOKEN, vocab_size - NUM_RESERVED, shape, generator=generator)
+    ids_NP = torch.randint(FIRST_TOKEN, args.vocab_size - NUM_RESERVED, shape, generator=generator)
     return {str(i): ids for i, ids in enumerate(ids_NP.tolist())}
 
 
-def make_header(args: argparse.Namespace, vocab_size: int) -> TrajectoryHeader:
-    """Every position is stored, so that all of them can be compared."""
-    return TrajectoryHeader(
-        model=args.model or args.shape,
-        teacher_model=args.teacher_model or args.teacher_shape,
-        vocab_hash="",
-        num_candidates=args.num_candidates,
-        divergence_threshold=0.0,
-        threshold_sample=0,
-        points="all",
-        max_new_tokens=args.new_tokens,
-        excluded_ids=tuple(range(vocab_size - NUM_RESERVED, vocab_size)),
-        dtype=args.dtype,
-    )
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The problems' texts, of the data set or as recipes/embedded writes them."""
+    if args.dataset is None:
+        return [row["prompt"] for row in build_split("label", args.num_problems, 0)]
+    problems = load_problems(args.dataset, args.split, args.prompt_column, None, args.num_problems)
+    if len(problems) < args.num_problems:
+        raise ValueError(f"--num_problems must be at most {len(problems)}, which is all of --dataset.")
+    return [problem.prompt for problem in problems]
 
 
 class Clock:
@@ -131,18 +175,19 @@ def make_rate(num_positions: int, seconds: tuple[float, float]) -> Rate:
 # --- both ways -------------------------------------------------------------------------------------------------------
 
 
-def run_pipeline(
-    model: PreTrainedModel,
-    teacher_model: PreTrainedModel,
-    prompts: dict[str, list[int]],
-    header: TrajectoryHeader,
-    batch_size: int,
-) -> tuple[tuple[float, float], list[dict[str, Any]]]:
+def run_pipeline(work: Work, batch_size: int) -> tuple[tuple[float, float], list[dict[str, Any]]]:
     """Wall and CPU seconds, and the rows that were written."""
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
         label_problems(
-            model, teacher_model, prompts, folder, header, pad_token_id=0, batch_size=batch_size, show_progress=False
+            work.model,
+            work.teacher_model,
+            work.prompts,
+            folder,
+            work.header,
+            pad_token_id=0,
+            batch_size=batch_size,
+            show_progress=False,
         )
         seconds = clock.read()
         rows = [row for file in shard_files(folder) for row in pq.read_table(file).to_pylist()]
@@ -166,14 +211,11 @@ class Stepper:
 
 @torch.no_grad()
 def run_stepwise(
-    model: PreTrainedModel,
-    teacher_model: PreTrainedModel,
-    prompts: dict[str, list[int]],
-    header: TrajectoryHeader,
-    cached: bool,
+    work: Work, cached: bool
 ) -> tuple[tuple[float, float], list[tuple[list[int], TrajectoryScores, list[float]]]]:
     """Wall and CPU seconds, and of each problem its text, its scores and how far the teacher's two best lie apart."""
-    excluded = torch.tensor(header.excluded_ids, device=model.device)
+    model, teacher_model, prompts, header = work
+    excluded = torch.tensor(header.excluded_ids, dtype=torch.long, device=model.device)
     clock, done = Clock(), []
     for prompt in prompts.values():
         ids, parts, gaps = list(prompt), [], []
@@ -185,6 +227,8 @@ def run_stepwise(
             best_2 = teacher_logits_1V[0, : logits_1V.shape[-1]].topk(2).values
             gaps.append(float(best_2[0] - best_2[1]))
             ids.append(int(exclude(logits_1V, excluded).argmax(-1)))
+            if ids[-1] in header.eos_token_ids:
+                break
         done.append((ids, TrajectoryScores(*(torch.cat(columns) for columns in zip(*parts))), gaps))
     return clock.read(), done
 
@@ -210,27 +254,28 @@ def compare(
 
     check(row["input_ids"][:prompt_length] == text[:prompt_length], "prompt", 0, "...", "...")
     check(len(row["input_ids"]) == len(text), "length", 0, len(row["input_ids"]), len(text))
-    check(row["positions"] == list(range(prompt_length, len(text))), "positions", 0, "...", "all")
+    point_of = {position - prompt_length: n for n, position in enumerate(row["positions"])}
     for s in range(len(text) - prompt_length):
         for name in ("divergence", "entropy", "margin"):
             ours, theirs = row[name][s], float(getattr(scores, f"{name}_S")[s])
             check(abs(ours - theirs) <= tolerance, name, s, ours, theirs)
-        theirs_K = scores.student_logprobs_SK[s].tolist()
-        pairs = list(zip(row["student_logprobs"][s], theirs_K, strict=True))
-        check(all(abs(a - b) <= tolerance for a, b in pairs), "student_logprobs", s, *zip(*pairs))
-        ours_at = dict(zip(row["candidate_ids"][s], zip(row["student_logprobs"][s], row["teacher_logprobs"][s])))
-        theirs_at = dict(
-            zip(scores.candidate_ids_SK[s].tolist(), zip(theirs_K, scores.teacher_logprobs_SK[s].tolist()))
-        )
-        for id in ours_at.keys() | theirs_at.keys():
-            if id in ours_at and id in theirs_at:
-                both = zip(ours_at[id], theirs_at[id])
-                check(all(abs(a - b) <= tolerance for a, b in both), "scores", s, ours_at[id], theirs_at[id])
-            else:  # a tie for the last place
-                logprob = (ours_at.get(id) or theirs_at.get(id))[0]
-                check(logprob <= theirs_K[-1] + tolerance, "candidate_ids", s, list(ours_at), list(theirs_at))
-        ours, theirs = row["teacher_top_id"][s], int(scores.teacher_top_id_S[s])
-        check(ours == theirs or teacher_gaps[s] <= tolerance, "teacher_top_id", s, ours, theirs)
+        if s in point_of:
+            n, theirs_K = point_of[s], scores.student_logprobs_SK[s].tolist()
+            pairs = list(zip(row["student_logprobs"][n], theirs_K, strict=True))
+            check(all(abs(a - b) <= tolerance for a, b in pairs), "student_logprobs", s, *zip(*pairs))
+            ours_at = dict(zip(row["candidate_ids"][n], zip(row["student_logprobs"][n], row["teacher_logprobs"][n])))
+            theirs_at = dict(
+                zip(scores.candidate_ids_SK[s].tolist(), zip(theirs_K, scores.teacher_logprobs_SK[s].tolist()))
+            )
+            for id in ours_at.keys() | theirs_at.keys():
+                if id in ours_at and id in theirs_at:
+                    both = zip(ours_at[id], theirs_at[id])
+                    check(all(abs(a - b) <= tolerance for a, b in both), "scores", s, ours_at[id], theirs_at[id])
+                else:  # a tie for the last place
+                    logprob = (ours_at.get(id) or theirs_at.get(id))[0]
+                    check(logprob <= theirs_K[-1] + tolerance, "candidate_ids", s, list(ours_at), list(theirs_at))
+            ours, theirs = row["teacher_top_id"][n], int(scores.teacher_top_id_S[s])
+            check(ours == theirs or teacher_gaps[s] <= tolerance, "teacher_top_id", s, ours, theirs)
         ours, theirs = row["input_ids"][prompt_length + s], text[prompt_length + s]
         if ours != theirs:
             check(float(scores.margin_S[s]) >= -tolerance, "input_ids", s, ours, theirs)
@@ -243,30 +288,29 @@ def compare(
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, list[Rate]], dict[str, int]]:
     """The rates of each way in each turn, and how many positions were generated and compared."""
-    pair = make_models(args)
-    vocab_size = min(one.get_output_embeddings().weight.shape[0] for one in pair)
-    prompts, header = make_prompts(args, vocab_size), make_header(args, vocab_size)
-    few = dict(list(prompts.items())[: args.stepwise_problems])
+    work = make_work(args)
+    few = work._replace(prompts=dict(list(work.prompts.items())[: args.stepwise_problems]))
     cached = args.stepwise_cache == "both"
-    short = TrajectoryHeader(**header.to_dict() | {"max_new_tokens": 2})
-    run_stepwise(*pair, dict(list(few.items())[:1]), short, cached)  # what is loaded on first use is no cost of a way
-    run_pipeline(*pair, dict(list(prompts.items())[:2]), short, batch_size=2)
+    # what is loaded on first use is no cost of a way
+    short = few._replace(header=dataclasses.replace(work.header, max_new_tokens=2))
+    run_stepwise(short, cached)
+    run_pipeline(short, batch_size=2)
     rates: dict[str, list[Rate]] = {"stepwise": []} | {f"pipeline {size}": [] for size in args.batch_sizes}
     counts = {"stepwise_positions": 0, "pipeline_positions": 0, "compared_positions": 0}
     with tqdm(total=args.turns * len(rates), unit="run") as bar:
         for _ in range(args.turns):
             bar.set_description("stepwise")
-            seconds, steps = run_stepwise(*pair, few, header, cached)
+            seconds, steps = run_stepwise(few, cached)
             counts["stepwise_positions"] = sum(len(scores.divergence_S) for _, scores, _ in steps)
             rates["stepwise"].append(make_rate(counts["stepwise_positions"], seconds))
             bar.update()
             for size in args.batch_sizes:
                 bar.set_description(f"pipeline, batch {size}")
-                seconds, rows = run_pipeline(*pair, prompts, header, size)
+                seconds, rows = run_pipeline(work, size)
                 counts["pipeline_positions"] = sum(len(row["divergence"]) for row in rows)
                 rates[f"pipeline {size}"].append(make_rate(counts["pipeline_positions"], seconds))
                 bar.update()
-                if [row["problem_id"] for row in rows] != list(prompts):
+                if [row["problem_id"] for row in rows] != list(work.prompts):
                     raise RowsDiffer("the pipeline's rows are not those of the problems.")
                 if args.dtype == "float32":
                     compared = [compare(row, *step, args.tolerance) for row, step in zip(rows, steps)]
@@ -296,20 +340,29 @@ def make_row(
 
 
 def make_meta(args: argparse.Namespace, counts: dict[str, int]) -> dict[str, Any]:
-    settings = {name: value for name, value in vars(args).items() if name != "json"}
-    for name in ("model", "teacher_model"):
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot")}
+    for name in ("model", "teacher_model", "dataset"):
         if settings[name] is not None:
             settings[name] = Path(settings[name]).name  # where it lies is nobody's business
     meta = machine_meta(args) | {"teacher_shape": args.teacher_shape, "stepwise_cache": args.stepwise_cache}
     return meta | counts | {"rows_agree": args.dtype == "float32", "settings": settings}
 
 
+def name_of(meta: dict[str, Any]) -> str:
+    """What was labelled, in a few words."""
+    settings = meta["settings"]
+    if meta["shape"] is not None:
+        return f"{meta['shape']} and {meta['teacher_shape']}, random prompts of {settings['prompt_tokens']} tokens"
+    return (
+        f"{settings['model']} and {settings['teacher_model']}, {settings['dataset'] or 'problems of recipes/embedded'}"
+    )
+
+
 def format_table(rows: list[dict[str, Any]], meta: dict[str, Any]) -> str:
     """One line per way."""
     settings = meta["settings"]
-    student, teacher = settings["model"] or meta["shape"], settings["teacher_model"] or meta["teacher_shape"]
-    lines = [f"Labels per generated position: {student} and {teacher}, {settings['dtype']}, prompts of "
-             f"{settings['prompt_tokens']} tokens, rollouts of {settings['new_tokens']},",
+    lines = [f"Labels per generated position: {name_of(meta)}, {settings['dtype']}, rollouts of at most "
+             f"{settings['new_tokens']},",
              f"K = {settings['num_candidates']}, {settings['num_problems']} problems, {meta['device']}, "
              f"{meta['threads']} thread(s): median of {rows[0]['turns']} turn(s)", ""]  # fmt: skip
     cells = [["", "batch", "positions/s", "speed-up", "[min, max]", "cpu"]]
@@ -332,22 +385,26 @@ def format_table(rows: list[dict[str, Any]], meta: dict[str, Any]) -> str:
 def make_parser() -> Parser:
     parser = Parser(prog="label.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a preset of two minutes; flags given beside it win")
-    add("--model", help="student: folder or Hub id; a random one of --shape if not given")
-    add("--teacher_model", help="teacher: folder or Hub id; a random one of --teacher_shape if not given")
-    add("--shape", choices=sorted(TEACHERS), default="small", help="of the random student [%(default)s]")
+    add("--quick", action="store_true", help="a preset of half a minute (two with --shape); flags beside it win")
+    add("--model", help="student: folder or Hub id [the embedded pair]")
+    add("--teacher_model", help="teacher: folder or Hub id, with --model")
+    add("--dataset", help="problems: file, folder or Hub id, with --model [those of the embedded pair]")
+    add("--split", help="file in that folder, or split on the Hub")
+    add("--prompt_column", default="prompt", help="of --dataset [%(default)s]")
+    add("--max_prompt_tokens", type=int, help="cut prompts to their first so many tokens")
+    add("--shape", choices=sorted(TEACHERS), help="label random prompts with random models of this shape instead")
     add("--teacher_shape", choices=sorted(SHAPES), help="of the random teacher [twice as wide as the student]")
     add("--num_layers", type=int, help="of both random models; by default the shape's own")
     add("--vocab_size", type=int, help="rows of both random heads; by default the student shape's own")
-    add("--prompt_tokens", type=int, default=128, help="of each prompt [%(default)s]")
-    add("--new_tokens", type=int, default=256, help="of each rollout [%(default)s]")
+    add("--prompt_tokens", type=int, default=128, help="of each random prompt [%(default)s]")
+    add("--new_tokens", type=int, help="of each rollout, at most [72; with --shape 256, none ends before]")
     add("--num_candidates", type=int, default=16, help="K [%(default)s]")
-    add("--num_problems", type=int, help="for the pipeline [the largest batch]")
-    add("--batch_sizes", type=int, nargs="+", default=[32], help="of the pipeline [32]")
-    add("--stepwise_problems", type=int, default=2, help="how many of them stepwise labels [%(default)s]")
+    add("--num_problems", type=int, help="for the pipeline [500; with --shape the largest batch]")
+    add("--batch_sizes", type=int, nargs="+", help="of the pipeline [32 128; with --shape 32]")
+    add("--stepwise_problems", type=int, help="how many of them stepwise labels [16; with --shape 2]")
     add("--stepwise_cache", choices=["both", "none"], default="both", help="KV caches of stepwise [%(default)s]")
     add("--tolerance", type=float, default=1e-3, help="between the two ways' scores, nats [%(default)s]")
-    add("--turns", type=int, default=3, help="how often everything is timed [%(default)s]")
+    add("--turns", type=int, help="how often everything is timed [5; with --shape 3]")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 rows are not compared")
     add("--threads", type=int, help="of the CPU [torch's default]")
@@ -357,8 +414,24 @@ def make_parser() -> Parser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises a ValueError for what could not be measured."""
+    named = ("model", "teacher_model", "dataset", "split", "max_prompt_tokens")
+    if args.shape is not None:
+        if given := [f"--{name}" for name in named if getattr(args, name) is not None]:
+            raise ValueError(
+                f"--shape labels random prompts with random models: {', '.join(given)} must not be given."
+            )
+    elif given := [
+        f"--{name}" for name in ("teacher_shape", "num_layers", "vocab_size") if getattr(args, name) is not None
+    ]:
+        raise ValueError(f"--shape must be given with {', '.join(given)}.")
+    if (args.model is None) != (args.teacher_model is None):
+        raise ValueError("--model and --teacher_model must be given together.")
+    if args.model is not None and args.dataset is None:
+        raise ValueError("--dataset must be given with --model.")
+    if args.model is None and args.dataset is not None:
+        raise ValueError("--model must be given with --dataset.")
     least = {"prompt_tokens": 1, "new_tokens": 2, "num_candidates": 1, "num_problems": 1, "stepwise_problems": 1}
-    least |= {"turns": 1, "num_layers": 1, "threads": 1, "tolerance": 0, "batch_sizes": 1}
+    least |= {"turns": 1, "num_layers": 1, "threads": 1, "tolerance": 0, "batch_sizes": 1, "max_prompt_tokens": 1}
     least["vocab_size"] = FIRST_TOKEN + max(args.num_candidates, 2) + NUM_RESERVED
     check_range(args, least, {"num_candidates": MAX_CANDIDATES, "stepwise_problems": args.num_problems})
     check_device(args)
@@ -368,17 +441,21 @@ def check_arguments(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The settings; leaves with status 2 and one line where one is wrong."""
     parser = make_parser()
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    fill_in_shape(args)
-    args.teacher_shape = args.teacher_shape or TEACHERS[args.shape]
+    usual, quick = (NAMED, QUICK) if args.shape is None else (RANDOM, QUICK_RANDOM)
+    parser.set_defaults(**usual | (quick if args.quick else {}))
+    args = parser.parse_args(argv)
     args.batch_sizes = list(dict.fromkeys(args.batch_sizes))  # each once
     args.num_problems = max(args.batch_sizes) if args.num_problems is None else args.num_problems
     try:
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.shape is not None:
+        fill_in_shape(args)
+        args.teacher_shape = args.teacher_shape or TEACHERS[args.shape]
+    elif args.model is None:
+        args.model, args.teacher_model = str(EMBEDDED / "student"), str(EMBEDDED / "teacher")
     return args
 
 
@@ -388,6 +465,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     try:
         rates, counts = measure(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"label.py: {error}")
     except RowsDiffer as error:
         sys.exit(f"label.py: the two ways do not agree: {error}")
     meta = make_meta(args, counts)

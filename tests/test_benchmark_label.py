@@ -1,6 +1,8 @@
-"""What benchmarks/label.py compares and writes, on its tiny shape. Nothing here depends on how long a run takes."""
+"""What benchmarks/label.py compares and writes, on its tiny shape and on the pair that ships here. Nothing here
+depends on how long a run takes."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -38,12 +40,10 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both():
-    """Settings, models, prompts and header, the pipeline's rows and stepwise's texts and scores."""
-    args = label.parse_arguments(ARGUMENTS)
-    pair = label.make_models(args)
-    prompts, header = label.make_prompts(args, args.vocab_size), label.make_header(args, args.vocab_size)
-    rows = label.run_pipeline(*pair, prompts, header, batch_size=2)[1]
-    return pair, prompts, header, rows, label.run_stepwise(*pair, prompts, header, cached=True)[1]
+    """What is labelled, with every position stored, the pipeline's rows and stepwise's texts and scores."""
+    work = label.make_work(label.parse_arguments(ARGUMENTS))
+    work = work._replace(header=dataclasses.replace(work.header, points="all"))
+    return work, label.run_pipeline(work, batch_size=2)[1], label.run_stepwise(work, cached=True)[1]
 
 
 def test_rows_and_meta_have_what_readers_of_the_file_expect(run):
@@ -81,16 +81,17 @@ def test_the_table_has_a_line_for_each_way(run):
 
 
 def test_caches_do_not_change_what_stepwise_says_but_what_it_runs(both):
-    pair, prompts, header, _, steps = both
+    work, _, steps = both
+    pair, one = (work.model, work.teacher_model), work._replace(prompts={"0": work.prompts["0"]})
     widths = {True: [], False: []}
     for cached, seen in widths.items():
         hooks = [
-            one.model.register_forward_pre_hook(
+            model.model.register_forward_pre_hook(
                 lambda module, call, inputs, seen=seen: seen.append(inputs["input_ids"].shape), with_kwargs=True
             )
-            for one in pair
+            for model in pair
         ]
-        again = label.run_stepwise(*pair, {"0": prompts["0"]}, header, cached)[1][0]
+        again = label.run_stepwise(one, cached)[1][0]
         for hook in hooks:
             hook.remove()
         assert again[0] == steps[0][0]
@@ -102,9 +103,9 @@ def test_caches_do_not_change_what_stepwise_says_but_what_it_runs(both):
 
 
 def test_models_of_which_one_knows_more_are_both_asked(both):
-    student, teacher = both[0]
-    assert teacher.config.hidden_size == 2 * student.config.hidden_size
-    assert all(float(scores.divergence_S.min()) > 1e-4 for _, scores, _ in both[4])
+    work, _, steps = both
+    assert work.teacher_model.config.hidden_size == 2 * work.model.config.hidden_size
+    assert all(float(scores.divergence_S.min()) > 1e-4 for _, scores, _ in steps)
 
 
 def changed(row, name, s, value):
@@ -112,7 +113,7 @@ def changed(row, name, s, value):
 
 
 def test_rows_that_differ_are_found(both):
-    *_, rows, steps = both
+    _, rows, steps = both
     row, step = rows[1], steps[1]
     assert label.compare(row, *step, 1e-3) == S
     wrong = [changed(row, name, 3, row[name][3] + 0.01) for name in ("divergence", "entropy", "margin")]
@@ -122,7 +123,6 @@ def test_rows_that_differ_are_found(both):
     wrong.append(changed(row, "candidate_ids", 3, [999, *row["candidate_ids"][3][1:]]))
     wrong.append(changed(row, "teacher_top_id", 3, row["teacher_top_id"][3] + 1))
     wrong.append(changed(row, "input_ids", P + 3, row["input_ids"][P + 3] + 1))
-    wrong.append(row | {"positions": row["positions"][1:]})
     wrong.append(row | {"input_ids": row["input_ids"][:-1]})
     for other in wrong:
         with pytest.raises(label.RowsDiffer, match="problem 1, position"):
@@ -130,7 +130,7 @@ def test_rows_that_differ_are_found(both):
 
 
 def test_texts_that_part_at_a_tie_are_compared_up_to_there(both):
-    *_, rows, steps = both
+    _, rows, steps = both
     text, scores, gaps = steps[1]
     margin_S = scores.margin_S.clone()
     margin_S[3] = 0.0
@@ -141,8 +141,8 @@ def test_texts_that_part_at_a_tie_are_compared_up_to_there(both):
 def test_a_run_whose_rows_differ_fails_in_one_line(monkeypatch, tmp_path):
     stepwise = label.run_stepwise
 
-    def other(model, teacher_model, *args):
-        return stepwise(model, model, *args)
+    def other(work, cached):
+        return stepwise(work._replace(teacher_model=work.model), cached)
 
     monkeypatch.setattr(label, "run_stepwise", other)
     with pytest.raises(SystemExit) as error:
@@ -151,21 +151,41 @@ def test_a_run_whose_rows_differ_fails_in_one_line(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_named_models_are_loaded_and_their_place_is_not_told(both, tmp_path):
-    for name, model in zip(("student", "teacher"), both[0]):
-        model.save_pretrained(tmp_path / name)
-    flags = ["--model", str(tmp_path / "student"), "--teacher_model", str(tmp_path / "teacher")]
-    label.main([*ARGUMENTS, "--turns", "1", *flags, "--dtype", "bfloat16", "--json", str(tmp_path / "label.json")])
+FEW = "--num_problems 6 --stepwise_problems 3 --batch_sizes 4 --turns 1 --new_tokens 40 --threads 1".split()
+
+
+def test_the_pair_that_ships_here_labels_its_own_problems(tmp_path, capsys):
+    """Real problems end where the student ends them, and not every position is stored."""
+    label.main([*FEW, "--json", str(tmp_path / "label.json")])
     meta = json.loads((tmp_path / "label.json").read_text())["meta"]
-    assert meta["settings"]["model"] == "student" and str(tmp_path) not in json.dumps(meta)
+    assert meta["settings"]["model"] == "student" and meta["shape"] is None and meta["rows_agree"]
+    assert 30 < meta["compared_positions"] == meta["stepwise_positions"] < 3 * 40
+    assert "student and teacher, problems of recipes/embedded, float32" in capsys.readouterr().out
+    work = label.make_work(label.parse_arguments(FEW))
+    rows = label.run_pipeline(work, 4)[1]
+    assert 0 < sum(len(row["positions"]) for row in rows) < sum(len(row["divergence"]) for row in rows)
+
+
+def test_named_models_are_loaded_and_their_place_is_not_told(tmp_path):
+    (tmp_path / "questions.jsonl").write_text("".join(f'{{"q": "Tom has {i} nuts."}}\n' for i in range(20, 26)))
+    flags = ["--model", str(label.EMBEDDED / "teacher"), "--teacher_model", str(label.EMBEDDED / "student")]
+    flags += ["--dataset", str(tmp_path / "questions.jsonl"), "--prompt_column", "q", "--max_prompt_tokens", "4"]
+    label.main([*FEW, *flags, "--dtype", "bfloat16", "--json", str(tmp_path / "label.json")])
+    meta = json.loads((tmp_path / "label.json").read_text())["meta"]
+    assert (meta["settings"]["model"], meta["settings"]["dataset"]) == ("teacher", "questions.jsonl")
+    assert str(tmp_path) not in json.dumps(meta) and str(label.EMBEDDED) not in json.dumps(meta)
     assert not meta["rows_agree"] and meta["compared_positions"] == 0
+    with pytest.raises(SystemExit, match="label.py: --num_problems must be at most 6"):
+        label.main([*FEW, *flags, "--num_problems", "7"])
 
 
 def test_quick_is_a_preset_that_flags_win_over():
-    args = label.parse_arguments(["--quick", "--turns", "2"])
+    args = label.parse_arguments(["--shape", "small", "--quick", "--turns", "2"])
     assert (args.shape, args.teacher_shape, args.turns, args.stepwise_problems) == ("small", "small-wide", 2, 1)
     assert (args.prompt_tokens, args.new_tokens, args.batch_sizes, args.num_problems) == (128, 128, [32], 32)
-    assert label.parse_arguments([]).new_tokens == 256
+    assert label.parse_arguments(["--shape", "small"]).new_tokens == 256
+    args = label.parse_arguments(["--quick", "--turns", "2"])
+    assert (Path(args.model).name, args.new_tokens, args.num_problems, args.turns) == ("student", 72, 256, 2)
 
 
 BAD = {
@@ -173,8 +193,13 @@ BAD = {
     "--new_tokens 1": "--new_tokens must be at least 2",
     "--num_candidates 65": "--num_candidates must be at most 64",
     "--batch_sizes 4 0": "--batch_sizes must be at least 1",
-    "--batch_sizes 1": "--stepwise_problems must be at most 1",
-    "--vocab_size 34": "--vocab_size must be at least 35",
+    "--num_problems 1": "--stepwise_problems must be at most 1",
+    "--model x": "--model and --teacher_model must be given together",
+    "--model x --teacher_model y": "--dataset must be given with --model",
+    "--dataset x": "--model must be given with --dataset",
+    "--shape tiny --model x --split y": "--model, --split must not be given",
+    "--num_layers 2": "--shape must be given with --num_layers",
+    "--shape tiny --vocab_size 34": "--vocab_size must be at least 35",
     "--turns 0": "--turns must be at least 1",
     "--stepwise_cache student": "invalid choice",
     "--device cuda": "no CUDA device",
@@ -185,7 +210,7 @@ BAD = {
 @pytest.mark.parametrize("flags, message", BAD.items())
 def test_bad_input_is_one_line_before_anything_is_built(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(label, "make_models", lambda *args: pytest.fail("started"))
+    monkeypatch.setattr(label, "make_work", lambda *args: pytest.fail("started"))
     with pytest.raises(SystemExit) as error:
         label.main(flags.split())
     said = capsys.readouterr().err
