@@ -31,12 +31,13 @@ import transformers
 from accelerate import PartialState
 from data_card import write_data_card
 from huggingface_hub import HfApi
-from models import load_pretrained
+from models import check_quantization, load_pretrained, make_quantization_config
 from problems import encode_prompts, load_problems
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -158,6 +159,10 @@ class LabelArguments:
             "help": "Weights' type: 'auto' (the checkpoint's own; float32 on a CPU), 'float32', 'bfloat16', ..."
         },
     )
+    teacher_load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantize the teacher to 4 bits (bitsandbytes, nf4) as it is loaded."}
+    )
+    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Or to 8 bits."})
     device_map: str | None = field(
         default=None, metadata={"help": "Where weights go, e.g. 'auto' (default with an accelerator) or 'cpu'."}
     )
@@ -194,7 +199,17 @@ class LabelArguments:
                 f"`adapter` must be given with rollout_policy='s2t-local' and with no other, got {self.adapter!r} "
                 f"with {self.rollout_policy!r}."
             )
+        if self.teacher_url is not None and self.teacher_quantization:
+            raise ValueError(
+                f"`teacher_load_in_4bit` and `teacher_load_in_8bit` must not be true with `teacher_url`, got "
+                f"{self.teacher_url!r}: the server has loaded its model already."
+            )
+        check_quantization(self.teacher_load_in_4bit, self.teacher_load_in_8bit, "teacher_")
         self.header()  # checks the rest
+
+    @property
+    def teacher_quantization(self) -> str:
+        return "nf4" if self.teacher_load_in_4bit else "int8" if self.teacher_load_in_8bit else ""
 
     def decoding_config(self) -> S2TDecodingConfig | None:
         """When a selector corrects the student; `None` where none does."""
@@ -220,6 +235,7 @@ class LabelArguments:
         return TrajectoryHeader(
             model=self.model,
             teacher_model=self.teacher_model or "",
+            teacher_quantization=self.teacher_quantization,
             vocab_hash="",
             num_candidates=self.num_candidates,
             target_rate=self.target_rate,
@@ -311,6 +327,7 @@ def prepare(args: LabelArguments) -> Plan:
             teacher_source=teacher.source,
             top_logprobs=teacher.top_logprobs,
         )
+    quantization_of_teacher(args, header.dtype)  # is bitsandbytes there?
     find_unfinished(args.output_dir, header, args.overwrite)
     return Plan(prompts, header, pad_token_id, teacher)
 
@@ -327,6 +344,11 @@ def connect(args: LabelArguments, teacher_config: PretrainedConfig | None) -> HT
         )
     except TeacherError as error:
         raise ValueError(f"`teacher_url`: {error}") from None
+
+
+def quantization_of_teacher(args: LabelArguments, dtype: str) -> BitsAndBytesConfig | None:
+    """Matrices are multiplied in `dtype`, the type of the other weights."""
+    return make_quantization_config(args.teacher_load_in_4bit, args.teacher_load_in_8bit, dtype, prefix="teacher_")
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
@@ -360,7 +382,12 @@ def load_models(
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=device_map)
     teacher = plan.teacher
     if teacher is None:
-        teacher = AutoModelForCausalLM.from_pretrained(args.teacher_model, dtype=dtype, device_map=device_map)
+        teacher = AutoModelForCausalLM.from_pretrained(
+            args.teacher_model,
+            dtype=dtype,
+            device_map=device_map,
+            quantization_config=quantization_of_teacher(args, dtype),
+        )
     decode_with = None
     if args.rollout_policy in CORRECTED_ROLLOUTS:
         if args.adapter is None:
@@ -517,7 +544,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run and process_state(args).num_processes > 1:
             raise ValueError("`dry_run` is for one process: start it with python, not with accelerate launch.")
         plan = prepare(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"label.py: {error}", file=sys.stderr)
         sys.exit(2)
     if plan.teacher is not None and args.teacher_model is None:

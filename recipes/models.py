@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
 
 
 def load_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -22,6 +23,45 @@ def load_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
 def default_device() -> torch.device:
     """The accelerator where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_quantization(load_in_4bit: bool, load_in_8bit: bool, prefix: str = "") -> None:
+    """Raises a ValueError for both at once, naming the flags."""
+    if load_in_4bit and load_in_8bit:
+        raise ValueError(f"`{prefix}load_in_4bit` and `{prefix}load_in_8bit` must not both be true.")
+
+
+def make_quantization_config(
+    load_in_4bit: bool,
+    load_in_8bit: bool,
+    compute_dtype: str | None,
+    quant_type: str = "nf4",
+    nested: bool = False,
+    prefix: str = "",
+) -> BitsAndBytesConfig | None:
+    """How weights are quantized as they are loaded; `None` for not at all.
+
+    Args:
+        compute_dtype: in which matrices are multiplied, of 4 bits.
+        quant_type, nested: of 4 bits.
+        prefix: of the flags, for errors.
+
+    Raises:
+        ImportError: where bitsandbytes is not installed.
+    """
+    if not (load_in_4bit or load_in_8bit):
+        return None
+    if not is_bitsandbytes_available():
+        flag = f"{prefix}load_in_{4 if load_in_4bit else 8}bit"
+        raise ImportError(f"`{flag}` needs bitsandbytes, which is not installed: pip install -U bitsandbytes")
+    if load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=nested,
+    )
 
 
 def load_pretrained(argument: str, name: str, auto_class: type) -> Any:

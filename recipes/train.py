@@ -1,7 +1,7 @@
 """Trains an S2T-Local selector on labelled trajectories.
 
     accelerate launch recipes/train.py --config recipes/embedded/train.yaml
-    python recipes/train.py --model Qwen/Qwen2.5-1.5B-Instruct --labels labels/train --eval_labels labels/held-out \
+    python recipes/train.py --model Qwen/Qwen2.5-1.5B-Instruct --labels labels/math \
         --output_dir qwen2.5-1.5b-s2t-local
 
 Every field of S2TConfig (and so of transformers.TrainingArguments) is a command-line option and a YAML key.
@@ -13,10 +13,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models import check_quantization, make_quantization_config
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
 from transformers_s2t import S2TConfig, S2TTrainer
@@ -53,31 +53,20 @@ class ScriptArguments:
     overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
 
     def __post_init__(self):
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("`load_in_4bit` and `load_in_8bit` must not both be true.")
+        check_quantization(self.load_in_4bit, self.load_in_8bit)
         if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
             raise ValueError(f"`bnb_4bit_quant_type` must be 'nf4' or 'fp4', got {self.bnb_4bit_quant_type!r}.")
 
 
-def make_quantization_config(script_args: ScriptArguments, args: S2TConfig) -> BitsAndBytesConfig | None:
-    """How the base model is quantized; `None` for not at all. Matrices are multiplied in the type of the weights.
-
-    Raises:
-        ImportError: where bitsandbytes is not installed, before anything is read.
-    """
-    if not (script_args.load_in_4bit or script_args.load_in_8bit):
-        return None
-    if not is_bitsandbytes_available():
-        flag = "load_in_4bit" if script_args.load_in_4bit else "load_in_8bit"
-        raise ImportError(f"`{flag}` needs bitsandbytes, which is not installed: pip install -U bitsandbytes")
-    if script_args.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
+def quantization_of(script_args: ScriptArguments, args: S2TConfig) -> BitsAndBytesConfig | None:
+    """How the base model is quantized. Matrices are multiplied in the type of the weights."""
     mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=mixed if script_args.dtype == "auto" else script_args.dtype,
-        bnb_4bit_quant_type=script_args.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=script_args.use_bnb_nested_quant,
+    return make_quantization_config(
+        script_args.load_in_4bit,
+        script_args.load_in_8bit,
+        mixed if script_args.dtype == "auto" else script_args.dtype,
+        script_args.bnb_4bit_quant_type,
+        script_args.use_bnb_nested_quant,
     )
 
 
@@ -113,7 +102,7 @@ def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, 
         train_dataset=script_args.labels,
         eval_dataset=script_args.eval_labels,
         peft_config=peft_config,
-        quantization_config=make_quantization_config(script_args, args),
+        quantization_config=quantization_of(script_args, args),
     )
     return script_args, args, checkpoint, trainer
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers_s2t import S2T, LocalSelector, S2TConfig, S2TTrainer, SelectorConfig, s2t_generate, s2t_trainer
 from transformers_s2t.calibration import score_labels
 from transformers_s2t.reserved_tokens import model_hash
+from transformers_s2t.trajectories import read_labels
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -105,7 +106,9 @@ def test_a_quantized_head_is_refused(tmp_path):
 
 
 def test_the_recipe_says_what_is_missing_before_labels_are_read(recipe, monkeypatch, capsys):
-    monkeypatch.setattr(recipe, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(
+        sys.modules[recipe.make_quantization_config.__module__], "is_bitsandbytes_available", lambda: False
+    )
     for flag in ("load_in_4bit", "load_in_8bit"):
         with pytest.raises(SystemExit):
             recipe.main(["--model", "m", "--labels", "nowhere", "--use_cpu", "true", f"--{flag}", "true"])
@@ -125,7 +128,7 @@ def test_the_recipes_flags_become_a_quantization_config(recipe, tmp_path):
     args = S2TConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True)
 
     def config(**flags):
-        return recipe.make_quantization_config(recipe.ScriptArguments("m", "l", **flags), args)
+        return recipe.quantization_of(recipe.ScriptArguments("m", "l", **flags), args)
 
     assert config() is None and config(load_in_8bit=True).load_in_8bit
     nested = config(load_in_4bit=True, bnb_4bit_quant_type="fp4", use_bnb_nested_quant=True)
@@ -208,3 +211,53 @@ def test_an_adapter_is_never_merged_into_quantized_weights(folder, storage):
     selector = LocalSelector(lora_model(load(folder, config)), settings, "s2t")
     with pytest.raises(ValueError, match="cannot be merged exactly"):
         selector.merge()
+
+
+@pytest.fixture
+def label(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.delitem(sys.modules, "label", raising=False)
+    import label
+
+    return label
+
+
+@pytest.mark.parametrize(("bits", "name"), [(4, "nf4"), (8, "int8")])
+def test_a_quantized_teacher_labels_as_the_same_model_quantized_does(tmp_path, folder, label, bits, name):
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "problems.jsonl").write_text('{"prompt": "w5 w6 w7"}\n{"prompt": "w8 w9"}\n')
+    label.main(
+        ["--model", folder, "--teacher_model", folder, f"--teacher_load_in_{bits}bit", "true", "--max_new_tokens", "6"]
+        + ["--dataset", str(tmp_path / "problems.jsonl"), "--output_dir", str(tmp_path / "labels"), "--points", "all"]
+    )
+    labels, header = read_labels(tmp_path / "labels")
+    assert header.teacher_quantization == name
+    teacher = load(folder, label.make_quantization_config(bits == 4, bits == 8, "float32")).eval()
+    for row in labels:
+        logits_TV = teacher(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for position, ids, logprobs in zip(row["positions"], row["candidate_ids"], row["teacher_logprobs"]):
+            assert torch.allclose(logits_TV[position - 1, ids], torch.tensor(logprobs), atol=0.3)  # bfloat16 or int8 products
+        assert (torch.tensor(row["teacher_logprobs"]) - torch.tensor(row["student_logprobs"])).abs().max() > 0.01
+
+
+def test_a_quantized_teacher_needs_bitsandbytes_and_a_model_of_its_own(tmp_path, folder, label, monkeypatch, capsys):
+    (tmp_path / "problems.jsonl").write_text('{"prompt": "w5 w6 w7"}\n')
+    flags = [
+        "--model",
+        folder,
+        "--dataset",
+        str(tmp_path / "problems.jsonl"),
+        "--output_dir",
+        str(tmp_path / "labels"),
+    ]
+    flags += ["--teacher_load_in_4bit", "true", "--max_new_tokens", "6"]
+    for more, message in (
+        (["--teacher_url", "http://host"], "`teacher_load_in_4bit` and `teacher_load_in_8bit` must not be true with"),
+        (["--teacher_model", "t", "--teacher_load_in_8bit", "true"], "must not both be true"),
+        (["--teacher_model", folder], "`teacher_load_in_4bit` needs bitsandbytes, which is not installed"),
+    ):
+        models = sys.modules[label.make_quantization_config.__module__]
+        monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
+        with pytest.raises(SystemExit) as error:
+            label.main([*flags, *more])
+        assert error.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "labels").exists()

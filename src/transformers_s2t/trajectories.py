@@ -79,6 +79,7 @@ class TrajectoryHeader:
         model (`str`): name or path of the student.
         teacher_model (`str`): of the teacher.
         teacher_source (`str`): "local", or the name under which a server offered the teacher. Never its address.
+        teacher_quantization (`str`): "nf4" or "int8" where it was quantized as it was loaded.
         top_logprobs (`int`, *optional*): how many tokens the teacher named at each position; `None` for all. Where it
             is given, `divergence` is a lower bound (`teachers.coarse_divergence`).
         vocab_hash (`str`): fingerprint of the tokenizer that both share.
@@ -130,6 +131,7 @@ class TrajectoryHeader:
     prompt_source: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     teacher_source: str = "local"
+    teacher_quantization: str = ""
     top_logprobs: int | None = None
     num_problems: int = 0
     complete: bool = False
