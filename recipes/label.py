@@ -125,6 +125,9 @@ class LabelArguments:
         default="floor+kl",
         metadata={"help": "What is stored: 'kl' (paper), 'floor' (two candidates above it), 'floor+kl' or 'all'."},
     )
+    max_points: int | None = field(
+        default=None, metadata={"help": "Decision points of one trajectory, at most; spread evenly among its own."}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Length of a rollout."})
     rollout_policy: str = field(
         default="greedy",
@@ -243,6 +246,7 @@ class LabelArguments:
             threshold_sample=200 if self.divergence_threshold is None else 0,
             min_prob_ratio=self.min_prob_ratio,
             points=self.points,
+            max_points=self.max_points,
             rollout=self.rollout_policy,
             decoding=self.decoding_settings(),
             temperature=self.temperature,

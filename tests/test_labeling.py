@@ -327,6 +327,20 @@ def test_choose_positions():
         choose_positions(divergence_S, floor_count_S, 0.5, "none")
 
 
+def test_a_cap_keeps_points_that_are_evenly_spread():
+    divergence_S, floor_count_S = torch.arange(12) / 10.0, torch.ones(12)
+    for max_points, kept in {
+        None: range(2, 12),
+        99: range(2, 12),
+        10: range(2, 12),
+        5: [3, 5, 7, 9, 11],
+        1: [7],
+    }.items():
+        assert choose_positions(divergence_S, floor_count_S, 0.15, "kl", max_points).tolist() == list(kept)
+    with pytest.raises(ValueError, match=r"`max_points` must be an integer in \[1, .*got 0"):
+        replace(HEADER, max_points=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The pipeline
 
@@ -354,6 +368,15 @@ def test_points_follow_the_rule_in_the_header(pair, prompts, tmp_path):
     for row in rows_of(tmp_path):
         above = [i + row["prompt_length"] for i, v in enumerate(row["divergence"]) if v >= header.divergence_threshold]
         assert row["positions"] == above
+
+
+def test_a_trajectory_has_as_many_points_as_the_header_allows(pair, prompts, tmp_path):
+    label(pair, prompts, tmp_path / "all", replace(HEADER, points="all"))
+    label(pair, prompts, tmp_path / "few", replace(HEADER, points="all", max_points=3))
+    for row, whole in zip(rows_of(tmp_path / "few"), rows_of(tmp_path / "all"), strict=True):
+        assert len(row["positions"]) == min(3, len(whole["positions"]))
+        at = [whole["positions"].index(position) for position in row["positions"]]
+        assert row["candidate_ids"] == [whole["candidate_ids"][n] for n in at]
 
 
 def test_nothing_is_rolled_out_twice(pair, prompts, tmp_path, monkeypatch):

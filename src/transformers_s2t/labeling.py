@@ -288,7 +288,11 @@ def _score_batch(
 
 
 def choose_positions(
-    divergence_S: torch.Tensor, floor_count_S: torch.Tensor, divergence_threshold: float, points: str = "floor+kl"
+    divergence_S: torch.Tensor,
+    floor_count_S: torch.Tensor,
+    divergence_threshold: float,
+    points: str = "floor+kl",
+    max_points: int | None = None,
 ) -> torch.Tensor:
     """Which generated positions become decision points: their indices (N,), ascending.
 
@@ -298,6 +302,8 @@ def choose_positions(
         divergence_threshold: nats.
         points: "kl": the divergence reaches the threshold (the paper's rule, arXiv 2604.26940); "floor": two or more
             candidates are above the floor, which needs no teacher at inference; "floor+kl": either; "all".
+        max_points: of one trajectory. Where there are more, that many stay which are evenly spread among them: so the
+            share of points at which the teacher agrees stays what it is, which a selector has to learn too.
     """
     _check_choice("points", points, POINTS)
     chosen_S = torch.full_like(divergence_S, points == "all", dtype=torch.bool)
@@ -305,7 +311,11 @@ def choose_positions(
         chosen_S |= divergence_S >= divergence_threshold
     if "floor" in points:
         chosen_S |= floor_count_S >= 2
-    return chosen_S.nonzero()[:, 0]
+    chosen_N = chosen_S.nonzero()[:, 0]
+    if max_points is not None and len(chosen_N) > max_points:
+        every = len(chosen_N) / max_points
+        chosen_N = chosen_N[((torch.arange(max_points) + 0.5) * every).long()]
+    return chosen_N
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -586,7 +596,9 @@ def make_row(problem_id: str, trajectory: _Trajectory, header: TrajectoryHeader)
     """The row of one trajectory, with points chosen by the header's rule and threshold."""
     scores = trajectory.scores
     floor_count_S = floor_mask(scores.student_logprobs_SK, header.min_prob_ratio).sum(-1)
-    chosen_N = choose_positions(scores.divergence_S, floor_count_S, header.divergence_threshold, header.points)
+    chosen_N = choose_positions(
+        scores.divergence_S, floor_count_S, header.divergence_threshold, header.points, header.max_points
+    )
     return {
         "problem_id": problem_id,
         "rollout": trajectory.number,

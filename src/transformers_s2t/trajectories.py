@@ -91,6 +91,7 @@ class TrajectoryHeader:
         threshold_sample (`int`): from how many of the first problems it is estimated; 0 where it was given.
         min_prob_ratio (`float`): the candidate floor of the rules with "floor".
         points (`str`): which positions became points: "floor+kl", "kl", "floor" or "all".
+        max_points (`int`, *optional*): of one trajectory, at most; `None` for all.
         rollout (`str`): who chose the tokens: "greedy" (student), "sample" (student at `temperature`), "s2t" (student,
             corrected by the teacher at decision points) or "s2t-local" (corrected by a trained selector).
         decoding (`dict`): of the last two: the settings of [`S2TDecodingConfig`], and the selector's adapter.
@@ -118,6 +119,7 @@ class TrajectoryHeader:
     threshold_sample: int = 200
     min_prob_ratio: float = 0.05
     points: str = "floor+kl"
+    max_points: int | None = None
     rollout: str = "greedy"
     decoding: dict[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
@@ -148,6 +150,8 @@ class TrajectoryHeader:
             raise ValueError("`threshold_sample` must be at least 1 where no `divergence_threshold` is given, got 0.")
         _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
         _check_choice("points", self.points, POINTS)
+        if self.max_points is not None:
+            _check_range("max_points", self.max_points, 1, 1 << 30, integer=True)
         _check_choice("rollout", self.rollout, ROLLOUTS)
         if self.top_logprobs is not None:
             _check_range("top_logprobs", self.top_logprobs, 1, 1 << 30, integer=True)
