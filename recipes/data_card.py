@@ -32,7 +32,9 @@ def draw(file: Path, labels: Dataset, header: TrajectoryHeader, stats: dict[str,
         1, 2, figsize=(9.6, 3.2), width_ratios=(3, 2), layout="constrained", facecolor="white"
     )
     high = max(float(divergence.max()), header.divergence_threshold * 2, floor * 10)
-    edges = np.geomspace(floor, high, 41)
+    edges = np.union1d(
+        np.geomspace(floor, high, 41), max(header.divergence_threshold, floor)
+    )  # no bar has two colours
     counts, _ = np.histogram(divergence.clip(floor, high), edges)
     above = edges[:-1] >= header.divergence_threshold
     left.bar(edges[:-1], counts, np.diff(edges), align="edge", color=np.where(above, CHOSEN, KEPT))
@@ -46,8 +48,8 @@ def draw(file: Path, labels: Dataset, header: TrajectoryHeader, stats: dict[str,
     places = range(len(hits))
     right.plot(places, hits.values(), "o-", color=CHOSEN)
     for x, value in zip(places, hits.values()):
-        right.annotate(f"{value:.1f}", (x, value), (0, -13), textcoords="offset points", ha="center", fontsize=9)
-    right.set(xlabel="K", ylabel="Hit@K there, %", ylim=(0, 106), xlim=(-0.4, max(len(hits) - 0.6, 0.4)))
+        right.annotate(f"{value:.1f}", (x, value), (-3, 6), textcoords="offset points", ha="right", fontsize=9)
+    right.set(xlabel="K", ylabel="Hit@K there, %", ylim=(0, 110), xlim=(-0.7, max(len(hits) - 0.6, 0.4)))
     right.set_xticks(list(places), [str(k) for k in hits])
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
