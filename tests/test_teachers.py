@@ -13,7 +13,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import requests
 import torch
 from tiny import EOS, PAD, RESERVED, VOCAB_SIZE, disagreeing_pair, tiny_model
 from tiny_labels import tiny_tokenizer
@@ -28,7 +27,7 @@ from transformers_s2t.triggers import kl_divergence
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SECRET = "sk-very-secret-4711"
-FAULTS = ("error", "unavailable", "busy", "dropped", "half", "cut", "slow", "restart")
+FAULTS = ("error", "unavailable", "busy", "dropped", "half", "cut", "slow", "drip", "restart")
 HEADER = TrajectoryHeader(
     model="student",
     teacher_model="teacher",
@@ -218,7 +217,7 @@ def test_candidates_beyond_the_teachers_rows_are_not_asked_for(pair, prompts, tm
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_rows_after_a_fault_are_those_without(pair, prompts, tmp_path, server, fault):
-    teacher = connect(server, timeout=0.4 if fault == "slow" else 5.0)
+    teacher = connect(server, timeout=0.4 if fault in ("slow", "drip") else 5.0)
     before = len(server.bodies)
     server.faults += [None, fault, fault if fault != "restart" else None, None, None, None, None, None, None, fault]
     label(pair[0], teacher, prompts, tmp_path / "http")
@@ -227,6 +226,23 @@ def test_rows_after_a_fault_are_those_without(pair, prompts, tmp_path, server, f
     assert_rows_agree(rows_of(tmp_path / "http"), rows_of(tmp_path / "local"))
     asked = [json.dumps(body) for body in server.bodies[before:]]
     assert len(asked) > len(set(asked))  # something was asked twice
+
+
+def test_an_answer_that_comes_byte_by_byte_is_given_up(server):
+    """Each byte comes in time, so that only a limit for the whole can end it."""
+    teacher = connect(server, timeout=0.3, max_retries=0)
+    server.faults += ["drip"]
+    with pytest.raises(TeacherError, match="no answer within 0.3 seconds"):
+        teacher.logprobs_of([[5, 6]], [[3]])
+    assert server.hung_up.wait(30)
+
+
+def test_a_connection_is_used_again(server):
+    teacher = connect(server)
+    before = len(server.open)
+    for _ in range(5):
+        teacher.logprobs_of([[5, 6]], [[3]])
+    assert len(server.open) == before == 1
 
 
 def test_a_server_that_is_down_for_a_moment_is_waited_for(pair, server):
@@ -367,9 +383,7 @@ def test_a_key_is_hidden_before_a_long_message_is_cut(monkeypatch):
     monkeypatch.setenv("MY_KEY", SECRET)
     auth = teachers._KeyFromEnvironment("MY_KEY")
     for start in range(280, 300):
-        response = requests.Response()
-        response._content = ("x" * start + SECRET).encode()
-        assert "sk-" not in teachers._message_of(response, auth)
+        assert "sk-" not in teachers._message_of(("x" * start + SECRET).encode(), auth)
 
 
 @pytest.mark.parametrize("value", ["soon", "nan", "inf", "-1", None])

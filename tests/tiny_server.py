@@ -21,6 +21,7 @@ class TinyServer:
         self.max_model_len = 128
         self.faults, self.bodies, self.keys = [], [], []
         self.running = self.most = 0
+        self.hung_up = threading.Event()  # the client, while an answer dripped
         self.lock = threading.Lock()
         self.http = None
         self.open = set()
@@ -203,6 +204,20 @@ class _Handler(BaseHTTPRequestHandler):
     def fault_slow(self, status, answer):
         time.sleep(0.8)
         return status, answer
+
+    def fault_drip(self, status, answer):
+        """Byte by byte until the client has enough, or a third of a minute at most."""
+        payload = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.close_connection = True
+        try:
+            for byte in payload[:200]:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.1)
+        except OSError:
+            self.server.owner.hung_up.set()
 
     def fault_restart(self, status, answer):
         self.server.owner.restart(0.4)

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
@@ -24,6 +25,7 @@ import torch
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from transformers import PretrainedConfig, PreTrainedModel
+from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
 from .trajectories import MISSING_LOGPROB
 from .triggers import kl_divergence
@@ -33,6 +35,7 @@ _FLOOR = -9999.0  # what vLLM writes for minus infinity
 _CONNECT_TIMEOUT = 10.0  # seconds
 _MAX_WAIT = 30.0  # seconds between two attempts
 _START_RETRIES = 2  # a wrong address should not take minutes to be told
+_BLOCK_BYTES = 1 << 16
 _PLACEHOLDER = re.compile(r"token_id:(\d+)")
 
 
@@ -197,7 +200,8 @@ class HTTPTeacher:
         model: name of the model there; needed where the server offers several.
         api_key_env: environment variable with the key; no key is sent where it is not set.
         max_concurrency: requests under way at one time.
-        timeout: seconds without a byte after which a request is given up and repeated.
+        timeout: seconds after which a request is given up and repeated, the last byte of its answer included; a server
+            that stops in the middle of its answer may take them twice.
         max_retries: further attempts after a 5xx or 429 status, a lost connection, a timeout or half an answer, with
             waits that double from `backoff` seconds up to 30; 8 outlast a restart of about a minute and a half.
         top_logprobs: k, tokens named at each position.
@@ -372,33 +376,38 @@ class HTTPTeacher:
 
     def _ask_once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[Any, str | None, float | None]:
         """(answer, problem, seconds to wait at least before asking again, or None where that cannot help)."""
+        deadline = time.monotonic() + self.timeout
+        content = bytearray()
         try:
-            response = self._session.request(
+            with self._session.request(
                 method,
                 f"{self.url}/{path}",
                 json=body,
                 auth=self._auth,
                 timeout=(min(self.timeout, _CONNECT_TIMEOUT), self.timeout),
                 allow_redirects=False,
-            )
-        except requests.Timeout:
+                stream=True,
+            ) as response:
+                # `requests` would wait for the next byte anew each time, and so for ever; `read1` gives what is there
+                while block := response.raw.read1(_BLOCK_BYTES, decode_content=True):
+                    content += block
+                    if time.monotonic() > deadline:
+                        raise requests.Timeout
+        except (requests.Timeout, ReadTimeoutError):
             return None, f"no answer within {self.timeout:g} seconds", 0.0
-        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+        except (requests.ConnectionError, ProtocolError) as error:
             return None, f"the connection failed ({type(error).__name__})", 0.0
-        except requests.RequestException as error:
+        except (requests.RequestException, HTTPError) as error:
             return None, f"the request failed ({type(error).__name__})", None
         status = response.status_code
         if status == 429 or status >= 500:
-            return (
-                None,
-                f"status {status}: {_message_of(response, self._auth)}",
-                _seconds(response.headers.get("Retry-After")),
-            )
+            wait = _seconds(response.headers.get("Retry-After"))
+            return None, f"status {status}: {_message_of(content, self._auth)}", wait
         if status != 200:
             hint = f"; is {self._auth.variable} set?" if status in (401, 403) else ""
-            return None, f"status {status}: {_message_of(response, self._auth)}{hint}", None
+            return None, f"status {status}: {_message_of(content, self._auth)}{hint}", None
         try:
-            return json.loads(response.content), None, None
+            return json.loads(content), None, None
         except ValueError:
             return None, f"status {status}, but the answer is cut off or no JSON", 0.0
 
@@ -449,11 +458,11 @@ def host_free(name: str) -> str:
     )
 
 
-def _message_of(response: requests.Response, auth: _KeyFromEnvironment) -> str:
+def _message_of(content: bytes, auth: _KeyFromEnvironment) -> str:
     """The server's own words without the key, on one line and not too many."""
-    text = response.text
+    text = content.decode(errors="replace")
     try:
-        data = json.loads(response.content)
+        data = json.loads(content)
         text = str((data.get("error") or data).get("message") or text)
     except (ValueError, AttributeError):
         pass
