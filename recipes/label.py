@@ -93,6 +93,12 @@ class LabelArguments:
         default=None,
         metadata={"help": "vLLM server that runs the teacher, e.g. http://host:8000; key in OPENAI_API_KEY."},
     )
+    teacher_served_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the teacher on the server, where it offers several models and none is `teacher_model`."
+        },
+    )
     top_logprobs: int = field(
         default=20,
         metadata={"help": "Tokens that the server names at each position, at most its own --max-logprobs."},
@@ -181,6 +187,8 @@ class LabelArguments:
     def __post_init__(self):
         if self.teacher_model is None and self.teacher_url is None:
             raise ValueError("`teacher_model` is required, or `teacher_url` of a server that runs the teacher.")
+        if self.teacher_served_name is not None and self.teacher_url is None:
+            raise ValueError("`teacher_served_name` must be given with `teacher_url` only: it names a server's model.")
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}.")
         for name in ("batch_size", "shard_size", "top_logprobs", "max_concurrency"):
@@ -337,15 +345,20 @@ def prepare(args: LabelArguments) -> Plan:
 
 
 def connect(args: LabelArguments, teacher_config: PretrainedConfig | None) -> HTTPTeacher:
-    """The server's model: the one called `teacher_model` there, or the only one."""
+    """The server's model: the one called `teacher_served_name` there, else `teacher_model`, else the only one."""
     rows = None if teacher_config is None else teacher_config.get_text_config().vocab_size
     try:
         return HTTPTeacher(
             args.teacher_url,
+            args.teacher_served_name,
             max_concurrency=args.max_concurrency,
             top_logprobs=args.top_logprobs,
             num_embeddings=rows,
+            default_model=args.teacher_model,
         )
+    except ValueError as error:  # `url` and `model` have other names here
+        message = str(error).replace("`url`", "`teacher_url`").replace("`model`", "`teacher_served_name`")
+        raise ValueError(message) from None
     except TeacherError as error:
         raise ValueError(f"`teacher_url`: {error}") from None
 

@@ -315,6 +315,18 @@ def test_the_start_refuses_what_would_fail_later(pair, server):
         connect(server)
 
 
+def test_of_several_models_the_named_one_is_taken_or_the_default(server):
+    assert connect(server, default_model="absent").model == "tiny-teacher"  # the only one
+    server.other_names = ["another", "third"]
+    assert connect(server, model="tiny-teacher", default_model="another").model == "tiny-teacher"
+    assert connect(server, default_model="tiny-teacher").model == "tiny-teacher"
+    for default in (None, "absent"):
+        with pytest.raises(ValueError, match=r"`model` is required: .* offers \['another', 'third', 'tiny-teacher'\]"):
+            connect(server, default_model=default)
+    with pytest.raises(ValueError, match=r"`model` must be one of \['another', 'third', 'tiny-teacher'\]"):
+        connect(server, model="absent", default_model="tiny-teacher")
+
+
 def test_trajectories_must_fit_into_the_servers_context(pair, prompts, tmp_path, server):
     server.max_model_len = 16
     with pytest.raises(ValueError, match="`max_new_tokens` must be at most 6: `teacher_model` takes 15 tokens"):
@@ -466,14 +478,30 @@ def test_the_recipe_says_in_one_line_that_the_server_is_gone_and_goes_on_later(
     assert_rows_agree(rows_of(bench / "http"), rows_of(bench / "local"))
 
 
+def test_the_recipe_finds_the_teacher_among_several_models(pair, bench, recipe):
+    with TinyServer(pair[1], name=str(bench / "teacher")) as server:
+        server.other_names = ["another"]
+        teacher = {"teacher_model": bench / "teacher", "teacher_url": server.url}
+        recipe.main(command(bench, "default", **teacher))
+        recipe.main(command(bench, "named", teacher_url=server.url, teacher_served_name=server.name))
+    assert_rows_agree(rows_of(bench / "default"), rows_of(bench / "named"))
+
+
 def test_the_recipe_refuses_in_one_line(bench, server, recipe, capsys, monkeypatch):
     monkeypatch.setattr(recipe, "label", lambda *args: pytest.fail("weights were loaded"))
-    server.max_logprobs = 5
+    server.max_logprobs, server.other_names = 5, ["another"]
+    served = {"teacher_served_name": "tiny-teacher"}
     for changes, message in (
         ({}, "`teacher_model` is required, or `teacher_url`"),
-        ({"teacher_url": "nowhere"}, "`url` must be like"),
-        ({"teacher_url": server.url}, "greater than max allowed: 5"),
-        ({"teacher_url": server.url, "top_logprobs": 5, "max_new_tokens": 125}, "`max_new_tokens` must be at most"),
+        ({"teacher_model": "t", "teacher_served_name": "x"}, "`teacher_served_name` must be given with `teacher_url`"),
+        ({"teacher_url": "nowhere"}, "`teacher_url` must be like"),
+        ({"teacher_url": server.url, "teacher_served_name": "x"}, "`teacher_served_name` must be one of"),
+        ({"teacher_url": server.url, "teacher_model": bench / "teacher"}, "`teacher_served_name` is required: "),
+        ({"teacher_url": server.url, **served}, "greater than max allowed: 5"),
+        (
+            {"teacher_url": server.url, **served, "top_logprobs": 5, "max_new_tokens": 125},
+            "`max_new_tokens` must be at most",
+        ),
     ):
         with pytest.raises(SystemExit) as stopped:
             recipe.main(command(bench, "labels", **changes))

@@ -19,6 +19,7 @@ class TinyServer:
         self.model, self.name, self.key, self.max_logprobs = model, name, key, max_logprobs
         self.old, self.delay = old, delay  # old: a vLLM that does not know `logprob_token_ids`
         self.max_model_len = 128
+        self.other_names = []  # of models that it says to offer as well
         self.faults, self.bodies, self.keys = [], [], []
         self.running = self.most = 0
         self.hung_up = threading.Event()  # the client, while an answer dripped
@@ -147,8 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/models":
             self.send(404, {})
         elif self.allowed():
-            card = {"id": owner.name, "object": "model", "max_model_len": owner.max_model_len}
-            self.send(200, {"object": "list", "data": [card]})
+            names = [*owner.other_names, owner.name]
+            cards = [{"id": name, "object": "model", "max_model_len": owner.max_model_len} for name in names]
+            self.send(200, {"object": "list", "data": cards})
 
     def do_POST(self):
         owner = self.server.owner

@@ -197,7 +197,7 @@ class HTTPTeacher:
 
     Args:
         url: of the server, with or without "/v1"; holds no key.
-        model: name of the model there; needed where the server offers several.
+        model: name of the model there; needed where the server offers several and none is `default_model`.
         api_key_env: environment variable with the key; no key is sent where it is not set.
         max_concurrency: requests under way at one time.
         timeout: seconds after which a request is given up and repeated, the last byte of its answer included; a server
@@ -207,6 +207,8 @@ class HTTPTeacher:
         top_logprobs: k, tokens named at each position.
         num_embeddings: token ids that the model has, where known; candidates above are not asked for.
         backoff: seconds, the first wait.
+        default_model: taken where `model` is not given and the server offers it beside others: vLLM serves a model
+            under the name it was loaded by, so the Hub id is a good guess.
 
     Raises:
         ValueError: for illegal arguments, or a model that the server does not offer.
@@ -226,6 +228,7 @@ class HTTPTeacher:
         top_logprobs: int = 20,
         num_embeddings: int | None = None,
         backoff: float = 0.5,
+        default_model: str | None = None,
     ):
         for name, value, low in (
             ("max_concurrency", max_concurrency, 1),
@@ -245,7 +248,7 @@ class HTTPTeacher:
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=max_concurrency, pool_block=True)
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapter)
-        self.model, self.max_length = self._find_model(model)
+        self.model, self.max_length = self._find_model(model, default_model)
         self.source = host_free(self.model)
         # told now and not after an hour of rollouts
         self._best_tokens([0, 0], 1)
@@ -267,7 +270,7 @@ class HTTPTeacher:
                 stop.set()
                 raise
 
-    def _find_model(self, model: str | None) -> tuple[str, int | None]:
+    def _find_model(self, model: str | None, default_model: str | None) -> tuple[str, int | None]:
         answer = self._ask("GET", "models", None, min(self.max_retries, _START_RETRIES))
         try:
             offered = {one["id"]: one.get("max_model_len") for one in answer["data"]}
@@ -275,13 +278,14 @@ class HTTPTeacher:
             offered = {}
         if not offered:
             raise TeacherError(f"{self.url}/models lists no model: it is no OpenAI-compatible server.")
-        if model is None and len(offered) > 1:
+        if model is None and len(offered) > 1 and default_model not in offered:
             raise ValueError(f"`model` is required: {self.url} offers {sorted(offered)}.")
         if model is not None and model not in offered:
             raise ValueError(f"`model` must be one of {sorted(offered)}, which {self.url} offers, got {model!r}.")
-        name = next(iter(offered)) if model is None else model
-        length = offered[name]
-        return name, None if length is None else length - 1  # one token is generated, and thrown away
+        if model is None:
+            model = default_model if default_model in offered else next(iter(offered))
+        length = offered[model]
+        return model, None if length is None else length - 1  # one token is generated, and thrown away
 
     def _complete(self, prompt: Sequence[int], stop: threading.Event | None, **settings: Any) -> dict[str, Any]:
         body = {
