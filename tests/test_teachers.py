@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import math
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tiny import EOS, PAD, RESERVED, VOCAB_SIZE, disagreeing_pair, tiny_model
 from tiny_labels import tiny_tokenizer
 from tiny_server import TinyServer
 
-from transformers_s2t import teachers
+from transformers_s2t import labeling, teachers
 from transformers_s2t.labeling import label_problems, score_trajectories
 from transformers_s2t.teachers import HTTPTeacher, LocalTeacher, TeacherError, coarse_divergence, host_free
 from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_labels
@@ -274,7 +275,8 @@ def test_one_failure_ends_the_waiting_of_all(server):
     server.faults += ["error"] * 99
     began = time.monotonic()
     with pytest.raises(TeacherError, match="maximum context length"):
-        teacher.logprobs_of([[5] * 128, [5], [5], [5]], [[3]] * 4)
+        teacher.logprobs_of([[5], [5], [5], [5] * 128, [5], [5]], [[3]] * 6)
+    wait_for_threads()
     assert time.monotonic() - began < 5
 
 
@@ -295,6 +297,102 @@ def test_no_more_requests_than_allowed_are_under_way(pair, server, most):
     server.delay, server.most = 0.03, 0
     teacher.logprobs_of([[5, 6]] * 12, [[3]] * 12)
     assert server.most == most
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside the student's work
+
+
+def wait_for_threads():
+    for thread in threading.enumerate():
+        if thread.name == "s2t-teacher":
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def test_the_server_reads_while_the_student_writes(pair, prompts, tmp_path, server, monkeypatch):
+    """The second batch of rollouts waits for a request of the first: without one it would wait for ever."""
+    teacher, write, batches = connect(server), labeling.rollout, []
+
+    def rollout(model, prompt_ids, *args, **kwargs):
+        if batches:
+            assert server.asked.wait(30)
+        server.asked.clear()
+        batches.append(len(prompt_ids))
+        return write(model, prompt_ids, *args, **kwargs)
+
+    monkeypatch.setattr(labeling, "rollout", rollout)
+    server.asked.clear()
+    server.bodies.clear()
+    label(pair[0], teacher, prompts, tmp_path / "http", batch_size=2, shard_size=6)
+    assert batches == [2, 2, 2]
+    assert sum("prompt_logprobs" in body for body in server.bodies) == len(prompts)  # nothing is read twice
+    assert not teacher._begun
+    monkeypatch.undo()
+    label(*pair, prompts, tmp_path / "local", batch_size=2, shard_size=6)
+    assert_rows_agree(rows_of(tmp_path / "http"), rows_of(tmp_path / "local"))
+
+
+def test_the_server_reads_during_the_students_forward(pair, server, monkeypatch):
+    teacher, forward = connect(server), labeling.logits_from
+
+    def logits_from(*args):
+        assert server.asked.wait(30)
+        return forward(*args)
+
+    monkeypatch.setattr(labeling, "logits_from", logits_from)
+    server.asked.clear()
+    sequences = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8]]
+    found = score_trajectories(pair[0], teacher, sequences, [1] * 3, 5, RESERVED)
+    for row, other in zip(found, score_trajectories(*pair, sequences, [1] * 3, 5, RESERVED)):
+        assert row.teacher_top_id_S.tolist() == other.teacher_top_id_S.tolist()
+
+
+def test_a_failure_ahead_ends_the_shard_and_leaves_nothing_behind(pair, prompts, tmp_path, server, monkeypatch):
+    """Told at the next batch, not after all rollouts of the shard."""
+    teacher, write, batches = connect(server, max_retries=0, max_concurrency=1), labeling.rollout, []
+
+    def rollout(*args, **kwargs):
+        if batches:
+            wait_for_threads()
+        batches.append(args)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(labeling, "rollout", rollout)
+    server.faults += [None, "error"]
+    with pytest.raises(TeacherError, match="status 500"):
+        label(pair[0], teacher, prompts, tmp_path / "http", batch_size=2, shard_size=6)
+    assert len(batches) == 2
+    assert not list((tmp_path / "http").glob("part-*"))
+    wait_for_threads()
+    assert not teacher._begun
+    label(pair[0], teacher, prompts, tmp_path / "http", batch_size=2, shard_size=6)
+    label(*pair, prompts, tmp_path / "local", batch_size=2, shard_size=6)
+    assert_rows_agree(rows_of(tmp_path / "http"), rows_of(tmp_path / "local"))
+
+
+def test_ctrl_c_waits_for_no_answer(pair, prompts, tmp_path, server, monkeypatch):
+    """One request is under way and hangs, others wait for their turn: they are not sent."""
+    teacher, write, batches = connect(server, max_concurrency=1), labeling.rollout, []
+
+    def rollout(*args, **kwargs):
+        if batches:
+            assert server.asked.wait(30)
+            raise KeyboardInterrupt
+        batches.append(args)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(labeling, "rollout", rollout)
+    server.asked.clear()
+    server.faults += ["held"]
+    before = len(server.bodies)
+    with pytest.raises(KeyboardInterrupt):
+        label(pair[0], teacher, prompts, tmp_path, batch_size=2, shard_size=6)
+    assert not server.gate.is_set() and not teacher._begun
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "s2t-teacher")
+    server.gate.set()
+    wait_for_threads()
+    assert len(server.bodies) == before + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

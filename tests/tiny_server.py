@@ -22,6 +22,8 @@ class TinyServer:
         self.other_names = []  # of models that it says to offer as well
         self.faults, self.bodies, self.keys = [], [], []
         self.running = self.most = 0
+        self.asked = threading.Event()  # a POST has come
+        self.gate = threading.Event()  # what a "held" answer waits for
         self.hung_up = threading.Event()  # the client, while an answer dripped
         self.lock = threading.Lock()
         self.http = None
@@ -161,6 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             owner.running += 1
             owner.most = max(owner.most, owner.running)
             owner.bodies.append(body)
+            owner.asked.set()
             fault = owner.faults.pop(0) if owner.faults else None
         try:
             if owner.delay:
@@ -205,6 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def fault_slow(self, status, answer):
         time.sleep(0.8)
+        return status, answer
+
+    def fault_held(self, status, answer):
+        self.server.owner.gate.wait(30)
         return status, answer
 
     def fault_drip(self, status, answer):

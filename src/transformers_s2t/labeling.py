@@ -270,8 +270,8 @@ def _score_batch(
     excluded_ids: Sequence[int],
 ) -> list[TrajectoryScores]:
     first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
+    reading = teacher.read(sequences, prompt_lengths)  # first: a server works on it during the student's forward
     logits_BTV = logits_from(model, sequences, first)
-    reading = teacher.read(sequences, prompt_lengths)
     device = logits_BTV.device
     excluded = torch.tensor(list(excluded_ids), dtype=torch.long, device=device)
     chunk = max(1, _MAX_FLOAT_LOGITS // max(logits_BTV.shape[-1], teacher.logits_per_position))
@@ -542,9 +542,17 @@ class _Worker:
 
     def run(self, problem_ids: Sequence[str]) -> dict[str, list[_Trajectory]]:
         """All rollouts of some problems, with their scores."""
+        try:
+            return self._score(problem_ids, self._roll_out(problem_ids))
+        except BaseException:  # Ctrl-C too: what the teacher has begun is for nobody now
+            self.teacher.cancel()
+            raise
+
+    def _roll_out(self, problem_ids: Sequence[str]) -> dict[tuple[str, int], list[int]]:
+        """Problem id and number of the rollout -> prompt and rollout."""
         header = self.header
         wanted = [(id, number) for id in problem_ids for number in range(header.num_rollouts)]
-        sequences: dict[tuple[str, int], list[int]] = {}
+        sequences = {}
         for batch in _chunks(sorted(wanted, key=lambda one: len(self.prompts[one[0]])), self.batch_size):
             new_ids = rollout(
                 self.model,
@@ -562,23 +570,30 @@ class _Worker:
             for one, new in zip(batch, new_ids):
                 sequences[one] = [*self.prompts[one[0]], *new]
                 self.num_tokens += len(new)
+            self.teacher.prefetch([sequences[one] for one in batch], [len(self.prompts[id]) for id, _ in batch])
             self._tell()
+        return sequences
+
+    def _score(
+        self, problem_ids: Sequence[str], sequences: Mapping[tuple[str, int], list[int]]
+    ) -> dict[str, list[_Trajectory]]:
+        num_rollouts = self.header.num_rollouts
         done: dict[tuple[str, int], _Trajectory] = {}
-        for batch in _chunks(sorted(wanted, key=lambda one: len(sequences[one])), self.batch_size):
+        for batch in _chunks(sorted(sequences, key=lambda one: len(sequences[one])), self.batch_size):
             prompt_lengths = [len(self.prompts[id]) for id, _ in batch]
             scores = score_trajectories(
                 self.model,
                 self.teacher,
                 [sequences[one] for one in batch],
                 prompt_lengths,
-                header.num_candidates,
-                header.excluded_ids,
+                self.header.num_candidates,
+                self.header.excluded_ids,
             )
             for one, prompt_length, score in zip(batch, prompt_lengths, scores):
                 done[one] = _Trajectory(one[1], sequences[one], prompt_length, score)
-            told = (len(done) - len(batch)) // header.num_rollouts
-            self.bar.update(len(done) // header.num_rollouts - told)
-        return {id: [done[id, number] for number in range(header.num_rollouts)] for id in problem_ids}
+            told = (len(done) - len(batch)) // num_rollouts
+            self.bar.update(len(done) // num_rollouts - told)
+        return {id: [done[id, number] for number in range(num_rollouts)] for id in problem_ids}
 
     def count_hits(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:

@@ -14,8 +14,10 @@ import random
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from functools import cached_property
 from inspect import signature
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -77,8 +79,14 @@ class Teacher(Protocol):
     max_length: int | None
     logits_per_position: int
 
+    def prefetch(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
+        """Begins what `read` will be asked for, in whatever batches, where that can go on beside the caller's work."""
+
     def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> Reading:
         """Reads prompts and rollouts; `prompt_lengths` says where the rollouts begin."""
+
+    def cancel(self) -> None:
+        """Drops all that was begun: nobody will ask for it."""
 
     def logprobs_of(self, prefixes: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities of the next tokens `ids` after each prefix, over the full vocabulary, nats."""
@@ -103,6 +111,12 @@ class LocalTeacher:
         self.num_embeddings = model.get_input_embeddings().weight.shape[0]
         self.max_length = context_length(model.config)
         self.logits_per_position = head_rows(model)
+
+    def prefetch(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
+        pass  # it would take the device from the student
+
+    def cancel(self) -> None:
+        pass
 
     def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> _LogitsReading:
         first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
@@ -178,7 +192,8 @@ class HTTPTeacher:
     """A model behind an OpenAI-compatible vLLM server.
 
     One request reads a whole trajectory: `prompt` is its token ids, `prompt_logprobs` asks for the best tokens at
-    every position. A candidate that is not among them is asked for by id, at the chosen points only.
+    every position. A candidate that is not among them is asked for by id, at the chosen points only. What `prefetch`
+    began is kept until it is read. The first request that fails for good ends all others.
 
     What the requests rest on, read in vLLM's source (`vllm/entrypoints/openai/completion/protocol.py` at 002032ee,
     `.../completion/serving.py` at 030ea52e, `vllm/sampling_params.py` at 00388f65), not tried on a live vLLM here:
@@ -248,27 +263,45 @@ class HTTPTeacher:
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=max_concurrency, pool_block=True)
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapter)
+        self._calls = _Calls(max_concurrency)
+        self._stop = threading.Event()
+        self._begun: dict[tuple[tuple[int, ...], int], Future] = {}  # (token ids, prompt length) -> what is said of it
         self.model, self.max_length = self._find_model(model, default_model)
         self.source = host_free(self.model)
         # told now and not after an hour of rollouts
         self._best_tokens([0, 0], 1)
         self._next_token([0], [0])
 
+    def prefetch(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
+        self._results([future for future in self._begun.values() if future.done()])  # what failed is told now
+        for ids, prompt_length in zip(sequences, prompt_lengths):
+            key = tuple(ids), prompt_length
+            if key not in self._begun:
+                self._begun[key] = self._calls.begin(self._best_tokens, ids, prompt_length, self._stop)
+
     def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> _TopReading:
-        rows = self._all(self._best_tokens, sequences, prompt_lengths)
-        return _TopReading(rows, self.top_logprobs, self.num_embeddings)
+        self.prefetch(sequences, prompt_lengths)
+        keys = [(tuple(ids), prompt_length) for ids, prompt_length in zip(sequences, prompt_lengths)]
+        begun = {key: self._begun.pop(key) for key in set(keys)}
+        return _TopReading(self, [begun[key] for key in keys])
 
     def logprobs_of(self, prefixes: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self._all(self._next_token, prefixes, ids)
+        return self._results([self._calls.begin(self._next_token, *row, self._stop) for row in zip(prefixes, ids)])
 
-    def _all(self, function: Callable, *columns: Sequence) -> list:
-        stop = threading.Event()
-        with ThreadPoolExecutor(self.max_concurrency) as pool:
-            try:
-                return list(pool.map(lambda *row: function(*row, stop), *columns))
-            except BaseException:  # what has not begun is cancelled; what waits for another attempt need not
-                stop.set()
-                raise
+    def cancel(self) -> None:
+        self._begun.clear()
+        self._calls.drop_waiting()
+        self._stop.set()  # what waits for another attempt need not
+        self._stop = threading.Event()
+
+    def _results(self, futures: Sequence[Future]) -> list:
+        try:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()  # raises what went wrong, whichever request it was
+            return [future.result() for future in futures]
+        except BaseException:
+            self.cancel()
+            raise
 
     def _find_model(self, model: str | None, default_model: str | None) -> tuple[str, int | None]:
         answer = self._ask("GET", "models", None, min(self.max_retries, _START_RETRIES))
@@ -416,6 +449,45 @@ class HTTPTeacher:
             return None, f"status {status}, but the answer is cut off or no JSON", 0.0
 
 
+class _Calls:
+    """Function calls in `size` threads at most, which end when nothing is left to do.
+
+    Unlike those of a `ThreadPoolExecutor` they do not keep a process from ending: after Ctrl-C nobody waits for a
+    server that may take minutes to answer.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[Future, Callable, tuple]] = deque()
+        self._running = 0
+
+    def begin(self, function: Callable, *args: Any) -> Future:
+        future = Future()
+        with self._lock:
+            self._waiting.append((future, function, args))
+            if self._running < self.size:
+                threading.Thread(target=self._work, name="s2t-teacher", daemon=True).start()
+                self._running += 1
+        return future
+
+    def drop_waiting(self) -> None:
+        with self._lock:
+            self._waiting.clear()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running -= 1
+                    return
+                future, function, args = self._waiting.popleft()
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)
+
+
 class _KeyFromEnvironment(AuthBase):
     """Puts the key on a request. Reads it anew each time: it is in no attribute that could be printed or stored.
 
@@ -483,10 +555,15 @@ def _seconds(retry_after: str | None) -> float:
 
 
 class _TopReading:
-    """Rows of {token id: log-probability} for each generated position."""
+    """Rows of {token id: log-probability} for each generated position, waited for when they are needed."""
 
-    def __init__(self, rows: Sequence[Sequence[dict[int, float]]], top_logprobs: int, num_rows: int | None):
-        self.rows, self.top_logprobs, self.num_rows = rows, top_logprobs, num_rows
+    def __init__(self, teacher: HTTPTeacher, futures: Sequence[Future]):
+        self.teacher, self.futures = teacher, futures
+        self.top_logprobs, self.num_rows = teacher.top_logprobs, teacher.num_embeddings
+
+    @cached_property
+    def rows(self) -> Sequence[Sequence[dict[int, float]]]:
+        return self.teacher._results(self.futures)
 
     def compare(self, b: int, where: slice, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor) -> Comparison:
         named = self.rows[b][where]
