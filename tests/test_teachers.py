@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -558,13 +559,62 @@ def test_the_recipe_labels_with_a_server_and_loads_no_teacher(bench, server, rec
     assert read_header(bench / "nameless").teacher_model == "tiny-teacher"
 
 
+def lower_bounds(pair, row, k):
+    """What the divergence of a row must be where the server names k tokens and that of the text."""
+    ids, first = torch.tensor(row["input_ids"]), row["prompt_length"] - 1
+    with torch.no_grad():
+        student_SV, teacher_SV = (model(ids[None]).logits[0, first:-1] for model in pair)
+    student_SV[:, list(RESERVED)] = -math.inf
+    ids_SN, logprobs_SN = named(teacher_SV, k)
+    text_S1 = ids[first + 1 :, None]
+    text_logprobs_S1 = torch.log_softmax(teacher_SV, -1).gather(-1, text_S1)
+    twice_S1 = (ids_SN == text_S1).any(-1, keepdim=True)
+    ids_SN = torch.cat([ids_SN, text_S1.masked_fill(twice_S1, -1)], -1)
+    logprobs_SN = torch.cat([logprobs_SN, text_logprobs_S1.masked_fill(twice_S1, -math.inf)], -1)
+    return coarse_divergence(student_SV, ids_SN, logprobs_SN, k)
+
+
+@pytest.mark.parametrize("k", [3, VOCAB_SIZE])
+def test_every_fault_in_one_run_changes_no_row_and_tells_no_key(pair, bench, recipe, k, monkeypatch, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(recipe, "HTTPTeacher", partial(HTTPTeacher, timeout=0.6, backoff=0.02, max_retries=40))
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    settings = {"teacher_model": bench / "teacher", "points": "all", "batch_size": 2}
+    recipe.main(command(bench, "local", **settings))
+    settings |= {"top_logprobs": k, "max_concurrency": 4}
+    with TinyServer(pair[1], key=SECRET) as server:
+        server.faults += [None, *FAULTS]  # the first is for the start
+        server.point_faults += [None, *(FAULTS if k < VOCAB_SIZE else ())]  # all are named: no point is asked for
+        recipe.main(command(bench, "http", teacher_url=server.url, **settings))
+        assert not server.faults and not server.point_faults
+        assert set(server.keys) == {f"Bearer {SECRET}"}
+        server.key = "another"  # and this server repeats the key in its message
+        with pytest.raises(SystemExit) as stopped:
+            recipe.main(command(bench, "refused", teacher_url=server.url, **settings))
+        assert stopped.value.code == 2
+    rows, expected = rows_of(bench / "http"), rows_of(bench / "local")
+    assert len(rows) == 6
+    assert_rows_agree(rows, expected)
+    for row, other in zip(rows, expected):
+        found, wanted = torch.tensor(row["divergence"]), torch.tensor(other["divergence"])
+        if k == VOCAB_SIZE:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        else:
+            torch.testing.assert_close(found, lower_bounds(pair, row, k), rtol=1e-4, atol=1e-4)
+            assert (found < wanted - 1e-3).any()
+    said = "".join(capfd.readouterr())
+    assert "Unauthorized: Bearer ***" in said and "is OPENAI_API_KEY set?" in said
+    assert "/v1/completions" in caplog.text  # what urllib3 logs is in it
+    assert SECRET not in said + caplog.text
+    for file in (bench / "http").iterdir():
+        content = file.read_bytes()
+        assert SECRET.encode() not in content and b"127.0.0.1" not in content
+
+
 def test_the_recipe_says_in_one_line_that_the_server_is_gone_and_goes_on_later(
     bench, server, recipe, capsys, monkeypatch
 ):
-    def impatient(*args, **kwargs):
-        return HTTPTeacher(*args, **kwargs, max_retries=0)
-
-    monkeypatch.setattr(recipe, "HTTPTeacher", impatient)
+    monkeypatch.setattr(recipe, "HTTPTeacher", partial(HTTPTeacher, max_retries=0))
     arguments = command(bench, "http", teacher_model=bench / "teacher", teacher_url=server.url, shard_size=2)
     server.faults += [None] * 6 + ["error"]
     with pytest.raises(SystemExit) as stopped:

@@ -13,14 +13,15 @@ import torch
 
 
 class TinyServer:
-    """Serves on a port of its own. `faults` are taken one per POST, first come: each is a name of `_Handler`."""
+    """Serves on a port of its own. `faults` are taken one per POST, first come: each is a name of `_Handler`. Those
+    POSTs that ask for named tokens take `point_faults` first."""
 
     def __init__(self, model, name="tiny-teacher", key=None, max_logprobs=97, old=False, delay=0.0):
         self.model, self.name, self.key, self.max_logprobs = model, name, key, max_logprobs
         self.old, self.delay = old, delay  # old: a vLLM that does not know `logprob_token_ids`
         self.max_model_len = 128
         self.other_names = []  # of models that it says to offer as well
-        self.faults, self.bodies, self.keys = [], [], []
+        self.faults, self.point_faults, self.bodies, self.keys = [], [], [], []
         self.running = self.most = 0
         self.asked = threading.Event()  # a POST has come
         self.gate = threading.Event()  # what a "held" answer waits for
@@ -164,7 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
             owner.most = max(owner.most, owner.running)
             owner.bodies.append(body)
             owner.asked.set()
-            fault = owner.faults.pop(0) if owner.faults else None
+            faults = owner.point_faults if "logprob_token_ids" in body and owner.point_faults else owner.faults
+            fault = faults.pop(0) if faults else None
         try:
             if owner.delay:
                 time.sleep(owner.delay)

@@ -341,8 +341,9 @@ class HTTPTeacher:
 
     def _best_tokens(
         self, ids: Sequence[int], prompt_length: int, stop: threading.Event | None = None
-    ) -> list[dict[int, float]]:
-        """Token id -> log-probability at every position from `prompt_length` on."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and log-probabilities (S, N) at every position from `prompt_length` on, best first; -1 and -inf
+        where a position has fewer. In dictionaries a shard's would take five times the memory."""
         choice = self._complete(ids, stop, prompt_logprobs=self.top_logprobs)
         entries = choice.get("prompt_logprobs")
         if not isinstance(entries, list) or len(entries) != len(ids):
@@ -358,7 +359,14 @@ class HTTPTeacher:
             raise TeacherError(f"{self.url}/completions gave `prompt_logprobs` of another form than vLLM's.") from None
         if any(id not in row for id, row in zip(ids[prompt_length:], rows)):
             raise TeacherError(f"{self.url}/completions gave `prompt_logprobs` that lack the tokens of the text.")
-        return rows
+        width = max(map(len, rows), default=0)
+        ids_SN = torch.full((len(rows), width), -1)
+        logprobs_SN = torch.full((len(rows), width), -math.inf, dtype=torch.float64)
+        for s, row in enumerate(rows):
+            best_first = sorted(row.items(), key=lambda item: (-item[1], item[0]))
+            ids_SN[s, : len(row)] = torch.tensor([id for id, _ in best_first])
+            logprobs_SN[s, : len(row)] = torch.tensor([value for _, value in best_first], dtype=torch.float64)
+        return ids_SN, logprobs_SN
 
     def _next_token(
         self, prefix: Sequence[int], ids: Sequence[int], stop: threading.Event | None = None
@@ -555,26 +563,18 @@ def _seconds(retry_after: str | None) -> float:
 
 
 class _TopReading:
-    """Rows of {token id: log-probability} for each generated position, waited for when they are needed."""
+    """The tokens named at each generated position, waited for when they are needed."""
 
     def __init__(self, teacher: HTTPTeacher, futures: Sequence[Future]):
         self.teacher, self.futures = teacher, futures
         self.top_logprobs, self.num_rows = teacher.top_logprobs, teacher.num_embeddings
 
     @cached_property
-    def rows(self) -> Sequence[Sequence[dict[int, float]]]:
+    def rows(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self.teacher._results(self.futures)
 
     def compare(self, b: int, where: slice, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor) -> Comparison:
-        named = self.rows[b][where]
-        width = max(len(row) for row in named)
-        ids_SN = torch.full((len(named), width), -1)
-        logprobs_SN = torch.full((len(named), width), -math.inf, dtype=torch.float64)
-        for s, row in enumerate(named):
-            best_first = sorted(row.items(), key=lambda item: (-item[1], item[0]))
-            ids_SN[s, : len(row)] = torch.tensor([id for id, _ in best_first])
-            logprobs_SN[s, : len(row)] = torch.tensor([value for _, value in best_first], dtype=torch.float64)
-        ids_SN, logprobs_SN = ids_SN.to(logits_SV.device), logprobs_SN.to(logits_SV.device)
+        ids_SN, logprobs_SN = (named_SN[where].to(logits_SV.device) for named_SN in self.rows[b])
         same_SKN = candidate_ids_SK[:, :, None] == ids_SN[:, None, :]
         logprobs_SK = logprobs_SN[:, None, :].masked_fill(~same_SKN, -math.inf).amax(-1)
         logprobs_SK = logprobs_SK.masked_fill(~same_SKN.any(-1), math.nan)
