@@ -351,10 +351,10 @@ def connect(args: LabelArguments, teacher_config: PretrainedConfig | None) -> HT
         return HTTPTeacher(
             args.teacher_url,
             args.teacher_served_name,
+            args.teacher_model,
             max_concurrency=args.max_concurrency,
             top_logprobs=args.top_logprobs,
             num_embeddings=rows,
-            default_model=args.teacher_model,
         )
     except ValueError as error:  # `url` and `model` have other names here
         message = str(error).replace("`url`", "`teacher_url`").replace("`model`", "`teacher_served_name`")

@@ -292,6 +292,19 @@ def test_a_failed_run_goes_on_where_it_stopped(pair, prompts, tmp_path, server):
     assert_rows_agree(rows_of(tmp_path / "http"), rows_of(tmp_path / "local"))
 
 
+def test_nobody_waits_for_what_was_cancelled(server):
+    teacher = connect(server, max_concurrency=1)
+    server.asked.clear()
+    server.faults += ["held"]
+    readings = [teacher.read([[5, 6, token]], [1]) for token in (7, 8)]
+    assert server.asked.wait(30)
+    teacher.cancel()
+    with pytest.raises(TeacherError, match="not asked"):
+        readings[1].compare(0, slice(0, 2), torch.zeros(2, VOCAB_SIZE), torch.zeros(2, 1, dtype=torch.long))
+    server.gate.set()
+    assert len(readings[0].rows) == 1
+
+
 @pytest.mark.parametrize("most", [1, 3])
 def test_no_more_requests_than_allowed_are_under_way(pair, server, most):
     teacher = connect(server, max_concurrency=most)

@@ -16,7 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future
+from concurrent.futures import wait as wait_for
 from functools import cached_property
 from inspect import signature
 from typing import Any, NamedTuple, Protocol
@@ -213,17 +214,17 @@ class HTTPTeacher:
     Args:
         url: of the server, with or without "/v1"; holds no key.
         model: name of the model there; needed where the server offers several and none is `default_model`.
+        default_model: taken where `model` is not given and the server offers it beside others: vLLM serves a model
+            under the name it was loaded by, so the Hub id is a good guess.
         api_key_env: environment variable with the key; no key is sent where it is not set.
         max_concurrency: requests under way at one time.
-        timeout: seconds after which a request is given up and repeated, the last byte of its answer included; a server
-            that stops in the middle of its answer may take them twice.
+        timeout: seconds after which a request is given up and repeated, the last byte of its answer included; twice as
+            many at most where the server falls silent in the middle of its answer.
         max_retries: further attempts after a 5xx or 429 status, a lost connection, a timeout or half an answer, with
             waits that double from `backoff` seconds up to 30; 8 outlast a restart of about a minute and a half.
         top_logprobs: k, tokens named at each position.
         num_embeddings: token ids that the model has, where known; candidates above are not asked for.
         backoff: seconds, the first wait.
-        default_model: taken where `model` is not given and the server offers it beside others: vLLM serves a model
-            under the name it was loaded by, so the Hub id is a good guess.
 
     Raises:
         ValueError: for illegal arguments, or a model that the server does not offer.
@@ -236,6 +237,7 @@ class HTTPTeacher:
         self,
         url: str,
         model: str | None = None,
+        default_model: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
         max_concurrency: int = 16,
         timeout: float = 300.0,
@@ -243,7 +245,6 @@ class HTTPTeacher:
         top_logprobs: int = 20,
         num_embeddings: int | None = None,
         backoff: float = 0.5,
-        default_model: str | None = None,
     ):
         for name, value, low in (
             ("max_concurrency", max_concurrency, 1),
@@ -296,7 +297,7 @@ class HTTPTeacher:
 
     def _results(self, futures: Sequence[Future]) -> list:
         try:
-            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            for future in wait_for(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()  # raises what went wrong, whichever request it was
             return [future.result() for future in futures]
         except BaseException:
@@ -343,7 +344,7 @@ class HTTPTeacher:
         self, ids: Sequence[int], prompt_length: int, stop: threading.Event | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and log-probabilities (S, N) at every position from `prompt_length` on, best first; -1 and -inf
-        where a position has fewer. In dictionaries a shard's would take five times the memory."""
+        where a position has fewer. A whole shard of these is kept, and dictionaries would take five times as much."""
         choice = self._complete(ids, stop, prompt_logprobs=self.top_logprobs)
         entries = choice.get("prompt_logprobs")
         if not isinstance(entries, list) or len(entries) != len(ids):
@@ -481,7 +482,9 @@ class _Calls:
 
     def drop_waiting(self) -> None:
         with self._lock:
-            self._waiting.clear()
+            dropped, self._waiting = self._waiting, deque()
+        for future, _, _ in dropped:  # a reading that still waits must not do so for ever
+            future.set_exception(TeacherError("not asked, as another request failed or the run was stopped."))
 
     def _work(self) -> None:
         while True:
