@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "generation": {"config", "logits_process", "proposals", "scoring", "selection"},
     "cross_tokenizer": {"reserved_tokens", "scoring"},
     "trajectories": {"config"},
-    "teachers": {"triggers", "trajectories"},
+    "teachers": {"cross_tokenizer", "triggers", "trajectories"},
     "labeling": {"config", "proposals", "reserved_tokens", "teachers", "triggers", "trajectories"},
     "s2t_config": {"config"},
     "blocks": {"s2t_config", "scoring", "trajectories"},

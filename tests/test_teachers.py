@@ -75,6 +75,12 @@ def connect(server, **changes):
     return HTTPTeacher(server.url, **(settings | changes))
 
 
+def ask(teacher, prefixes, ids):
+    """Log-probabilities of some next tokens after each prefix."""
+    lengths = [len(prefix) for prefix in prefixes]
+    return [one for (one,) in teacher.logprobs_of(prefixes, lengths, [[n] for n in lengths], [[one] for one in ids])]
+
+
 def label(student, teacher, prompts, folder, header=HEADER, **kwargs):
     settings = {"pad_token_id": PAD, "batch_size": 4, "shard_size": 3, "show_progress": False} | kwargs
     return label_problems(student, teacher, prompts, folder, header, **settings)
@@ -198,9 +204,7 @@ def test_candidates_that_the_server_did_not_name_are_nan_until_asked_for(pair, s
 
 def test_both_teachers_score_named_tokens_alike(pair, server):
     prefixes, ids = [[5, 6], [7, 8, 9]], [[3, 90], [4]]
-    for found, wanted in zip(
-        connect(server).logprobs_of(prefixes, ids), LocalTeacher(pair[1]).logprobs_of(prefixes, ids)
-    ):
+    for found, wanted in zip(ask(connect(server), prefixes, ids), ask(LocalTeacher(pair[1]), prefixes, ids)):
         assert found == pytest.approx(wanted, abs=1e-4)
 
 
@@ -250,9 +254,9 @@ def test_a_connection_is_used_again(server):
 
 def test_a_server_that_is_down_for_a_moment_is_waited_for(pair, server):
     teacher = connect(server)
-    wanted = teacher.logprobs_of([[5, 6]], [[3]])
+    wanted = ask(teacher, [[5, 6]], [[3]])
     server.restart(0.3)
-    assert teacher.logprobs_of([[5, 6]] * 8, [[3]] * 8) == wanted * 8
+    assert ask(teacher, [[5, 6]] * 8, [[3]] * 8) == wanted * 8
 
 
 def test_after_the_last_attempt_one_line_says_where_and_what(server):
@@ -260,7 +264,7 @@ def test_after_the_last_attempt_one_line_says_where_and_what(server):
     server.faults += ["error"] * 3
     before = len(server.bodies)
     with pytest.raises(TeacherError, match=r"/v1/completions: status 500: Internal Server Error \(attempt 3 of 3\)"):
-        teacher.logprobs_of([[5, 6]], [[3]])
+        ask(teacher, [[5, 6]], [[3]])
     assert len(server.bodies) == before + 3
 
 
@@ -268,7 +272,7 @@ def test_what_the_client_did_wrong_is_not_repeated(server):
     teacher = connect(server)
     before = len(server.bodies)
     with pytest.raises(TeacherError, match="status 400: This model's maximum context length.*attempt 1 of 9"):
-        teacher.logprobs_of([[5] * 128], [[3]])
+        ask(teacher, [[5] * 128], [[3]])
     assert len(server.bodies) == before + 1
 
 
@@ -277,7 +281,7 @@ def test_one_failure_ends_the_waiting_of_all(server):
     server.faults += ["error"] * 99
     began = time.monotonic()
     with pytest.raises(TeacherError, match="maximum context length"):
-        teacher.logprobs_of([[5], [5], [5], [5] * 128, [5], [5]], [[3]] * 6)
+        ask(teacher, [[5], [5], [5], [5] * 128, [5], [5]], [[3]] * 6)
     wait_for_threads()
     assert time.monotonic() - began < 5
 
@@ -310,7 +314,7 @@ def test_nobody_waits_for_what_was_cancelled(server):
 def test_no_more_requests_than_allowed_are_under_way(pair, server, most):
     teacher = connect(server, max_concurrency=most)
     server.delay, server.most = 0.03, 0
-    teacher.logprobs_of([[5, 6]] * 12, [[3]] * 12)
+    ask(teacher, [[5, 6]] * 12, [[3]] * 12)
     assert server.most == most
 
 
@@ -488,11 +492,11 @@ def test_the_key_is_sent_and_told_to_nobody_else(pair, prompts, tmp_path, caplog
         for fault in ("error", "dropped", "half", "cut"):
             server.faults += [fault, fault]
             with pytest.raises(TeacherError) as caught:
-                teacher.logprobs_of([[5, 6]], [[3]])
+                ask(teacher, [[5, 6]], [[3]])
             said += everything_of(caught.value)
         server.key = "another"  # and this server repeats the key in its message
         with pytest.raises(TeacherError, match="status 401.*is MY_KEY set") as caught:
-            teacher.logprobs_of([[5, 6]], [[3]])
+            ask(teacher, [[5, 6]], [[3]])
         said += everything_of(caught.value)
     monkeypatch.setenv("MY_KEY", f"{SECRET}\nX: y")
     with pytest.raises(ValueError, match="MY_KEY must hold a key") as caught:

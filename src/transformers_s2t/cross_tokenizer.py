@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,13 @@ def _as_written(node):
     return whole | {name: value for name, value in changed.items() if name in node}
 
 
+class _Row(NamedTuple):
+    """One row of next-token probabilities, by id and in the order of the sorted vocabulary (0 for ids above it)."""
+
+    p_V: np.ndarray
+    p_W: np.ndarray
+
+
 class _Vocabulary:
     """What the tokens of one tokenizer are as bytes, and which of them start with a string."""
 
@@ -124,6 +132,7 @@ class _Vocabulary:
         for data, id in entries:
             self.ids_of_bytes.setdefault(data, []).append(id)
         self.longest = max(map(len, self.sorted_bytes), default=0)
+        self.range = functools.lru_cache(maxsize=1 << 16)(self._range)
         spec["normalizer"] = _as_written(spec["normalizer"]) if not self.byte_level else None
         spec["pre_tokenizer"] = _as_written(spec["pre_tokenizer"])
         self._spec = spec | {"padding": None, "truncation": None}
@@ -135,7 +144,14 @@ class _Vocabulary:
         backend.encode_special_tokens = True  # the text "</s>" is text
         return backend
 
-    def range(self, start: bytes) -> tuple[int, int]:
+    def row(self, logits_V: torch.Tensor) -> _Row:
+        """Its probabilities, on the CPU."""
+        p_V = torch.softmax(logits_V.double(), dim=-1).cpu().numpy()
+        if self.sorted_ids.max(initial=-1) < len(p_V):
+            return _Row(p_V, p_V[self.sorted_ids])
+        return _Row(p_V, np.append(p_V, 0.0)[np.minimum(self.sorted_ids, len(p_V))])
+
+    def _range(self, start: bytes) -> tuple[int, int]:
         """Which part of the sorted vocabulary starts with `start`."""
         after = start.rstrip(b"\xff")
         after = after[:-1] + bytes([after[-1] + 1]) if after else None
@@ -227,6 +243,19 @@ class CandidateScores(NamedTuple):
     num_forwards: int
 
 
+class CandidateBounds(NamedTuple):
+    """What the teacher's logits along a trajectory say of the candidates of some of its positions.
+
+    Attributes:
+        lower_NP, upper_NP: bounds of the probabilities (not their logarithms) of the events of `partition`.
+        teacher_top_id_N: as in [`CandidateScores`].
+    """
+
+    lower_NP: torch.Tensor
+    upper_NP: torch.Tensor
+    teacher_top_id_N: torch.Tensor
+
+
 class _Point:
     """Masses at one decision point. Target 0 is r alone, target k + 1 is r and candidate k."""
 
@@ -272,7 +301,10 @@ class CrossTokenizer:
             raise ValueError(f"`healed_tokens` must be 0 or more, got {healed_tokens}.")
         if min_mass is not None and not 0.0 <= min_mass <= 1.0:
             raise ValueError(f"`min_mass` must be in [0, 1] or None, got {min_mass}.")
-        self.same_vocabulary = vocab_hash(processing_class) == vocab_hash(teacher_processing_class)
+        teacher_hash = vocab_hash(teacher_processing_class)
+        self.same_vocabulary = vocab_hash(processing_class) == teacher_hash
+        #: what the scores depend on
+        self.settings = {"teacher_vocab_hash": teacher_hash, "healed_tokens": healed_tokens, "min_mass": min_mass}
         self.student = _Vocabulary(processing_class, "processing_class")
         self.teacher = _Vocabulary(teacher_processing_class, "teacher_processing_class")
         self.healed_tokens, self.min_mass = healed_tokens, min_mass
@@ -295,6 +327,7 @@ class CrossTokenizer:
         self.special_of_id |= dict.fromkeys(ends, teacher_ends)
         self.student_of_special = {t: id for id, ids in reversed(self.special_of_id.items()) for t in ids}
         self.student_of_special |= dict.fromkeys(teacher_ends, ends[0] if ends else -1)
+        self.num_student_ids = max(self.student.token_of_id, default=-1) + 1
         self.bos_token_id = processing_class.bos_token_id
         first = teacher_processing_class("", add_special_tokens=True)["input_ids"][:1]
         self.teacher_prefix = [id for id in first if id == teacher_processing_class.bos_token_id]
@@ -307,6 +340,20 @@ class CrossTokenizer:
     def teacher_token_bytes(self, id: int) -> bytes:
         """The teacher's token as bytes, likewise."""
         return self.teacher.bytes_of_id.get(id, b"")
+
+    def unreadable_ids(self) -> list[int]:
+        """The student's ids that the teacher has no tokens for: special ones without a counterpart, bytes that it
+        cannot write, and ids that no token has."""
+        plain = all(bytes([byte]) in self.teacher.ids_of_bytes for byte in range(256))
+        unreadable = []
+        for id in range(self.num_student_ids):
+            if not (data := self.token_bytes(id)):
+                readable = bool(self.special_of_id.get(id)) or id == self.bos_token_id
+            else:
+                readable = plain or bool(self._canonical_pieces(data))
+            if not readable:
+                unreadable.append(id)
+        return unreadable
 
     def _canonical_pieces(self, data: bytes) -> tuple[int, ...]:
         try:
@@ -363,6 +410,18 @@ class CrossTokenizer:
             ends += [len(data)] * len(piece)
         return TeacherSequence(teacher_ids, ends, offsets, fences, data[:-1])
 
+    def count_tokens(
+        self, ids: Sequence[int], prompt_length: int, teacher_prompt_ids: Sequence[int] | None = None
+    ) -> int:
+        """How many tokens the sequence is to the teacher.
+
+        Raises:
+            ValueError: where it cannot be read, or nothing stands before the rollout.
+        """
+        sequence = self.encode(ids, prompt_length, teacher_prompt_ids)
+        self.anchor(sequence, prompt_length)
+        return len(sequence.ids)
+
     def _special(self, id: int) -> tuple[int, ...]:
         """The teacher's token for a special one of the student; none for a beginning that the teacher does without."""
         special = self.special_of_id.get(id, ())[:1]
@@ -418,12 +477,12 @@ class CrossTokenizer:
                 point.planned |= {pieces[:i] for i in range(len(pieces) + bool(target[1]))}
         return point
 
-    def _read(self, point: _Point, path: tuple[int, ...], mass: float, logits_V: torch.Tensor) -> list:
-        """Adds what the logits behind `path` say; returns the paths to go on with, and their masses."""
-        vocabulary = self.teacher
-        p_V = torch.softmax(logits_V.double(), dim=-1).cpu().numpy()
-        known = vocabulary.sorted_ids < len(p_V)
-        p = np.where(known, p_V[np.where(known, vocabulary.sorted_ids, 0)], 0.0) * mass
+    def _read(
+        self, point: _Point, path: tuple[int, ...], mass: float, row: _Row
+    ) -> dict[tuple[int, ...], tuple[float, list[int]]]:
+        """Adds what the logits behind `path` say; returns the paths that could be gone on with, their masses and for
+        which targets."""
+        vocabulary, p_V = self.teacher, row.p_V
         text = b"".join(vocabulary.bytes_of_id[id] for id in path)
         children: dict[tuple[int, ...], tuple[float, list[int]]] = {}
         for k, target in enumerate(point.targets):
@@ -434,50 +493,43 @@ class CrossTokenizer:
                 point.mass[k] += sum(p_V[id] for id in special if id < len(p_V)) * mass
             if not special and data:
                 low, high = vocabulary.range(data)
-                point.mass[k] += p[low:high].sum()
+                point.mass[k] += row.p_W[low:high].sum() * mass
             for id, token in vocabulary.prefixes(data):
                 if id < len(p_V) and (special or len(token) < len(data)):
                     children.setdefault((*path, id), (p_V[id] * mass, []))[1].append(k)
-        self._find_best(point, text, p, p_V * mass)
-        follow = []
-        for child, (child_mass, targets) in children.items():
-            if child in point.planned or child_mass >= point.least:
-                follow.append((point, child, child_mass))
-            else:
-                point.dropped[targets] += child_mass
-        return follow
+        self._find_best(point, text, mass, row)
+        return children
 
-    def _own_mass(self, point: _Point, sequence: TeacherSequence, logits_TV: torch.Tensor, first: int) -> float:
+    def _own_mass(self, point: _Point, sequence: TeacherSequence, rows: Callable[[int], _Row]) -> float:
         """What the trajectory's own tokens give for r: what `min_mass` is a part of."""
         if not self.min_mass or not point.rest:
             return 1.0
         own, mass = 0.0, 1.0
         rest = point.rest
         for end in range(point.anchor, len(sequence.ids)):
-            p_V = torch.softmax(logits_TV[end - 1 - first].double(), dim=-1).cpu().numpy()
+            row = rows(end - 1)
             low, high = self.teacher.range(rest)
-            ids = self.teacher.sorted_ids[low:high]
-            own += mass * float(p_V[ids[ids < len(p_V)]].sum())
+            own += mass * float(row.p_W[low:high].sum())
             token = self.teacher_token_bytes(sequence.ids[end])
             if len(token) >= len(rest):
                 break
-            mass, rest = mass * float(p_V[sequence.ids[end]]), rest[len(token) :]
+            mass, rest = mass * float(row.p_V[sequence.ids[end]]), rest[len(token) :]
         return own
 
-    def _find_best(self, point: _Point, text: bytes, p: np.ndarray, p_V: np.ndarray) -> None:
+    def _find_best(self, point: _Point, text: bytes, mass: float, row: _Row) -> None:
         if not point.rest.startswith(text):
             return
         beyond = point.rest[len(text) :]
-        low, high = self.teacher.range(beyond) if beyond else (0, len(p))
+        low, high = self.teacher.range(beyond)
         low += len(self.teacher.ids_of_bytes.get(beyond, ()))
         if low < high:
-            i = low + int(p[low:high].argmax())
-            if p[i] > point.best[0]:
-                point.best = (p[i], self.teacher.sorted_bytes[i][len(beyond) :], -1)
+            i = low + int(row.p_W[low:high].argmax())
+            if row.p_W[i] * mass > point.best[0]:
+                point.best = (row.p_W[i] * mass, self.teacher.sorted_bytes[i][len(beyond) :], -1)
         if not beyond:
             for id in self.student_of_special:
-                if id < len(p_V) and p_V[id] > point.best[0]:
-                    point.best = (p_V[id], b"", id)
+                if id < len(row.p_V) and row.p_V[id] * mass > point.best[0]:
+                    point.best = (row.p_V[id] * mass, b"", id)
 
     def _top_id(self, point: _Point) -> int:
         _, text, special = point.best
@@ -485,6 +537,57 @@ class CrossTokenizer:
             return self.student_of_special[special]
         found = list(self.student.prefixes(text))
         return min(id for id, token in found if token == found[-1][1]) if found else -1
+
+    def _rows(self, teacher_logits_TV: torch.Tensor, first: int) -> Callable[[int], _Row]:
+        """The probabilities behind the trajectory's tokens by index; neighbouring points share them."""
+        return functools.lru_cache(maxsize=32)(lambda index: self.teacher.row(teacher_logits_TV[index - first]))
+
+    def bound_candidates(
+        self,
+        sequence: TeacherSequence,
+        teacher_logits_TV: torch.Tensor,
+        positions: Sequence[int],
+        candidate_ids_NK: torch.Tensor,
+        first: int = 0,
+    ) -> CandidateBounds:
+        """What the logits along the trajectory alone say, without any other forward: for every position.
+
+        The prefix is taken to be spelled as the trajectory spells it, and a candidate canonically. Where a candidate's
+        spelling leaves the trajectory, what lies behind that branch is unknown: all of the branch's mass, or nothing.
+
+        Args:
+            sequence, teacher_logits_TV, positions, candidate_ids_NK, first: as in `score_candidates`.
+        """
+        rows = self._rows(teacher_logits_TV, first)
+        points = []
+        for position, ids in zip(positions, candidate_ids_NK.tolist()):
+            point = self._point(sequence, position, ids)
+            path, mass = (), 1.0
+            while path is not None:
+                end = point.anchor + len(path)
+                children, own = self._read(point, path, mass, rows(end - 1)), (*path, *sequence.ids[end : end + 1])
+                path = None
+                for child, (child_mass, targets) in children.items():
+                    if child not in point.planned:
+                        continue
+                    if child == own:
+                        path, mass = child, child_mass
+                    elif 0 not in targets:  # else another spelling of the prefix
+                        point.dropped[targets] += child_mass
+            points.append(point)
+        lower_NP, upper_NP = (torch.ones((len(points), candidate_ids_NK.shape[-1] + 1)).double() for _ in range(2))
+        for n, point in enumerate(points):
+            whole = max(point.mass[0], np.finfo(float).tiny)
+            lower_NP[n, :-1] = torch.from_numpy(point.mass[1:] / whole)
+            upper_NP[n, :-1] = torch.from_numpy((point.mass + point.dropped)[1:] / whole).clamp_max(1.0)
+        # of the nested texts' probabilities to those of the disjoint events
+        nesting_NPP = self._nesting(candidate_ids_NK)
+        plus_NPP, minus_NPP = nesting_NPP.clamp_min(0.0), (-nesting_NPP).clamp_min(0.0)
+        return CandidateBounds(
+            lower_NP=(_times(plus_NPP, lower_NP) - _times(minus_NPP, upper_NP)).clamp(0.0, 1.0),
+            upper_NP=(_times(plus_NPP, upper_NP) - _times(minus_NPP, lower_NP)).clamp(0.0, 1.0),
+            teacher_top_id_N=torch.tensor([self._top_id(point) for point in points], dtype=torch.long),
+        )
 
     def score_candidates(
         self,
@@ -509,16 +612,28 @@ class CrossTokenizer:
             return self._score_same(sequence, teacher_logits_TV, positions, candidate_ids_NK, first)
         candidates = candidate_ids_NK.tolist()
         points = [self._point(sequence, position, ids) for position, ids in zip(positions, candidates)]
+        rows = self._rows(teacher_logits_TV, first)
         if self.min_mass is not None:
             for point in points:
-                point.least = self.min_mass * self._own_mass(point, sequence, teacher_logits_TV, first)
+                point.least = self.min_mass * self._own_mass(point, sequence, rows)
+
+        def read(point: _Point, path: tuple[int, ...], mass: float, row: _Row) -> list:
+            """What is to be read next."""
+            later = []
+            for child, (child_mass, targets) in self._read(point, path, mass, row).items():
+                if child in point.planned or child_mass >= point.least:
+                    later.append((point, child, child_mass))
+                else:
+                    point.dropped[targets] += child_mass
+            return later
+
         num_forwards, follow = 0, [(point, (), 1.0) for point in points]
         while follow:
             elsewhere, later = [], []
             for point, path, mass in follow:
                 end = point.anchor + len(path)
                 if path == tuple(sequence.ids[point.anchor : end]):
-                    later += self._read(point, path, mass, teacher_logits_TV[end - 1 - first])
+                    later += read(point, path, mass, rows(end - 1))
                 else:
                     elsewhere.append((point, path, mass))
             num_forwards += len(elsewhere)
@@ -526,7 +641,7 @@ class CrossTokenizer:
                 part = elsewhere[start : start + _CONTEXTS_AT_ONCE]
                 logits_BV = next_logits([[*sequence.ids[: point.anchor], *path] for point, path, _ in part])
                 for (point, path, mass), logits_V in zip(part, logits_BV):
-                    later += self._read(point, path, mass, logits_V)
+                    later += read(point, path, mass, self.teacher.row(logits_V))
             follow = later
         mass = torch.tensor(np.array([point.mass for point in points])).reshape(len(points), -1)
         mass[:, 0].clamp_min_(torch.finfo(torch.float64).tiny)  # a prefix that the teacher holds impossible
@@ -560,31 +675,23 @@ class CrossTokenizer:
         Texts of candidates nest ("1", "12") or exclude one another, so an event's probability is the candidate's less
         those of the next longer candidates that start with it. A text that two candidates share counts for the first.
         """
-        exclusive_NP = torch.full((len(logprobs_NK), logprobs_NK.shape[-1] + 1), 0.0, dtype=torch.float64)
+        probs_NP = torch.nn.functional.pad(logprobs_NK.double().exp(), (0, 1), value=1.0)
+        return _times(self._nesting(candidate_ids_NK), probs_NP).clamp_min(0.0).log()
+
+    def _nesting(self, candidate_ids_NK: torch.Tensor) -> torch.Tensor:
+        """The matrices (N, P, P) that make disjoint events of nested ones, the last of which is certain."""
+        num_points, num_candidates = candidate_ids_NK.shape
+        nesting_NPP = np.zeros((num_points, num_candidates + 1, num_candidates + 1))
+        nesting_NPP[:, -1, -1] = 1.0
         for n, ids in enumerate(candidate_ids_NK.tolist()):
-            probs = logprobs_NK[n].double().exp().tolist()
             targets = [self._target(id) for id in ids]
-            left, rest = [0.0] * len(ids), 1.0
-            for k, target in enumerate(targets):
-                if target is None or target in targets[:k]:
-                    continue
-                left[k] += probs[k]
-                parents = [
-                    j
-                    for j, other in enumerate(targets)
-                    if other
-                    and target[0]
-                    and other[0]
-                    and len(other[0]) < len(target[0])
-                    and target[0].startswith(other[0])
-                ]
-                if parents:
-                    parent = max(parents, key=lambda j: (len(targets[j][0]), -j))
-                    left[parent] -= probs[k]
-                else:
-                    rest -= probs[k]
-            exclusive_NP[n] = torch.tensor([*left, rest], dtype=torch.float64)
-        return exclusive_NP.clamp_min(0.0).log()
+            index_of = {target: k for k, target in reversed(list(enumerate(targets))) if target is not None}
+            for target, k in index_of.items():
+                shorter = (index_of.get((target[0][:end], ())) for end in range(len(target[0]) - 1, 0, -1))
+                parent = next((j for j in shorter if j is not None), -1)
+                nesting_NPP[n, k, k] = 1.0
+                nesting_NPP[n, parent, k] = -1.0
+        return torch.from_numpy(nesting_NPP)
 
     def student_partition(self, logits_NV: torch.Tensor, candidate_ids_NK: torch.Tensor) -> torch.Tensor:
         """The student's log-probabilities (N, K + 1) of the events of `partition`, by its next token alone.
@@ -596,19 +703,22 @@ class CrossTokenizer:
             probs_NK = torch.softmax(logits_NV.double(), dim=-1).cpu().gather(-1, candidate_ids_NK.cpu())
             rest_N = (1.0 - probs_NK.sum(-1)).clamp_min(0.0)
             return torch.cat([probs_NK, rest_N[:, None]], dim=-1).log()
-        vocabulary = self.student
-        p_NV = torch.softmax(logits_NV.double(), dim=-1).cpu().numpy()
-        known = vocabulary.sorted_ids < p_NV.shape[-1]
-        p_NW = np.where(known, p_NV[:, np.where(known, vocabulary.sorted_ids, 0)], 0.0)
         probs_NK = torch.zeros(candidate_ids_NK.shape, dtype=torch.float64)
         for n, ids in enumerate(candidate_ids_NK.tolist()):
+            row = self.student.row(logits_NV[n])
             for k, id in enumerate(ids):
-                low, high = vocabulary.range(self.token_bytes(id)) if self.token_bytes(id) else (0, 0)
-                same = [
-                    i for i, special in self.special_of_id.items() if special and self._target(i) == self._target(id)
-                ]
-                probs_NK[n, k] = float(p_NW[n, low:high].sum() if high else p_NV[n, same].sum())
+                if data := self.token_bytes(id):
+                    low, high = self.student.range(data)
+                    probs_NK[n, k] = row.p_W[low:high].sum()
+                else:
+                    target = self._target(id)
+                    same = [other for other in self.special_of_id if target and self._target(other) == target]
+                    probs_NK[n, k] = row.p_V[same].sum()
         return self.partition(probs_NK.log(), candidate_ids_NK)
+
+
+def _times(matrix_NPP: torch.Tensor, vector_NP: torch.Tensor) -> torch.Tensor:
+    return (matrix_NPP @ vector_NP[..., None])[..., 0]
 
 
 def partition_divergence(teacher_NP: torch.Tensor, student_NP: torch.Tensor) -> torch.Tensor:
@@ -620,6 +730,26 @@ def partition_divergence(teacher_NP: torch.Tensor, student_NP: torch.Tensor) -> 
     teacher_NP, student_NP = teacher_NP.double(), student_NP.double()
     term_NP = teacher_NP.exp() * (teacher_NP - student_NP.clamp_min(-1e4))
     return term_NP.masked_fill(teacher_NP == float("-inf"), 0.0).sum(-1).clamp_min(0.0)
+
+
+def least_divergence(lower_NP: torch.Tensor, upper_NP: torch.Tensor, student_NP: torch.Tensor) -> torch.Tensor:
+    """The least `partition_divergence` (N,) that a teacher between these bounds can have.
+
+    Of all distributions between bounds, the one nearest to the student's is the student's own, scaled by one factor
+    and cut at the bounds.
+
+    Args:
+        lower_NP, upper_NP: of the teacher's probabilities.
+        student_NP: log-probabilities; no less than 1e-12 is believed, for what is left for "none" is a difference.
+    """
+    student_NP = student_NP.double().cpu().clamp_min(math.log(1e-12))
+    low_N1, high_N1 = (torch.full_like(student_NP[:, :1], bound) for bound in (-30.0, 30.0))
+    for _ in range(60):
+        factor_N1 = (low_N1 + high_N1) / 2
+        teacher_NP = torch.minimum(torch.maximum((student_NP + factor_N1).exp(), lower_NP), upper_NP)
+        above_N1 = teacher_NP.sum(-1, keepdim=True) > 1.0
+        low_N1, high_N1 = torch.where(above_N1, low_N1, factor_N1), torch.where(above_N1, factor_N1, high_N1)
+    return partition_divergence(teacher_NP.log(), student_NP)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

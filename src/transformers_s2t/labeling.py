@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -165,14 +166,15 @@ class TrajectoryScores(NamedTuple):
     """What both models say at every generated position of one trajectory, on the CPU.
 
     Attributes:
-        divergence_S: KL(teacher || student), nats; a lower bound from a teacher that names its best tokens only.
+        divergence_S: KL(teacher || student), nats; a lower bound from a teacher that names its best tokens only, or
+            has another tokenizer.
         entropy_S: of the student over its renormalised top 64, nats.
         margin_S: minus the difference of the student's two best log-probabilities, nats.
         candidate_ids_SK: the student's top K, best first.
         student_logprobs_SK: over the student's full vocabulary less the excluded tokens, nats.
         teacher_logprobs_SK: over the teacher's full vocabulary, nats; -1e4 at ids that the teacher does not have; nan
-            where a teacher that names its best tokens only has not been asked yet.
-        teacher_top_id_S: the teacher's argmax among the ids that the student has.
+            where such a teacher has not been asked yet.
+        teacher_top_id_S: the teacher's argmax among the ids that the student has; -1 where there is none.
     """
 
     divergence_S: torch.Tensor
@@ -232,7 +234,7 @@ def score_trajectories(
 
     Args:
         model: the student, in eval mode.
-        teacher_model: of the same tokenizer: a model, put into eval mode, or another teacher.
+        teacher_model: a model of the same tokenizer, put into eval mode, or another teacher.
         sequences: prompts and rollouts, token ids.
         prompt_lengths: where each rollout begins; 1 at least.
         num_candidates: K.
@@ -421,7 +423,8 @@ def label_problems(
 
     Args:
         model: the student; put into eval mode.
-        teacher_model: a model, put into eval mode, or another teacher, such as `teachers.HTTPTeacher`.
+        teacher_model: a model, put into eval mode, or another teacher: `teachers.HTTPTeacher`, or
+            `teachers.CrossTokenizerTeacher`.
         prompts: problem id -> token ids of its prompt, in the order in which they are to be labelled.
         output_dir: folder of the labels.
         header: the settings. Where it has no `divergence_threshold`, the one that a share `target_rate` of the
@@ -455,9 +458,15 @@ def label_problems(
         )
     check_num_candidates(header.num_candidates, head_rows(model), header.excluded_ids)
     longest = max(len(ids) for ids in prompts.values())
-    check_lengths(longest, header.max_new_tokens, {"model": model.config, "teacher_model": teacher.max_length})
+    check_lengths(longest, header.max_new_tokens, {"model": model.config})
+    longest = max(teacher.count_tokens(ids, len(ids)) for ids in prompts.values())
+    check_lengths(longest, header.max_new_tokens, {"teacher_model": teacher.max_length})
     header = replace(
-        header, model_hash=model_hash(model), teacher_source=teacher.source, top_logprobs=teacher.top_logprobs
+        header,
+        model_hash=model_hash(model),
+        teacher_source=teacher.source,
+        top_logprobs=teacher.top_logprobs,
+        cross_tokenizer=dict(teacher.cross_tokenizer),
     )
     stored = find_unfinished(output_dir, header, overwrite)
     done = set() if stored is None else done_problem_ids(output_dir)
@@ -533,10 +542,10 @@ class _Worker:
         self.decode_with = decode_with
         self.model, self.teacher, self.prompts, self.header = model, teacher, prompts, header
         self.pad_token_id, self.batch_size, self.bar = pad_token_id, batch_size, bar
-        # rows that only the student's padded head has cannot be read by the teacher
+        # what the teacher cannot read, as rows that only the student's padded head has, must not be written
         num_rows = head_rows(model)
         teacher_rows = num_rows if teacher.num_embeddings is None else teacher.num_embeddings
-        self.suppressed_ids = sorted({*header.excluded_ids, *range(teacher_rows, num_rows)})
+        self.suppressed_ids = sorted({*header.excluded_ids, *range(teacher_rows, num_rows), *teacher.unreadable_ids})
         self.num_tokens = self.num_points = self.num_hits = 0
         self.began = time.monotonic()
 
@@ -568,7 +577,7 @@ class _Worker:
                 decode_with=self.decode_with,
             )
             for one, new in zip(batch, new_ids):
-                sequences[one] = [*self.prompts[one[0]], *new]
+                sequences[one] = self._cut([*self.prompts[one[0]], *new], len(self.prompts[one[0]]))
                 self.num_tokens += len(new)
             self.teacher.prefetch([sequences[one] for one in batch], [len(self.prompts[id]) for id, _ in batch])
             self._tell()
@@ -594,6 +603,15 @@ class _Worker:
             told = (len(done) - len(batch)) // num_rollouts
             self.bar.update(len(done) // num_rollouts - told)
         return {id: [done[id, number] for number in range(num_rollouts)] for id in problem_ids}
+
+    def _cut(self, ids: list[int], prompt_length: int) -> list[int]:
+        """As much as the teacher's context takes: in tokens of its own, a rollout may be longer than expected."""
+        limit = self.teacher.max_length
+        if limit is None or self.teacher.count_tokens(ids, prompt_length) <= limit:
+            return ids
+        ends = range(prompt_length + 1, len(ids))
+        fitting = bisect_right(ends, limit, key=lambda end: self.teacher.count_tokens(ids[:end], prompt_length))
+        return ids[: prompt_length + max(fitting, 1)]
 
     def count_hits(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -633,17 +651,23 @@ def make_row(problem_id: str, trajectory: _Trajectory, header: TrajectoryHeader)
 def fill_in(rows: Sequence[dict[str, Any]], teacher: Teacher) -> None:
     """Asks the teacher for the candidates that it did not name by itself: here and not earlier, because it is asked
     once for each point, and most positions are none."""
-    places, prefixes, ids = [], [], []
+    asked, positions, ids = [], [], []
     for row in rows:
-        for n, values in enumerate(row["teacher_logprobs"]):
-            unknown = [k for k, value in enumerate(values) if math.isnan(value)]
-            if unknown:
-                places.append((values, unknown))
-                prefixes.append(row["input_ids"][: row["positions"][n]])
-                ids.append([row["candidate_ids"][n][k] for k in unknown])
-    for (values, unknown), found in zip(places, teacher.logprobs_of(prefixes, ids) if places else ()):
-        for k, value in zip(unknown, found):
-            values[k] = value
+        unknown = [
+            [id for id, value in zip(*pair) if math.isnan(value)]
+            for pair in zip(row["candidate_ids"], row["teacher_logprobs"])
+        ]
+        if any(unknown):
+            asked.append(row)
+            positions.append([position for position, some in zip(row["positions"], unknown) if some])
+            ids.append([some for some in unknown if some])
+    if not asked:
+        return
+    sequences, prompt_lengths = [row["input_ids"] for row in asked], [row["prompt_length"] for row in asked]
+    for row, found in zip(asked, teacher.logprobs_of(sequences, prompt_lengths, positions, ids)):
+        known = iter(value for values in found for value in values)
+        for values in row["teacher_logprobs"]:
+            values[:] = [next(known) if math.isnan(value) else value for value in values]
 
 
 def label_stats(labels: Dataset, divergence_threshold: float) -> dict[str, Any]:

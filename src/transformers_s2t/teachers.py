@@ -1,4 +1,5 @@
-"""Who scores the student's candidates: a model in this process, or one behind an OpenAI-compatible vLLM server.
+"""Who scores the student's candidates: a model in this process, of the student's tokenizer or of another one, or a
+model behind an OpenAI-compatible vLLM server.
 
 Knows token ids and log-probabilities; knows nothing of rollouts, decision points or files. A teacher never generates.
 
@@ -15,7 +16,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future
 from concurrent.futures import wait as wait_for
 from functools import cached_property
@@ -30,6 +31,7 @@ from requests.auth import AuthBase
 from transformers import PretrainedConfig, PreTrainedModel
 from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
+from .cross_tokenizer import CrossTokenizer, TeacherSequence, least_divergence, score_with_teacher
 from .trajectories import MISSING_LOGPROB
 from .triggers import kl_divergence
 
@@ -46,9 +48,11 @@ class Comparison(NamedTuple):
     """The teacher's view of some positions.
 
     Attributes:
-        divergence_S: KL(teacher || student), nats; a lower bound where the teacher names its best tokens only.
+        divergence_S: KL(teacher || student), nats; a lower bound where the teacher names its best tokens only, or has
+            another tokenizer.
         logprobs_SK: of the candidates, over the teacher's full vocabulary, nats; nan where it was not asked yet.
-        top_id_S: the teacher's argmax among the ids that the student has.
+        top_id_S: the teacher's argmax among the ids that the student has; -1 where another tokenizer's argmax has no
+            counterpart.
     """
 
     divergence_S: torch.Tensor
@@ -70,15 +74,22 @@ class Teacher(Protocol):
         source: "local", or the name under which a server offers the model.
         top_logprobs: how many tokens it names at a position; `None` for all.
         num_embeddings: token ids that it can read; `None` where unknown.
-        max_length: tokens that it can read; `None` where unknown.
+        unreadable_ids: those of them that it cannot read all the same.
+        max_length: how many of its own tokens it can read; `None` where unknown.
         logits_per_position: numbers that it keeps on a device for each position, for the memory of a batch.
+        cross_tokenizer: of a teacher with another tokenizer, what its scores depend on; empty otherwise.
     """
 
     source: str
     top_logprobs: int | None
     num_embeddings: int | None
+    unreadable_ids: Sequence[int]
     max_length: int | None
     logits_per_position: int
+    cross_tokenizer: Mapping[str, Any]
+
+    def count_tokens(self, ids: Sequence[int], prompt_length: int) -> int:
+        """How many of its own tokens a prompt and what was written of a rollout are."""
 
     def prefetch(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
         """Begins what `read` will be asked for, in whatever batches, where that can go on beside the caller's work."""
@@ -89,8 +100,20 @@ class Teacher(Protocol):
     def cancel(self) -> None:
         """Drops all that was begun: nobody will ask for it."""
 
-    def logprobs_of(self, prefixes: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities of the next tokens `ids` after each prefix, over the full vocabulary, nats."""
+    def logprobs_of(
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int],
+        positions: Sequence[Sequence[int]],
+        ids: Sequence[Sequence[Sequence[int]]],
+    ) -> list[list[list[float]]]:
+        """Log-probabilities over the full vocabulary, nats, of tokens at some positions of each sequence.
+
+        Args:
+            sequences, prompt_lengths: as in `read`.
+            positions: of each sequence, where its prefixes end: at index p, `ids` follow `sequence[:p]`.
+            ids: of each position, those of its candidates that were nan in `Comparison.logprobs_SK`.
+        """
 
 
 def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
@@ -106,6 +129,8 @@ class LocalTeacher:
 
     source = "local"
     top_logprobs = None
+    unreadable_ids: Sequence[int] = ()
+    cross_tokenizer: Mapping[str, Any] = {}
 
     def __init__(self, model: PreTrainedModel):
         self.model = model.eval()
@@ -119,16 +144,22 @@ class LocalTeacher:
     def cancel(self) -> None:
         pass
 
+    def count_tokens(self, ids: Sequence[int], prompt_length: int) -> int:
+        return len(ids)
+
     def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> _LogitsReading:
         first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
         return _LogitsReading(logits_from(self.model, sequences, first), [p - 1 - first for p in prompt_lengths])
 
     @torch.no_grad()
-    def logprobs_of(self, prefixes: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
+    def logprobs_of(self, sequences, prompt_lengths, positions, ids) -> list[list[list[float]]]:
         rows = []
-        for prefix, wanted in zip(prefixes, ids):
-            logits_V = logits_from(self.model, [prefix], len(prefix) - 1)[0, -1].float()
-            rows.append(torch.log_softmax(logits_V, -1)[list(wanted)].clamp_min(MISSING_LOGPROB).tolist())
+        for sequence, prompt_length, at_N, wanted in zip(sequences, prompt_lengths, positions, ids):
+            logits_TV = logits_from(self.model, [sequence], prompt_length - 1)[0]
+            logp_NV = torch.log_softmax(logits_TV[[at - prompt_length for at in at_N]].float(), -1)
+            rows.append(
+                [logp_V[list(one)].clamp_min(MISSING_LOGPROB).tolist() for logp_V, one in zip(logp_NV, wanted)]
+            )
         return rows
 
 
@@ -156,6 +187,88 @@ def compare_logits(
         logprobs_SK=logprobs_SK.clamp_min(MISSING_LOGPROB),
         top_id_S=teacher_logits_SV[..., :num_rows].argmax(-1),
     )
+
+
+class CrossTokenizerTeacher(LocalTeacher):
+    """A model in this process that has another tokenizer: what it says of the texts of the student's tokens.
+
+    Its log-probabilities are those of disjoint events (`CrossTokenizer.partition`), and are found at the chosen points
+    only. The divergence, at all positions, comes from the logits along the trajectory: it is the lowest that they
+    allow over these events, see `CrossTokenizer.bound_candidates`.
+
+    Args:
+        model: the teacher.
+        cross: of the student's tokenizer and the teacher's.
+        teacher_prompts: the student's prompt -> the same in the teacher's own form (its chat template); otherwise
+            the teacher reads the student's text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cross: CrossTokenizer,
+        teacher_prompts: Mapping[tuple[int, ...], Sequence[int]] | None = None,
+    ):
+        super().__init__(model)
+        if cross.same_vocabulary:
+            raise ValueError("`cross` must be of two different tokenizers: with one, pass the model itself.")
+        self.cross, self.teacher_prompts = cross, teacher_prompts
+        self.num_embeddings, self.unreadable_ids = cross.num_student_ids, cross.unreadable_ids()
+        self.cross_tokenizer = cross.settings
+
+    def _prompt(self, ids: Sequence[int], prompt_length: int) -> Sequence[int] | None:
+        return None if self.teacher_prompts is None else self.teacher_prompts[tuple(ids[:prompt_length])]
+
+    def count_tokens(self, ids: Sequence[int], prompt_length: int) -> int:
+        """Raises a ValueError for a prompt that the teacher cannot read."""
+        return self.cross.count_tokens(ids, prompt_length, self._prompt(ids, prompt_length))
+
+    def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> _TextReading:
+        own = [self.cross.encode(ids, p, self._prompt(ids, p)) for ids, p in zip(sequences, prompt_lengths)]
+        first = min(self.cross.anchor(one, p)[0] for one, p in zip(own, prompt_lengths)) - 1
+        logits_BTV = logits_from(self.model, [one.ids for one in own], first)
+        return _TextReading(self.cross, own, prompt_lengths, logits_BTV, first)
+
+    def logprobs_of(self, sequences, prompt_lengths, positions, ids) -> list[list[list[float]]]:
+        prompts = [self._prompt(one, p) for one, p in zip(sequences, prompt_lengths)]
+        candidates = [torch.tensor(one) for one in ids]
+        scores = score_with_teacher(
+            self.cross,
+            self.model,
+            sequences,
+            prompt_lengths,
+            positions,
+            candidates,
+            None if self.teacher_prompts is None else prompts,
+        )
+        return [one.partition_NP[:, :-1].clamp_min(MISSING_LOGPROB).tolist() for one in scores]
+
+
+class _TextReading:
+    """The teacher's own tokens of a batch, and its logits behind them from `first` on."""
+
+    def __init__(
+        self,
+        cross: CrossTokenizer,
+        sequences: Sequence[TeacherSequence],
+        prompt_lengths: Sequence[int],
+        logits_BTV: torch.Tensor,
+        first: int,
+    ):
+        self.cross, self.sequences, self.prompt_lengths = cross, sequences, prompt_lengths
+        self.logits_BTV, self.first = logits_BTV, first
+
+    def compare(self, b: int, where: slice, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor) -> Comparison:
+        positions = range(self.prompt_lengths[b] + where.start, self.prompt_lengths[b] + where.stop)
+        bounds = self.cross.bound_candidates(
+            self.sequences[b], self.logits_BTV[b], positions, candidate_ids_SK, self.first
+        )
+        student_SP = self.cross.student_partition(logits_SV, candidate_ids_SK)
+        return Comparison(
+            divergence_S=least_divergence(bounds.lower_NP, bounds.upper_NP, student_SP).float(),
+            logprobs_SK=torch.full(candidate_ids_SK.shape, math.nan),
+            top_id_S=bounds.teacher_top_id_N,
+        )
 
 
 def logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> torch.Tensor:
@@ -231,7 +344,9 @@ class HTTPTeacher:
         TeacherError: where the server is not there, or cannot do what is needed.
     """
 
+    unreadable_ids: Sequence[int] = ()
     logits_per_position = 0
+    cross_tokenizer: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -273,6 +388,9 @@ class HTTPTeacher:
         self._best_tokens([0, 0], 1)
         self._next_token([0], [0])
 
+    def count_tokens(self, ids: Sequence[int], prompt_length: int) -> int:
+        return len(ids)
+
     def prefetch(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
         self._results([future for future in self._begun.values() if future.done()])  # what failed is told now
         for ids, prompt_length in zip(sequences, prompt_lengths):
@@ -286,8 +404,12 @@ class HTTPTeacher:
         begun = {key: self._begun.pop(key) for key in set(keys)}
         return _TopReading(self, [begun[key] for key in keys])
 
-    def logprobs_of(self, prefixes: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self._results([self._calls.begin(self._next_token, *row, self._stop) for row in zip(prefixes, ids)])
+    def logprobs_of(self, sequences, prompt_lengths, positions, ids) -> list[list[list[float]]]:
+        prefixes = [sequence[:at] for sequence, at_N in zip(sequences, positions) for at in at_N]
+        wanted = [one for ids_N in ids for one in ids_N]
+        futures = [self._calls.begin(self._next_token, *row, self._stop) for row in zip(prefixes, wanted)]
+        found = iter(self._results(futures))
+        return [[next(found) for _ in ids_N] for ids_N in ids]
 
     def cancel(self) -> None:
         self._begun.clear()

@@ -55,8 +55,8 @@ FEATURES = Features(
         "positions": List(Value("int32")),  # (N) index of the token under decision, its prefix is input_ids[:position]
         "candidate_ids": List(List(Value("int32"))),  # (N, K) the student's best first
         "student_logprobs": List(List(Value("float32"))),  # (N, K) full vocabulary, nats
-        "teacher_logprobs": List(List(Value("float32"))),  # (N, K) full vocabulary, nats
-        "teacher_top_id": List(Value("int32")),  # (N) the teacher's argmax, inside the candidates or not
+        "teacher_logprobs": List(List(Value("float32"))),  # (N, K) full vocabulary, nats; see `cross_tokenizer`
+        "teacher_top_id": List(Value("int32")),  # (N) the teacher's argmax, inside the candidates or not; -1: none
     }
 )
 _PER_TOKEN = ("divergence", "entropy", "margin")
@@ -82,7 +82,12 @@ class TrajectoryHeader:
         teacher_quantization (`str`): "nf4" or "int8" where it was quantized as it was loaded.
         top_logprobs (`int`, *optional*): how many tokens the teacher named at each position; `None` for all. Where it
             is given, `divergence` is a lower bound (`teachers.coarse_divergence`).
-        vocab_hash (`str`): fingerprint of the tokenizer that both share.
+        cross_tokenizer (`dict`): empty where the teacher has the student's tokenizer. Otherwise its fingerprint
+            ("teacher_vocab_hash") and how texts were compared ("healed_tokens", "min_mass", see
+            `cross_tokenizer.CrossTokenizer`): `teacher_logprobs` are of the disjoint events of
+            `CrossTokenizer.partition`, `divergence` is the least that the logits along a trajectory allow over them,
+            and a `teacher_top_id` of -1 says that no token of the student has the teacher's text.
+        vocab_hash (`str`): fingerprint of the student's tokenizer.
         model_hash (`str`): fingerprint of the student's weights; empty until they have been loaded.
         num_candidates (`int`): K. 16 in the paper for labels (arXiv 2604.26940).
         target_rate (`float`): tau, the share of generated positions whose divergence reaches the threshold. 0.1 in
@@ -135,6 +140,7 @@ class TrajectoryHeader:
     teacher_source: str = "local"
     teacher_quantization: str = ""
     top_logprobs: int | None = None
+    cross_tokenizer: dict[str, Any] = field(default_factory=dict)
     num_problems: int = 0
     complete: bool = False
 
@@ -287,7 +293,7 @@ def validate_row(row: Mapping[str, Any]) -> None:
         if not isinstance(row[name], (list, tuple)):
             raise ValueError(f"`{name}` must be a list, got {type(row[name]).__name__} {where}.")
         _check_length(name, row[name], len(positions), "one for each of `positions`", where)
-    _ids("teacher_top_id", row["teacher_top_id"], where)
+    _ids("teacher_top_id", row["teacher_top_id"], where, lowest=-1)
     width = None
     for n in range(len(positions)):
         at = f"at position {positions[n]} {where}"
@@ -317,11 +323,11 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _ids(name: str, values: Any, where: str) -> Sequence[int]:
+def _ids(name: str, values: Any, where: str, lowest: int = 0) -> Sequence[int]:
     # `map` runs in C: this looks at every number of every shard
-    fine = isinstance(values, (list, tuple)) and set(map(type, values)) <= {int} and min(values, default=0) >= 0
-    if not fine:
-        raise ValueError(f"`{name}` must be a list of integers of 0 or more, got {_short(values)} {where}.")
+    fine = isinstance(values, (list, tuple)) and set(map(type, values)) <= {int}
+    if not fine or min(values, default=lowest) < lowest:
+        raise ValueError(f"`{name}` must be a list of integers of {lowest} or more, got {_short(values)} {where}.")
     return values
 
 
