@@ -68,6 +68,11 @@ def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeade
         "s2t-local": "rollouts of the student, corrected by a trained selector at decision points",
     }[header.rollout]
     hits = " | ".join(f"{value:.3f}" for value in stats["hit_at_k"].values())
+    of_texts = (
+        " The teacher has another tokenizer: its log-probabilities are those of texts, and estimates."
+        if header.cross_tokenizer
+        else ""
+    )
     sizes = " | ".join(f"Hit@{k}" for k in stats["hit_at_k"])
     sufficiency = (
         f"| {sizes} |\n|{'---|' * len(stats['hit_at_k'])}\n| {hits} |\n\n![Divergence and Hit@K]({PICTURE_NAME})\n"
@@ -83,7 +88,7 @@ def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeade
 
 {stats["rows"]} trajectories ({writes}, at most {header.max_new_tokens} new tokens), {stats["tokens"]} generated
 tokens, {stats["points"]} decision points with the student's {header.num_candidates} candidates and the teacher's
-log-probabilities of them ([Select to Think](https://arxiv.org/abs/2604.26940)). Points: `{header.points}`.
+log-probabilities of them ([Select to Think](https://arxiv.org/abs/2604.26940)). Points: `{header.points}`.{of_texts}
 Trajectories by split: {parts}. All of a problem's are in one.
 
 ## Local sufficiency

@@ -5,6 +5,7 @@
 
 A teacher too large for this machine may be behind a vLLM server: `--teacher_url http://host:8000`, with its tokenizer
 and config in `--teacher_model` (no weights are loaded). A key, where one is needed, is read from OPENAI_API_KEY.
+A teacher with another tokenizer needs `--cross_tokenizer true` and compares texts (docs/labeling.md).
 
 Run the same command again after an interruption and it goes on; `accelerate launch` shares the problems among
 processes; with `--dry_run true` it labels a sample, keeps nothing and says what the rest will cost. Label training
@@ -41,12 +42,14 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from trl import TrlParser
 
 import transformers_s2t
 from transformers_s2t import LocalSelector, S2TDecodingConfig, TeacherSelector, s2t_generate
 from transformers_s2t.config import write_json
+from transformers_s2t.cross_tokenizer import CrossTokenizer
 from transformers_s2t.labeling import (
     check_lengths,
     check_num_candidates,
@@ -55,8 +58,15 @@ from transformers_s2t.labeling import (
     label_problems,
     label_stats,
 )
-from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
-from transformers_s2t.teachers import HTTPTeacher, TeacherError, host_free
+from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids, vocab_hash
+from transformers_s2t.teachers import (
+    CrossTokenizerTeacher,
+    HTTPTeacher,
+    Teacher,
+    TeacherError,
+    as_teacher,
+    host_free,
+)
 from transformers_s2t.trajectories import (
     CORRECTED_ROLLOUTS,
     HEADER_NAME,
@@ -87,6 +97,14 @@ class LabelArguments:
         metadata={
             "help": "Teacher, of the same tokenizer: Hub id or local folder. With `teacher_url` its tokenizer is "
             "compared and its config read; left out, the server's tokenizer is taken to be the student's."
+        },
+    )
+    cross_tokenizer: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher may have another tokenizer: candidates are scored by the log-probability that the "
+            "text goes on with theirs, which is an estimate (docs/labeling.md). With `chat_template` it reads prompts "
+            "in its own template. Not with `teacher_url` or rollout_policy 's2t'."
         },
     )
     teacher_url: str | None = field(
@@ -203,6 +221,21 @@ class LabelArguments:
             raise ValueError(
                 "`rollout_policy` must not be 's2t' with `teacher_url`: a server is too far to ask at steps."
             )
+        if self.cross_tokenizer and self.teacher_url is not None:
+            raise ValueError(
+                f"`cross_tokenizer` must be false with `teacher_url`, got true with {self.teacher_url!r}: a server "
+                "names its best tokens only."
+            )
+        if self.cross_tokenizer and self.rollout_policy == "s2t":
+            raise ValueError(
+                "`rollout_policy` must be 'greedy', 'sample' or 's2t-local' with cross_tokenizer=true, got 's2t': the "
+                "teacher corrects in tokens of its own only."
+            )
+        if self.cross_tokenizer and self.chat_template and self.max_prompt_tokens is not None:
+            raise ValueError(
+                "`max_prompt_tokens` must not be given with cross_tokenizer=true and chat_template=true, got "
+                f"{self.max_prompt_tokens}: two templates cannot be cut at the same place."
+            )
         if self.trigger == "kl" and self.rollout_policy == "s2t-local":
             raise ValueError("`trigger` must not be 'kl' with rollout_policy='s2t-local', which has no teacher.")
         if (self.adapter is None) == (self.rollout_policy == "s2t-local"):
@@ -284,6 +317,8 @@ class Plan(NamedTuple):
     header: TrajectoryHeader
     pad_token_id: int
     teacher: HTTPTeacher | None = None
+    cross: CrossTokenizer | None = None
+    teacher_prompts: dict[tuple[int, ...], list[int]] | None = None
 
 
 def prepare(args: LabelArguments) -> Plan:
@@ -301,8 +336,17 @@ def prepare(args: LabelArguments) -> Plan:
     if args.teacher_model is not None:
         teacher_tokenizer = load_pretrained("teacher_model", args.teacher_model, AutoTokenizer)
         teacher_config = load_pretrained("teacher_model", args.teacher_model, AutoConfig)
-    vocab = check_same_vocabulary(tokenizer, teacher_tokenizer)
     config = load_pretrained("model", args.model, AutoConfig)
+    eos_token_ids = _eos_token_ids(args.model, config, tokenizer.eos_token_id)
+    cross = None
+    if args.cross_tokenizer:
+        teacher_eos_ids = _eos_token_ids(args.teacher_model, teacher_config, teacher_tokenizer.eos_token_id)
+        cross = pair_tokenizers(tokenizer, teacher_tokenizer, eos_token_ids, teacher_eos_ids)
+    if cross is None:
+        try:
+            check_same_vocabulary(tokenizer, teacher_tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{error} Or pass --cross_tokenizer true, to compare texts.") from None
     teacher = None if args.teacher_url is None else connect(args, teacher_config)
 
     num_head_rows = config.get_text_config().vocab_size
@@ -311,23 +355,32 @@ def prepare(args: LabelArguments) -> Plan:
     except ValueError:
         excluded_ids = []  # training will resize the head: there is nothing yet that could be proposed
     check_num_candidates(args.num_candidates, num_head_rows, excluded_ids)
-    eos_token_ids = _eos_token_ids(args.model, config, tokenizer.eos_token_id)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_token_id is None:
         raise ValueError(f"`model`: the tokenizer of {args.model!r} has neither a padding nor an end-of-text token.")
 
-    encoded = encode_prompts(
-        tokenizer, [problem.prompt for problem in problems], args.chat_template, args.system_prompt
-    )
+    texts = [problem.prompt for problem in problems]
+    encoded = encode_prompts(tokenizer, texts, args.chat_template, args.system_prompt)
     encoded = [ids[: args.max_prompt_tokens] for ids in encoded]
     prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
     divide(prompts, args.validation_share)
-    longest = max(len(ids) for ids in encoded)
+    longest = longest_for_teacher = max(len(ids) for ids in encoded)
+    teacher_prompts = None
+    if cross is not None:
+        if args.chat_template:
+            try:
+                own = encode_prompts(teacher_tokenizer, texts, args.chat_template, args.system_prompt)
+            except ValueError as error:
+                raise ValueError(f"`teacher_model` {args.teacher_model!r}: {error}") from None
+            teacher_prompts = {tuple(ids): teacher_ids for ids, teacher_ids in zip(encoded, own)}
+        longest_for_teacher = max(teacher_tokens(cross, id, ids, teacher_prompts) for id, ids in prompts.items())
     teacher_length = teacher_config if teacher is None else teacher.max_length
-    check_lengths(longest, args.max_new_tokens, {"model": config, "teacher_model": teacher_length})
+    check_lengths(longest, args.max_new_tokens, {"model": config})
+    check_lengths(longest_for_teacher, args.max_new_tokens, {"teacher_model": teacher_length})
     header = replace(
         args.header(),
-        vocab_hash=vocab,
+        vocab_hash=vocab_hash(tokenizer),
+        cross_tokenizer={} if cross is None else cross.settings,
         eos_token_ids=tuple(eos_token_ids),
         excluded_ids=tuple(excluded_ids),
         dtype=resolve_dtype(args.dtype, config),
@@ -341,7 +394,37 @@ def prepare(args: LabelArguments) -> Plan:
         )
     quantization_of_teacher(args, header.dtype)  # is bitsandbytes there?
     find_unfinished(args.output_dir, header, args.overwrite)
-    return Plan(prompts, header, pad_token_id, teacher)
+    return Plan(prompts, header, pad_token_id, teacher, cross, teacher_prompts)
+
+
+def pair_tokenizers(
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: list[int],
+    teacher_eos_token_ids: list[int],
+) -> CrossTokenizer | None:
+    """Both tokenizers, or `None` where they are one."""
+    if vocab_hash(tokenizer) == vocab_hash(teacher_tokenizer):
+        return None
+    for name, ids in (("model", eos_token_ids), ("teacher_model", teacher_eos_token_ids)):
+        if not ids:
+            raise ValueError(f"`{name}` must have an end-of-text token for `cross_tokenizer`, got none.")
+    try:
+        return CrossTokenizer(tokenizer, teacher_tokenizer, eos_token_ids, teacher_eos_token_ids)
+    except ValueError as error:
+        raise ValueError(f"`cross_tokenizer` of `model` and `teacher_model`: {error}") from None
+
+
+def teacher_tokens(
+    cross: CrossTokenizer, problem_id: str, ids: list[int], teacher_prompts: dict[tuple[int, ...], list[int]] | None
+) -> int:
+    """How long a prompt is to the teacher."""
+    try:
+        return cross.count_tokens(ids, len(ids), None if teacher_prompts is None else teacher_prompts[tuple(ids)])
+    except ValueError as error:
+        raise ValueError(
+            f"`cross_tokenizer`: prompt {problem_id!r} cannot be read by `teacher_model`: {error}"
+        ) from None
 
 
 def connect(args: LabelArguments, teacher_config: PretrainedConfig | None) -> HTTPTeacher:
@@ -389,7 +472,7 @@ def _eos_token_ids(name: str, config: PretrainedConfig, tokenizer_eos: int | Non
 
 def load_models(
     args: LabelArguments, plan: Plan
-) -> tuple[PreTrainedModel, PreTrainedModel | HTTPTeacher, dict[str, Any] | None]:
+) -> tuple[PreTrainedModel, PreTrainedModel | Teacher, dict[str, Any] | None]:
     """The student, the teacher, and how the student's rollouts are corrected."""
     dtype = plan.header.dtype
     state = process_state(args)
@@ -405,6 +488,8 @@ def load_models(
             device_map=device_map,
             quantization_config=quantization_of_teacher(args, dtype),
         )
+    if plan.cross is not None:
+        teacher = CrossTokenizerTeacher(teacher, plan.cross, plan.teacher_prompts)
     decode_with = None
     if args.rollout_policy in CORRECTED_ROLLOUTS:
         if args.adapter is None:
@@ -487,8 +572,9 @@ class Cost(NamedTuple):
     sample_seconds: float
     done: int
     problems: int
-    prompt_tokens: int
+    prompt_tokens: int  # these two in the teacher's own tokens
     generated_tokens: int
+    positions: int
     points: int
     seconds: float
     num_bytes: int
@@ -500,7 +586,7 @@ def estimate(args: LabelArguments, plan: Plan) -> Cost:
     done = done_problem_ids(args.output_dir) & plan.prompts.keys() if unfinished else set()
     todo = [id for id in plan.prompts if id not in done]
     if not todo:
-        return Cost(0, 0.0, len(done), 0, 0, 0, 0, 0.0, 0)
+        return Cost(0, 0.0, len(done), 0, 0, 0, 0, 0, 0.0, 0)
     num_sample = min(len(todo), max(DRY_RUN_PROBLEMS, args.batch_size // args.num_rollouts))
     sample = {id: plan.prompts[id] for id in (todo[i * len(todo) // num_sample] for i in range(num_sample))}
     model, teacher, decode_with = load_models(args, plan)
@@ -520,15 +606,19 @@ def estimate(args: LabelArguments, plan: Plan) -> Cost:
         seconds = time.perf_counter() - began
         files = shard_files(folder)
         num_bytes = sum(file.stat().st_size for file in files)
-        rows = [row for file in files for row in pq.read_table(file, columns=["divergence", "positions"]).to_pylist()]
-    share = len(todo) / num_sample
+        columns = ["input_ids", "prompt_length", "divergence", "positions"]
+        rows = [row for file in files for row in pq.read_table(file, columns=columns).to_pylist()]
+    share, count = len(todo) / num_sample, as_teacher(teacher).count_tokens
+    read = sum(count(row["input_ids"], row["prompt_length"]) for row in rows)
+    read -= args.num_rollouts * sum(count(ids, len(ids)) for ids in sample.values())
     return Cost(
         sample=num_sample,
         sample_seconds=seconds,
         done=len(done),
         problems=len(todo),
-        prompt_tokens=args.num_rollouts * sum(len(plan.prompts[id]) for id in todo),
-        generated_tokens=round(share * sum(len(row["divergence"]) for row in rows)),
+        prompt_tokens=args.num_rollouts * sum(count(plan.prompts[id], len(plan.prompts[id])) for id in todo),
+        generated_tokens=round(share * read),
+        positions=round(share * sum(len(row["divergence"]) for row in rows)),
         points=round(share * sum(len(row["positions"]) for row in rows)),
         seconds=share * seconds,
         num_bytes=round(share * num_bytes),
@@ -546,7 +636,7 @@ def report_cost(cost: Cost) -> str:
         f"left to do: {cost.problems} problems ({cost.done} are done); about\n"
         f"  teacher tokens  {cost.prompt_tokens + cost.generated_tokens} "
         f"({cost.prompt_tokens} of prompts, {cost.generated_tokens} generated)\n"
-        f"  positions       {cost.generated_tokens} scored, {cost.points} stored as decision points\n"
+        f"  positions       {cost.positions} scored, {cost.points} stored as decision points\n"
         f"  time            {time_left}, and loading the models\n"
         f"  disk            {disk}"
     )
@@ -566,6 +656,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     if plan.teacher is not None and args.teacher_model is None:
         print("label.py: without `teacher_model` nobody checks that the server has the same tokens.", file=sys.stderr)
+    if args.cross_tokenizer and plan.cross is None:
+        print("label.py: `cross_tokenizer` is not needed: both models have one tokenizer.", file=sys.stderr)
     try:
         if args.dry_run:
             print(report_cost(estimate(args, plan)))

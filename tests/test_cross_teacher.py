@@ -3,6 +3,8 @@
 Legend: S positions, K candidates, P partition (K + 1), V vocabulary.
 """
 
+import importlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +12,16 @@ import datasets
 import pytest
 import torch
 from test_cross_tokenizer import STUDENT_MERGES, TEACHER_MERGES, tokenizer_of
+from test_labeling import assert_same_rows
 from tiny import BOS, EOS, PAD, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers_s2t.cross_tokenizer import (
-    CrossTokenizer,
-    partition_divergence,
-)
-from transformers_s2t.labeling import label_problems
+from transformers_s2t import S2TConfig, S2TTrainer, labeling
+from transformers_s2t.cross_tokenizer import CrossTokenizer, partition_divergence, score_with_teacher
+from transformers_s2t.labeling import label_problems, label_stats
+from transformers_s2t.reserved_tokens import resize_for_reserved_tokens, vocab_hash
 from transformers_s2t.teachers import CrossTokenizerTeacher
-from transformers_s2t.trajectories import TrajectoryHeader, read_labels
+from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_labels, write_header
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -98,7 +101,7 @@ def exact_events(teacher, context, rest, ids):
 
 
 def checked_points(teacher, student, rows):
-    """(row, n, r, exact log-probabilities (P,), the student's) of every stored point."""
+    """(row, n, exact log-probabilities (P,), the student's) of every stored point."""
     for row in rows:
         sequence = teacher.cross.encode(row["input_ids"])
         for n, position in enumerate(row["positions"]):
@@ -108,7 +111,7 @@ def checked_points(teacher, student, rows):
             with torch.no_grad():
                 logits_V = student(torch.tensor([row["input_ids"][:position]])).logits[:, -1]
             student_P = teacher.cross.student_partition(logits_V, torch.tensor([ids]))[0]
-            yield row, n, rest, events_P.log(), student_P
+            yield row, n, events_P.log(), student_P
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -116,7 +119,7 @@ def test_rows_hold_the_exact_marginals_of_disjoint_texts(tmp_path, name):
     student, teacher = make_pair(name, healed_tokens=1, min_mass=0.0)
     label(student, teacher, tmp_path, replace(HEADER, num_candidates=4, max_new_tokens=4))
     below, points = 0, 0
-    for row, n, rest, events_P, student_P in checked_points(teacher, student, rows_of(tmp_path)):
+    for row, n, events_P, student_P in checked_points(teacher, student, rows_of(tmp_path)):
         assert row["teacher_logprobs"][n] == pytest.approx(events_P[:-1].clamp_min(-1e4).tolist(), abs=1e-4)
         points += 1
         if name == "bpe-characters":  # all texts have one spelling, so that the divergence is a bound
@@ -126,3 +129,262 @@ def test_rows_hold_the_exact_marginals_of_disjoint_texts(tmp_path, name):
                 assert row["divergence"][n] == pytest.approx(exact, abs=1e-4)
             below += row["divergence"][n] < exact - 1e-4
     assert points > 10 and (below > 0) == (name == "bpe-characters")
+
+
+def test_batches_shards_and_a_stop_change_nothing(tmp_path, monkeypatch):
+    """Branches are followed by their mass, so that what is read beside a trajectory must not move it."""
+    student, teacher = make_pair("bpe-bpe")
+    header = replace(HEADER, points="floor+kl", divergence_threshold=None, threshold_sample=3, rollout="sample")
+    label(student, teacher, tmp_path / "whole", header)
+    monkeypatch.setattr(labeling, "_MAX_FLOAT_LOGITS", 3 * 12)  # three positions at a time
+    label(student, teacher, tmp_path / "alone", header, batch_size=1)
+    assert_same_rows(rows_of(tmp_path / "alone"), rows_of(tmp_path / "whole"))
+    monkeypatch.undo()
+    label(student, teacher, tmp_path / "cut", header)
+    stored = read_header(tmp_path / "cut")
+    (tmp_path / "cut" / "part-00001.parquet").unlink()
+    (tmp_path / "cut" / "part-00002.parquet").unlink()
+    write_header(tmp_path / "cut", replace(stored, complete=False))
+    label(student, teacher, tmp_path / "cut", header)
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert read_header(tmp_path / "cut") == read_header(tmp_path / "whole")
+
+
+def test_the_header_says_how_texts_were_compared(tmp_path):
+    student, teacher = make_pair("bpe-bpe")
+    header = label(student, teacher, tmp_path)
+    assert header.cross_tokenizer == {
+        "teacher_vocab_hash": vocab_hash(tokenizer_of(TEACHER_MERGES)),
+        "healed_tokens": 2,
+        "min_mass": 0.01,
+    }
+    assert read_header(tmp_path) == header
+    _, other = make_pair("bpe-bpe", healed_tokens=1)
+    with pytest.raises(ValueError, match="cross_tokenizer: {.*'healed_tokens': 2.* there, {.*'healed_tokens': 1"):
+        label(student, other, tmp_path)
+    assert label(student, teacher.model, tmp_path / "plain").cross_tokenizer == {}
+
+
+def test_a_teacher_of_the_same_tokenizer_is_no_cross_teacher():
+    tokenizer = tokenizer_of(STUDENT_MERGES)
+    with pytest.raises(ValueError, match="`cross` must be of two different tokenizers"):
+        CrossTokenizerTeacher(tiny_model(), CrossTokenizer(tokenizer, tokenizer))
+
+
+def test_what_the_teacher_cannot_read_is_not_written(tmp_path):
+    """A special token without a counterpart, characters that the teacher lacks, rows without a token."""
+    tokenizer = tokenizer_of(STUDENT_MERGES, extra_special_tokens=["<|user|>"])
+    student = tiny_model(seed=3, vocab_size=len(tokenizer) + 4)
+    cross = CrossTokenizer(tokenizer, tokenizer_of(["a b"], characters="ab"))
+    c = [id for id in range(3, 11) if b"c" in cross.token_bytes(id)]
+    assert len(c) == 4 and cross.unreadable_ids() == [*c, tokenizer.convert_tokens_to_ids("<|user|>")]
+    prompts = {id: [3 if token == 5 else token for token in ids] for id, ids in PROMPTS.items()}
+    teacher = CrossTokenizerTeacher(tiny_model(seed=4, vocab_size=8), cross)
+    label(student, teacher, tmp_path, prompts=prompts)
+    rows = rows_of(tmp_path)
+    readable = set(range(11)) - set(c)
+    assert {id for row in rows for id in row["input_ids"]} <= readable
+    for row in rows:  # but proposed
+        for ids, values in zip(row["candidate_ids"], row["teacher_logprobs"]):
+            assert all((id in readable) == (value > -1e4) for id, value in zip(ids, values))
+    assert any(not set(ids) <= readable for row in rows for ids in row["candidate_ids"])
+    with pytest.raises(ValueError, match="no token for b'c'"):
+        label(student, teacher, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_teachers_choice_may_be_none_of_the_students_tokens(tmp_path):
+    student, teacher = tiny_model(seed=3, vocab_size=9), tiny_model(seed=4, vocab_size=8)
+    teacher.lm_head.bias = torch.nn.Parameter(torch.zeros(8))
+    teacher.lm_head.bias.data[5] = 99.0  # "c"
+    cross = CrossTokenizer(tokenizer_of(["a b"], characters="ab"), tokenizer_of(CHARACTERS))
+    prompts = {"p": [BOS, 3, 4]}
+    label(student, CrossTokenizerTeacher(teacher, cross), tmp_path, prompts=prompts)
+    (row,) = rows_of(tmp_path)
+    assert set(row["teacher_top_id"]) == {-1}
+    assert label_stats(read_labels(tmp_path)[0], 0.0)["hit_at_k"] == {"1": 0.0, "2": 0.0, "4": 0.0}
+
+
+def test_a_rollout_ends_where_the_teachers_context_does(tmp_path):
+    tokenizers = tokenizer_of(STUDENT_MERGES), tokenizer_of(CHARACTERS)
+    student = tiny_model(seed=3, vocab_size=12)
+    header = replace(HEADER, eos_token_ids=(), max_new_tokens=12)
+    lengths = {}
+    for limit in (128, 18):
+        teacher = CrossTokenizerTeacher(
+            tiny_model(seed=4, vocab_size=8, max_position_embeddings=limit), CrossTokenizer(*tokenizers)
+        )
+        label(student, teacher, tmp_path / str(limit), header)
+        rows = rows_of(tmp_path / str(limit))
+        lengths[limit] = [teacher.count_tokens(row["input_ids"], row["prompt_length"]) for row in rows]
+        assert all(row["divergence"] for row in rows)
+    assert max(lengths[128]) > 18 >= max(lengths[18]) and 18 - min(lengths[18]) < 3
+    with pytest.raises(ValueError, match="at most 12: `teacher_model` takes 18 tokens and the longest prompt has 6"):
+        label(student, teacher, tmp_path / "more", replace(header, max_new_tokens=13))
+
+
+def test_a_selector_learns_from_such_labels(tmp_path):
+    student, teacher = make_pair("bpe-bpe")
+    label(student, teacher, tmp_path / "labels")
+    resize_for_reserved_tokens(student, 40)
+    config = S2TConfig(
+        output_dir=str(tmp_path), max_steps=1, num_candidates=5, use_cpu=True, bf16=False, save_strategy="no"
+    )
+    trainer = S2TTrainer(
+        model=student,
+        args=config,
+        train_dataset=read_labels(tmp_path / "labels")[0],
+        processing_class=tokenizer_of(STUDENT_MERGES),
+    )
+    assert trainer.train().training_loss > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return importlib.import_module("label")
+
+
+TEMPLATE = "{% for m in messages %}c{{ m.content }}{% endfor %}{% if add_generation_prompt %}MARK{% endif %}"
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A student and a teacher of other tokens and another chat template on disk, and five problems."""
+    for name, seed, merges, mark in (("student", 3, STUDENT_MERGES, "a"), ("teacher", 4, TEACHER_MERGES, "b")):
+        tokenizer = tokenizer_of(merges)
+        tokenizer.chat_template = TEMPLATE.replace("MARK", mark)
+        tokenizer.save_pretrained(tmp_path / name)
+        tiny_model(seed=seed, vocab_size=len(tokenizer)).save_pretrained(tmp_path / name)
+    texts = ["abc", "c", "bbca", "ca", "abab"]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps({"id": t, "prompt": t}) + "\n" for t in texts))
+    return tmp_path
+
+
+def command(bench, output="labels", **changes):
+    settings = {
+        "model": bench / "student",
+        "teacher_model": bench / "teacher",
+        "cross_tokenizer": True,
+        "dataset": bench / "problems.jsonl",
+        "output_dir": bench / output,
+        "max_new_tokens": 8,
+        "num_candidates": 4,
+        "shard_size": 2,
+        "chat_template": True,
+    } | changes
+    return [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def test_the_recipe_labels_with_each_models_own_template(bench, recipe, capsys):
+    recipe.main(command(bench, dry_run=True))
+    printed = capsys.readouterr().out
+    recipe.main(command(bench))
+    labels, header = read_labels(bench / "labels")
+    student, teacher = (AutoTokenizer.from_pretrained(bench / name) for name in ("student", "teacher"))
+    cross = CrossTokenizer(student, teacher)
+    assert header.vocab_hash == vocab_hash(student) and header.cross_tokenizer == cross.settings
+    assert "estimates" in (bench / "labels" / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(bench / "teacher")
+    prompts, read = 0, 0
+    for row in labels:
+        length = row["prompt_length"]
+        assert student.decode(row["input_ids"][:length]) == f"c{row['problem_id']}a"
+        own = teacher(f"c{row['problem_id']}b")["input_ids"]
+        prompts += len(own)
+        read += len(cross.encode(row["input_ids"], length, own).ids)
+        (scores,) = score_with_teacher(
+            cross, model, [row["input_ids"]], [length], [row["positions"]], [torch.tensor(row["candidate_ids"])], [own]
+        )
+        wanted_NK = scores.partition_NP[:, :-1].clamp_min(-1e4).float()
+        torch.testing.assert_close(torch.tensor(row["teacher_logprobs"]), wanted_NK, rtol=0, atol=1e-4)
+    assert f"teacher tokens  {read} ({prompts} of prompts, {read - prompts} generated)" in printed
+    positions = sum(len(row["divergence"]) for row in labels)
+    assert f"positions       {positions} scored" in printed
+    files = {file.name: file.read_bytes() for file in (bench / "labels").iterdir()}
+    recipe.main(command(bench))  # nothing is left to do
+    assert {file.name: file.read_bytes() for file in (bench / "labels").iterdir()} == files
+
+
+def test_the_recipe_gives_the_teacher_the_text_that_was_left_of_a_prompt(bench, recipe):
+    recipe.main(command(bench, chat_template=False, max_prompt_tokens=1))
+    labels, _ = read_labels(bench / "labels")
+    assert set(labels["prompt_length"]) == {1}
+    assert labels[0]["input_ids"][0] == 6  # "ab"
+    with pytest.raises(SystemExit):
+        recipe.main(command(bench, max_prompt_tokens=1))
+
+
+def test_one_tokenizer_is_labelled_as_ever(bench, recipe, capsys):
+    tokenizer_of(STUDENT_MERGES).save_pretrained(bench / "teacher")
+    tiny_model(seed=4, vocab_size=11).save_pretrained(bench / "teacher")
+    for output, flag in (("with", True), ("without", False)):
+        recipe.main(command(bench, output, cross_tokenizer=flag, chat_template=False))
+        assert ("`cross_tokenizer` is not needed" in capsys.readouterr().err) == flag
+    assert rows_of(bench / "with") == rows_of(bench / "without")
+    assert read_header(bench / "with") == read_header(bench / "without")
+
+
+def test_the_recipe_refuses_in_one_line_before_weights(bench, recipe, capsys, monkeypatch):
+    monkeypatch.setattr(recipe, "label", lambda *args: pytest.fail("weights were loaded"))
+    (bench / "special.jsonl").write_text(json.dumps({"id": "x", "prompt": "ab<|user|>"}))
+    (bench / "begin.jsonl").write_text(json.dumps({"id": "y", "prompt": "<s>"}))
+    for name, merges, kwargs in (
+        ("other", STUDENT_MERGES, {"extra_special_tokens": ["<|user|>"]}),
+        ("untold", TEACHER_MERGES, {}),
+        ("endless", TEACHER_MERGES, {"eos_token": None}),
+        ("beginless", TEACHER_MERGES, {"bos_token": None}),
+    ):
+        tokenizer_of(merges, **kwargs).save_pretrained(bench / name)
+        ends = {"eos_token_id": None} if name == "endless" else {}
+        tiny_model(vocab_size=12, **ends).config.save_pretrained(bench / name)
+    plain = {"chat_template": False}
+    for changes, message in (
+        ({"cross_tokenizer": False}, "must share one tokenizer, but"),
+        ({"cross_tokenizer": False}, "Or pass --cross_tokenizer true"),
+        ({"teacher_url": "http://host:1"}, "`cross_tokenizer` must be false with `teacher_url`, got true with 'http"),
+        ({"rollout_policy": "s2t"}, "`rollout_policy` must be 'greedy', 'sample' or 's2t-local' with cross_tokenizer"),
+        (
+            {"max_prompt_tokens": 3},
+            "`max_prompt_tokens` must not be given with cross_tokenizer=true and chat_template",
+        ),
+        ({"teacher_model": bench / "untold"}, "untold': `chat_template` needs a tokenizer that has one"),
+        ({"max_new_tokens": 125}, "`max_new_tokens` must be at most 124: `model` takes 128"),
+        (
+            plain | {"model": bench / "other", "dataset": bench / "special.jsonl"},
+            "prompt 'x' cannot be read by `teacher_model`: The teacher's tokenizer has no counterpart of the special",
+        ),
+        (plain | {"teacher_model": bench / "endless"}, "`teacher_model` must have an end-of-text token"),
+        (
+            plain | {"teacher_model": bench / "beginless", "dataset": bench / "begin.jsonl"},
+            "prompt 'y' cannot be read by `teacher_model`: No teacher token ends before position 1",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            recipe.main(command(bench, **changes))
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert message in error and len(error.strip().splitlines()) == 1, error
+    assert not (bench / "labels").exists()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is absent")
+@pytest.mark.parametrize(("own", "other"), [("gpt2", "qwen2.5"), ("qwen2.5", "gpt2")])
+def test_real_tokenizers(tmp_path, recipe, own, other):
+    for name, tokenizer, seed in (("student", own, 1), ("teacher", other, 2)):
+        tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / tokenizer)
+        tokenizer.save_pretrained(tmp_path / name)
+        ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+        tiny_model("qwen2", seed, vocab_size=len(tokenizer), **ids).save_pretrained(tmp_path / name)
+    texts = ["Natalia sold 48/2 = 24 clips in May. Therefore", "日本語 naïve 😀"]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    arguments = command(tmp_path, chat_template=False, batch_size=2, num_candidates=8)
+    recipe.main(arguments)
+    labels, header = read_labels(tmp_path / "labels")
+    assert len(labels) == 2 and header.complete
+    values = torch.tensor([values for row in labels for values in row["teacher_logprobs"]])
+    assert (values > -1e4).any(-1).all() and (values.exp().sum(-1) < 1 + 1e-6).all()

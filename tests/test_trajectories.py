@@ -119,11 +119,16 @@ def test_legal_rows_pass():
         ("teacher_logprobs", [[-2.0], [-0.5, -4.0]]),
         ("teacher_top_id", [9]),
         ("teacher_top_id", [9, None]),
+        ("teacher_top_id", [9, -2]),
     ],
 )
 def test_illegal_values_are_refused_by_column(column, value):
     with pytest.raises(ValueError, match=f"`{column}`"):
         validate_row(make_row() | {column: value})
+
+
+def test_a_teacher_with_another_tokenizer_may_have_no_choice():
+    validate_row(make_row() | {"teacher_top_id": [9, -1]})
 
 
 def test_missing_and_unknown_columns_are_named():

@@ -370,7 +370,8 @@ class CrossTokenizer:
             ids: the student's sequence.
             prompt_length: where the rollout begins.
             teacher_prompt_ids: the prompt as the teacher is to read it (its own chat template), in place of the
-                student's; the rollout's text then begins a token of its own.
+                student's; the rollout's text then begins a token of its own. So it does where a token that begins
+                in the prompt would be the first one, for nothing would decide it.
 
         Raises:
             ValueError: for a special token of the student that the teacher has none for.
@@ -408,6 +409,8 @@ class CrossTokenizer:
             data, text = data + b"\0", b""
             teacher_ids += piece
             ends += [len(data)] * len(piece)
+        if prompt_length and teacher_prompt_ids is None and ends and ends[0] > offsets[prompt_length]:
+            return self.encode(ids, prompt_length, self.encode(ids[:prompt_length]).ids)
         return TeacherSequence(teacher_ids, ends, offsets, fences, data[:-1])
 
     def count_tokens(
