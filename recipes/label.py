@@ -95,8 +95,9 @@ class LabelArguments:
     teacher_model: str | None = field(
         default=None,
         metadata={
-            "help": "Teacher, of the same tokenizer: Hub id or local folder. With `teacher_url` its tokenizer is "
-            "compared and its config read; left out, the server's tokenizer is taken to be the student's."
+            "help": "Teacher, of the same tokenizer unless `cross_tokenizer` is set: Hub id or local folder. With "
+            "`teacher_url` its tokenizer is compared and its config read; left out, the server's tokenizer is taken "
+            "to be the student's."
         },
     )
     cross_tokenizer: bool = field(

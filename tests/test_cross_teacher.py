@@ -131,6 +131,21 @@ def test_rows_hold_the_exact_marginals_of_disjoint_texts(tmp_path, name):
     assert points > 10 and (below > 0) == (name == "bpe-characters")
 
 
+def test_the_same_characters_under_other_ids_get_the_ordinary_log_probabilities(tmp_path):
+    student, plain, renamed = (tiny_model(seed=seed, vocab_size=6) for seed in (3, 4, 4))
+    order = torch.tensor([0, 1, 2, 5, 3, 4])  # "abc" there, "cab" here
+    for module in (renamed.get_input_embeddings(), renamed.get_output_embeddings()):
+        module.weight.data = module.weight.data[order]
+    cross = CrossTokenizer(tokenizer_of(CHARACTERS), tokenizer_of(CHARACTERS, characters="cab"))
+    header = replace(HEADER, num_candidates=4)
+    label(student, plain, tmp_path / "plain", header)
+    label(student, CrossTokenizerTeacher(renamed, cross), tmp_path / "cross", header)
+    plain, renamed = rows_of(tmp_path / "plain"), rows_of(tmp_path / "cross")
+    for row, other in zip(plain, renamed):
+        assert (torch.tensor(other.pop("divergence")) <= torch.tensor(row.pop("divergence")) + 1e-5).all()
+    assert_same_rows(renamed, plain)
+
+
 def test_batches_shards_and_a_stop_change_nothing(tmp_path, monkeypatch):
     """Branches are followed by their mass, so that what is read beside a trajectory must not move it."""
     student, teacher = make_pair("bpe-bpe")

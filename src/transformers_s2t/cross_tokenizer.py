@@ -24,6 +24,9 @@ Tokens without text (special ones, rows above the tokenizer) end the text: their
 special one. Text scores nest: "th" is never below "the". To choose among candidates, or to compare with the student's
 token probabilities, take `partition_NP`, where a text counts for the longest candidate alone.
 
+For every position of a trajectory there is only what its own logits say: bounds of the partition (`bound_candidates`)
+and the least divergence that they allow (`least_divergence`).
+
 Legend: T teacher's tokens of a trajectory, N decision points, K candidates, V teacher's vocabulary.
 """
 
@@ -131,6 +134,7 @@ class _Vocabulary:
         self.ids_of_bytes: dict[bytes, list[int]] = {}
         for data, id in entries:
             self.ids_of_bytes.setdefault(data, []).append(id)
+        self.num_rows = max(self.bytes_of_id, default=-1) + 1
         self.longest = max(map(len, self.sorted_bytes), default=0)
         self.range = functools.lru_cache(maxsize=1 << 16)(self._range)
         spec["normalizer"] = _as_written(spec["normalizer"]) if not self.byte_level else None
@@ -147,7 +151,7 @@ class _Vocabulary:
     def row(self, logits_V: torch.Tensor) -> _Row:
         """Its probabilities, on the CPU."""
         p_V = torch.softmax(logits_V.double(), dim=-1).cpu().numpy()
-        if self.sorted_ids.max(initial=-1) < len(p_V):
+        if self.num_rows <= len(p_V):
             return _Row(p_V, p_V[self.sorted_ids])
         return _Row(p_V, np.append(p_V, 0.0)[np.minimum(self.sorted_ids, len(p_V))])
 
