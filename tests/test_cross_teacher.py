@@ -180,10 +180,15 @@ def test_the_header_says_how_texts_were_compared(tmp_path):
     assert label(student, teacher.model, tmp_path / "plain").cross_tokenizer == {}
 
 
-def test_a_teacher_of_the_same_tokenizer_is_no_cross_teacher():
+def test_illegal_arguments_are_named(tmp_path):
+    student, teacher = make_pair("bpe-bpe")
     tokenizer = tokenizer_of(STUDENT_MERGES)
     with pytest.raises(ValueError, match="`cross` must be of two different tokenizers"):
-        CrossTokenizerTeacher(tiny_model(), CrossTokenizer(tokenizer, tokenizer))
+        CrossTokenizerTeacher(teacher.model, CrossTokenizer(tokenizer, tokenizer))
+    teacher = CrossTokenizerTeacher(teacher.model, teacher.cross, {(BOS, 3, 4): [BOS]})
+    with pytest.raises(ValueError, match=r"`teacher_prompts` must hold every prompt, and lacks .* \(1, 5\)"):
+        label(student, teacher, tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
 
 
 def test_what_the_teacher_cannot_read_is_not_written(tmp_path):

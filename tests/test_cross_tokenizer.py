@@ -363,6 +363,15 @@ def test_a_point_without_any_context_is_refused(pair):
         cross.score_candidates(sequence, logits_TV, [1], torch.tensor([[3]]), model.next_logits)
 
 
+def test_a_rollout_does_not_join_the_first_token_of_a_prompt(pair):
+    """Without a beginning token, nothing would say how likely the teacher holds it."""
+    cross, ids = CrossTokenizer(*pair), [3, 4, 3]
+    assert cross.encode(ids).ids == [7]  # aba
+    assert cross.encode(ids, 1).ids == [3, 6]  # a ba
+    assert cross.encode([BOS, *ids], 2).ids == [BOS, 7]
+    assert cross.count_tokens(ids, 1) == 2
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "branches"),
     [

@@ -217,7 +217,12 @@ class CrossTokenizerTeacher(LocalTeacher):
         self.cross_tokenizer = cross.settings
 
     def _prompt(self, ids: Sequence[int], prompt_length: int) -> Sequence[int] | None:
-        return None if self.teacher_prompts is None else self.teacher_prompts[tuple(ids[:prompt_length])]
+        if self.teacher_prompts is None:
+            return None
+        prompt = tuple(ids[:prompt_length])
+        if prompt not in self.teacher_prompts:
+            raise ValueError(f"`teacher_prompts` must hold every prompt, and lacks the one of the tokens {prompt}.")
+        return self.teacher_prompts[prompt]
 
     def count_tokens(self, ids: Sequence[int], prompt_length: int) -> int:
         """Raises a ValueError for a prompt that the teacher cannot read."""
