@@ -15,7 +15,13 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from transformers_s2t.cross_tokenizer import CrossTokenizer, _Trajectory, partition_divergence, score_with_teacher
+from transformers_s2t.cross_tokenizer import (
+    CrossTokenizer,
+    _Trajectory,
+    least_divergence,
+    partition_divergence,
+    score_with_teacher,
+)
 
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -161,6 +167,44 @@ def test_estimate_and_truth_lie_between_the_bounds_and_close_in_as_more_is_follo
     for values in (errors, gaps):
         means = [sum(values[i : i + 3]) / 3 for i in range(0, 12, 3)]
         assert means == sorted(means, reverse=True) and 0 < means[3] < 0.05
+
+
+@pytest.mark.parametrize(("ids", "known"), [([3, 4, 5, EOS], True), ([3, 4, 5, 6, 7, 9, 10, EOS], False)])
+def test_bounds_along_the_trajectory_hold_what_the_canonical_spellings_give(pair, ids, known):
+    """Without healing, where a teacher's token ends with the prefix: that has one spelling then."""
+    cross = CrossTokenizer(*pair, healed_tokens=0, min_mass=None)
+    sequence = cross.encode(STUDENT_IDS)
+    positions = [i for i in range(1, len(STUDENT_IDS)) if sequence.offsets[i] in sequence.ends]
+    candidate_ids_NK = torch.tensor([ids] * len(positions))
+    for seed in range(10):
+        model = RandomModel(12, seed)
+        logits_TV, student_NV = model.along(sequence.ids), RandomModel(11, seed + 50).along([0] * len(positions))
+        scores = cross.score_candidates(sequence, logits_TV, positions, candidate_ids_NK, model.next_logits)
+        bounds = cross.bound_candidates(sequence, logits_TV, positions, candidate_ids_NK)
+        events_NP = scores.partition_NP.exp()
+        assert (bounds.lower_NP <= events_NP + 1e-9).all() and (events_NP <= bounds.upper_NP + 1e-9).all()
+        student_NP = cross.student_partition(student_NV, candidate_ids_NK)
+        least_N = least_divergence(bounds.lower_NP, bounds.upper_NP, student_NP)
+        wanted_N = partition_divergence(scores.partition_NP, student_NP)
+        assert (least_N <= wanted_N + 1e-9).all()
+        assert torch.allclose(least_N, wanted_N, rtol=0, atol=1e-6) == known
+        assert torch.equal(bounds.teacher_top_id_N, scores.teacher_top_id_N)
+
+
+def test_the_least_divergence_is_that_of_the_best_teacher_between_the_bounds():
+    generator = torch.Generator().manual_seed(0)
+    student_NP = torch.log_softmax(torch.randn(6, 3, generator=generator).double(), -1)
+    center_NP = torch.softmax(2 * torch.randn(6, 3, generator=generator).double(), -1)
+    lower_NP, upper_NP = (center_NP - 0.15).clamp_min(0.0), (center_NP + 0.15).clamp_max(1.0)
+    grid = torch.linspace(0.0, 1.0, 401, dtype=torch.float64)
+    teacher_GP = torch.cartesian_prod(grid, grid)
+    teacher_GP = torch.cat([teacher_GP, 1 - teacher_GP.sum(-1, keepdim=True)], -1)
+    for lower_P, upper_P, student_P in zip(lower_NP, upper_NP, student_NP):
+        inside_GP = teacher_GP[((teacher_GP >= lower_P) & (teacher_GP <= upper_P)).all(-1)]
+        wanted = float(partition_divergence(inside_GP.log(), student_P.expand_as(inside_GP)).min())
+        assert float(least_divergence(lower_P[None], upper_P[None], student_P[None])) == pytest.approx(
+            wanted, abs=0.01
+        )
 
 
 def test_one_token_of_one_character_needs_no_other_forward(pair):
