@@ -374,7 +374,7 @@ def prepare(args: LabelArguments) -> Plan:
             except ValueError as error:
                 raise ValueError(f"`teacher_model` {args.teacher_model!r}: {error}") from None
             teacher_prompts = {tuple(ids): teacher_ids for ids, teacher_ids in zip(encoded, own)}
-        longest_for_teacher = max(teacher_tokens(cross, id, ids, teacher_prompts) for id, ids in prompts.items())
+        longest_for_teacher = max(teacher_tokens(cross, *pair, teacher_prompts) for pair in zip(texts, encoded))
     teacher_length = teacher_config if teacher is None else teacher.max_length
     check_lengths(longest, args.max_new_tokens, {"model": config})
     check_lengths(longest_for_teacher, args.max_new_tokens, {"teacher_model": teacher_length})
@@ -417,14 +417,14 @@ def pair_tokenizers(
 
 
 def teacher_tokens(
-    cross: CrossTokenizer, problem_id: str, ids: list[int], teacher_prompts: dict[tuple[int, ...], list[int]] | None
+    cross: CrossTokenizer, text: str, ids: list[int], teacher_prompts: dict[tuple[int, ...], list[int]] | None
 ) -> int:
     """How long a prompt is to the teacher."""
     try:
         return cross.count_tokens(ids, len(ids), None if teacher_prompts is None else teacher_prompts[tuple(ids)])
     except ValueError as error:
         raise ValueError(
-            f"`cross_tokenizer`: prompt {problem_id!r} cannot be read by `teacher_model`: {error}"
+            f"`cross_tokenizer`: the prompt {text[:60]!r} cannot be read by `teacher_model`: {error}"
         ) from None
 
 

@@ -6,6 +6,7 @@ Legend: S positions, K candidates, P partition (K + 1), V vocabulary.
 import importlib
 import json
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import datasets
@@ -157,8 +158,8 @@ def test_batches_shards_and_a_stop_change_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     label(student, teacher, tmp_path / "cut", header)
     stored = read_header(tmp_path / "cut")
-    (tmp_path / "cut" / "part-00001.parquet").unlink()
-    (tmp_path / "cut" / "part-00002.parquet").unlink()
+    (tmp_path / "cut" / "train-00001.parquet").unlink()
+    (tmp_path / "cut" / "train-00002.parquet").unlink()
     write_header(tmp_path / "cut", replace(stored, complete=False))
     label(student, teacher, tmp_path / "cut", header)
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
@@ -272,6 +273,9 @@ def recipe(monkeypatch):
 TEMPLATE = "{% for m in messages %}c{{ m.content }}{% endfor %}{% if add_generation_prompt %}MARK{% endif %}"
 
 
+TEXTS = ("abc", "c", "bbca", "ca", "abab")
+
+
 @pytest.fixture
 def bench(tmp_path):
     """A student and a teacher of other tokens and another chat template on disk, and five problems."""
@@ -280,8 +284,7 @@ def bench(tmp_path):
         tokenizer.chat_template = TEMPLATE.replace("MARK", mark)
         tokenizer.save_pretrained(tmp_path / name)
         tiny_model(seed=seed, vocab_size=len(tokenizer)).save_pretrained(tmp_path / name)
-    texts = ["abc", "c", "bbca", "ca", "abab"]
-    (tmp_path / "problems.jsonl").write_text("".join(json.dumps({"id": t, "prompt": t}) + "\n" for t in texts))
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in TEXTS))
     return tmp_path
 
 
@@ -311,10 +314,11 @@ def test_the_recipe_labels_with_each_models_own_template(bench, recipe, capsys):
     assert "estimates" in (bench / "labels" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(bench / "teacher")
     prompts, read = 0, 0
+    texts = {sha256(text.encode()).hexdigest()[:16]: text for text in TEXTS}
     for row in labels:
-        length = row["prompt_length"]
-        assert student.decode(row["input_ids"][:length]) == f"c{row['problem_id']}a"
-        own = teacher(f"c{row['problem_id']}b")["input_ids"]
+        length, text = row["prompt_length"], texts[row["problem_id"]]
+        assert student.decode(row["input_ids"][:length]) == f"c{text}a"
+        own = teacher(f"c{text}b")["input_ids"]
         prompts += len(own)
         read += len(cross.encode(row["input_ids"], length, own).ids)
         (scores,) = score_with_teacher(
@@ -351,8 +355,8 @@ def test_one_tokenizer_is_labelled_as_ever(bench, recipe, capsys):
 
 def test_the_recipe_refuses_in_one_line_before_weights(bench, recipe, capsys, monkeypatch):
     monkeypatch.setattr(recipe, "label", lambda *args: pytest.fail("weights were loaded"))
-    (bench / "special.jsonl").write_text(json.dumps({"id": "x", "prompt": "ab<|user|>"}))
-    (bench / "begin.jsonl").write_text(json.dumps({"id": "y", "prompt": "<s>"}))
+    (bench / "special.jsonl").write_text(json.dumps({"prompt": "ab<|user|>"}))
+    (bench / "begin.jsonl").write_text(json.dumps({"prompt": "<s>"}))
     for name, merges, kwargs in (
         ("other", STUDENT_MERGES, {"extra_special_tokens": ["<|user|>"]}),
         ("untold", TEACHER_MERGES, {}),
@@ -376,12 +380,12 @@ def test_the_recipe_refuses_in_one_line_before_weights(bench, recipe, capsys, mo
         ({"max_new_tokens": 125}, "`max_new_tokens` must be at most 124: `model` takes 128"),
         (
             plain | {"model": bench / "other", "dataset": bench / "special.jsonl"},
-            "prompt 'x' cannot be read by `teacher_model`: The teacher's tokenizer has no counterpart of the special",
+            "the prompt 'ab<|user|>' cannot be read by `teacher_model`: The teacher's tokenizer has no counterpart",
         ),
         (plain | {"teacher_model": bench / "endless"}, "`teacher_model` must have an end-of-text token"),
         (
             plain | {"teacher_model": bench / "beginless", "dataset": bench / "begin.jsonl"},
-            "prompt 'y' cannot be read by `teacher_model`: No teacher token ends before position 1",
+            "the prompt '<s>' cannot be read by `teacher_model`: No teacher token ends before position 1",
         ),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -240,7 +240,7 @@ def test_an_answer_that_comes_byte_by_byte_is_given_up(server):
     teacher.timeout = 0.3  # not for the start, which a busy machine may make slow
     server.faults += ["drip"]
     with pytest.raises(TeacherError, match="no answer within 0.3 seconds"):
-        teacher.logprobs_of([[5, 6]], [[3]])
+        ask(teacher, [[5, 6]], [[3]])
     assert server.hung_up.wait(30)
 
 
@@ -248,7 +248,7 @@ def test_a_connection_is_used_again(server):
     teacher = connect(server)
     before = len(server.open)
     for _ in range(5):
-        teacher.logprobs_of([[5, 6]], [[3]])
+        ask(teacher, [[5, 6]], [[3]])
     assert len(server.open) == before == 1
 
 
