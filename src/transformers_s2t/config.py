@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 S2T_CONFIG_NAME = "s2t_config.json"
 
 #: Triggers, what makes each fire, and whether it needs the teacher at every step.
-TRIGGERS = ("always", "never", "entropy", "margin", "kl", "random")
+TRIGGERS = ("always", "never", "entropy", "margin", "router", "kl", "random")
 #: Triggers that compare a value with a threshold.
-THRESHOLD_TRIGGERS = ("entropy", "margin", "kl", "random")
+THRESHOLD_TRIGGERS = ("entropy", "margin", "router", "kl", "random")
 ADAPTER_SCOPES = ("candidate", "sequence")
 PROPOSALS = ("base", "adapted")
 SCORE_HEADS = ("bins", "linear")
@@ -29,6 +29,7 @@ SCORE_HEADS = ("bins", "linear")
 MAX_CANDIDATES = 64
 DEFAULT_NUM_CANDIDATES = 8
 DEFAULT_MIN_PROB_RATIO = 0.05
+DEFAULT_WARMUP_TOKENS = 3
 
 
 def _check_choice(name: str, value: Any, legal: tuple[str, ...]) -> None:
@@ -92,9 +93,10 @@ class S2TDecodingConfig:
     Args:
         trigger (`str`): which steps ask the selector. "always": every step with two or more candidates above the
             floor (needs no threshold); "entropy": student entropy over its renormalised top `trigger_top_k`, in nats;
-            "margin": minus the difference of the two best log-probabilities, in nats; "kl": KL(teacher || student)
-            over the shared vocabulary, in nats (the paper's oracle, it runs the teacher at every step); "random":
-            a uniform number in [0, 1), the control; "never": plain decoding.
+            "margin": minus the difference of the two best log-probabilities, in nats; "router": the logit of the
+            trained head that lies beside the adapter (`recipes/train_router.py`); "kl": KL(teacher || student) over
+            the shared vocabulary, in nats (the paper's oracle, it runs the teacher at every step); "random": a
+            uniform number in [0, 1), the control; "never": plain decoding.
         num_candidates (`int`, *optional*): K, the number of the student's top tokens that are offered. `None` takes
             what is stored with the selector, or 8, where the paper's curves saturate (arXiv 2604.26940, ablation
             over K).
@@ -105,7 +107,8 @@ class S2TDecodingConfig:
             the thresholds that `recipes/calibrate.py` stored with the selector.
         threshold (`float`, *optional*): fires at values at or above it; wins over `target_rate`.
         trigger_top_k (`int`): over how many tokens the entropy is taken. 64 in the paper.
-        warmup_tokens (`int`): the first new tokens never trigger. 3 in the paper.
+        warmup_tokens (`int`, *optional*): the first new tokens never trigger. `None` takes what the thresholds were
+            calibrated with, or 3 as in the paper.
         fusion ([`FusionWeights`], mapping or numbers, *optional*): `None` takes the weights stored with the selector,
             or (1, 0, 0) where there are none.
         seed (`int`): of the "random" trigger.
@@ -120,7 +123,7 @@ class S2TDecodingConfig:
     target_rate: float | None = None
     threshold: float | None = None
     trigger_top_k: int = 64
-    warmup_tokens: int = 3
+    warmup_tokens: int | None = None
     fusion: FusionWeights | None = None
     seed: int = 0
 
@@ -131,7 +134,8 @@ class S2TDecodingConfig:
         if self.min_prob_ratio is not None:
             _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
         _check_range("trigger_top_k", self.trigger_top_k, 2, 1 << 20, integer=True)
-        _check_range("warmup_tokens", self.warmup_tokens, 0, 1 << 20, integer=True)
+        if self.warmup_tokens is not None:
+            _check_range("warmup_tokens", self.warmup_tokens, 0, 1 << 20, integer=True)
         if self.target_rate is not None:
             _check_range("target_rate", self.target_rate, 0.0, 1.0)
             if self.target_rate == 0:
@@ -207,7 +211,9 @@ class SelectorConfig:
         num_candidates (`int`): default K at inference.
         min_prob_ratio (`float`): default candidate floor at inference.
         thresholds: trigger -> {target rate: threshold}, written by `recipes/calibrate.py`.
+        warmup_tokens (`int`): how many of the first new tokens never triggered there.
         fusion ([`FusionWeights`], *optional*): fitted by calibration.
+        router (`str`): fingerprint of the router beside the adapter, "" for none.
         base_model (`str`): name or path of the model that the adapter was trained on.
         teacher_model (`str`): of the labels.
         vocab_hash (`str`): fingerprint of the tokenizer that the labels were made with.
@@ -222,7 +228,9 @@ class SelectorConfig:
     num_candidates: int = 8
     min_prob_ratio: float = 0.05
     thresholds: dict[str, dict[float, float]] = field(default_factory=dict)
+    warmup_tokens: int = DEFAULT_WARMUP_TOKENS
     fusion: FusionWeights | None = None
+    router: str = ""
     base_model: str = ""
     teacher_model: str = ""
     vocab_hash: str = ""
@@ -239,6 +247,7 @@ class SelectorConfig:
         _check_choice("score_head", self.score_head, SCORE_HEADS)
         _check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
         _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
+        _check_range("warmup_tokens", self.warmup_tokens, 0, 1 << 20, integer=True)
         if self.proposals == "adapted" and self.adapter_scope != "sequence":
             raise ValueError("`proposals='adapted'` needs `adapter_scope='sequence'`, got adapter_scope='candidate'.")
         if self.fusion is not None:

@@ -6,6 +6,8 @@ Same tokens as the logits processor; does not know how a selector scores.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from transformers import (
@@ -98,7 +100,8 @@ def s2t_generate(
     session.check(
         model_kwargs.get("attention_mask"), model.get_output_embeddings().weight.shape[0], model, input_ids=input_ids
     )
-    with torch.no_grad(), selector.generating():
+    watching = nullcontext() if session.router is None else session.router.tap.watching()
+    with torch.no_grad(), selector.generating(), watching:
         return _decode(
             model,
             input_ids,
@@ -153,6 +156,7 @@ def _decode(
             f"{type(cache)}. Use logits_processor=S2T(...) with a teacher, or another model."
         )
     session.student_cache = cache
+    hidden_BD = session.take_hidden()
     del outputs
 
     while True:
@@ -170,7 +174,7 @@ def _decode(
             active_B = unfinished_B.bool()
             default_B = default_B * unfinished_B + pad_token_id * (1 - unfinished_B)
 
-        result = session.step(input_ids, mask_BT, scores_BV, active_B=active_B, default_B=default_B)
+        result = session.step(input_ids, mask_BT, scores_BV, active_B, default_B, hidden_BD)
         token_B = torch.where(result.asked_B, result.token_B, default_B)
         if as_dict and all_scores is not None:
             all_scores += (fix_tokens(warped_BV, result.token_B, result.asked_B),)
@@ -186,13 +190,14 @@ def _decode(
             break
 
         if result.advance is not None:  # scoring was the next forward: only the bookkeeping is left to do
-            logits_BV = result.advance()
+            logits_BV, hidden_BD = result.advance()
             model_kwargs = model._update_model_kwargs_for_generation({}, model_kwargs)
             continue
         model_inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         outputs = model(**model_inputs, return_dict=True)
         logits_BV = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        hidden_BD = session.take_hidden()
         del outputs
 
     if streamer is not None:
@@ -267,6 +272,11 @@ def _refuse_unsupported(
                 "s2t_generate forks the cache at every selection: offloaded caches are not supported. "
                 "logits_processor=S2T(...) works with them."
             )
+    if selector.router is not None and selector.router.model is not model:
+        raise ValueError(
+            "The router of `selector` was loaded for another model object than the one that generates; pass the same "
+            "`model` to Router.from_pretrained(path, model)."
+        )
     scored = getattr(selector, "model", None)
     if scored is not None and scored is not model:
         raise ValueError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from types import FrameType
 
 import torch
@@ -60,6 +61,10 @@ class S2TLogitsProcessor(LogitsProcessor):
         self.config = self.selector.resolve_config(config)
         self.config.resolve_threshold(self.selector.thresholds)  # an uncalibrated threshold fails here, not mid-run
         check_teacher(self.config, self.selector, teacher_model)
+        self._router = self.selector.needed_router(self.config)
+        if self._router is not None:
+            self._router.tap.start()
+            weakref.finalize(self, self._router.tap.stop)
         self.trace = trace
         scorer = getattr(self.selector, "model", None) or getattr(self.selector, "teacher_model", None)
         self._padding = _padding_token(scorer, pad_token_id)
@@ -71,6 +76,8 @@ class S2TLogitsProcessor(LogitsProcessor):
     def start(self) -> None:
         """Says that a new `generate` call begins: what was seen before is forgotten."""
         self._session, self._seen_BT = None, None
+        if self._router is not None:
+            self._router.tap.clear()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (B, V) with every triggered row fixed to its selected token."""
@@ -100,8 +107,19 @@ class S2TLogitsProcessor(LogitsProcessor):
             self._session.check(mask_BT, scores.shape[-1], model, input_ids=input_ids)
         scores = exclude(scores, self.selector.excluded_ids)
         with torch.no_grad():
-            result = self._session.step(input_ids, mask_BT, scores)
+            result = self._session.step(input_ids, mask_BT, scores, hidden_BD=self._take_hidden(calls, len(scores)))
+        if self._router is not None:
+            self._router.tap.clear()  # scoring ran through the model too
         return fix_tokens(scores, result.token_B, result.asked_B)
+
+    def _take_hidden(self, calls: list[FrameType], batch_size: int) -> torch.Tensor | None:
+        """What the router reads (B, D), where exactly one forward has run since the last step: the one that gave the
+        logits. A prompt that was read in parts, or a guide that runs the model too, leaves that open."""
+        if self._router is None or not calls or calls[0].f_locals.get("self") is not self._router.model:
+            return None
+        is_clear = self._router.tap.num_forwards == 1
+        hidden_BTD = self._router.tap.take()
+        return hidden_BTD[:, -1] if is_clear and len(hidden_BTD) == batch_size else None
 
     def _goes_on(self, input_ids: torch.Tensor) -> bool:
         seen = self._seen_BT

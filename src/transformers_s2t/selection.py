@@ -26,11 +26,13 @@ from . import triggers
 from .config import (
     DEFAULT_MIN_PROB_RATIO,
     DEFAULT_NUM_CANDIDATES,
+    DEFAULT_WARMUP_TOKENS,
     FusionWeights,
     S2TDecodingConfig,
     SelectorConfig,
 )
 from .proposals import Proposals, propose
+from .router import Router
 from .reserved_tokens import check_same_ids, model_hash, resize_for_reserved_tokens, vocab_hash
 from .scoring import (
     AdapterSwitch,
@@ -54,18 +56,30 @@ MAX_CATCH_UP = 512  # tokens that ride along with candidates under one tree mask
 _IMPOSSIBLE = -1e4  # a score for candidates that a teacher with a smaller head cannot emit
 
 
+class NextStep(NamedTuple):
+    """What a forward leaves for the step after it.
+
+    Attributes:
+        logits_BV: the student's next-token logits, float32.
+        hidden_BD: the last token's hidden states at the router's layer, `None` where no router is read.
+    """
+
+    logits_BV: torch.Tensor
+    hidden_BD: torch.Tensor | None = None
+
+
 class Scores(NamedTuple):
     """What a selector says of the candidates of one step.
 
     Attributes:
         scores_AK: bigger = better.
         advance: where scoring already was the next decoding step of the whole batch: from the chosen candidates (A,)
-            to the logits after the step's tokens (B, V), which also leaves the driving call's cache there. To be
-            called at most once; `None` where the next step is still to run.
+            to what the step's tokens lead to, which also leaves the driving call's cache there. To be called at most
+            once; `None` where the next step is still to run.
     """
 
     scores_AK: torch.Tensor
-    advance: Callable[[torch.Tensor], torch.Tensor] | None = None
+    advance: Callable[[torch.Tensor], NextStep] | None = None
 
 
 class Selector:
@@ -76,6 +90,7 @@ class Selector:
         takeover: the teacher's own token replaces the student's, candidates or not (the Takeover baseline).
         thresholds: trigger -> {target rate: threshold}.
         fusion: weights of the fused score, `None` for the selector's score alone.
+        router: what the trigger "router" and the fused score read, `None` for none.
         config: defaults of a decoding run with this selector.
     """
 
@@ -83,10 +98,15 @@ class Selector:
     takeover: bool = False
     thresholds: Mapping[str, Mapping[float, float]] = {}
     fusion: FusionWeights | None = None
+    router: Router | None = None
 
     @property
     def config(self) -> S2TDecodingConfig:
-        return S2TDecodingConfig(num_candidates=DEFAULT_NUM_CANDIDATES, min_prob_ratio=DEFAULT_MIN_PROB_RATIO)
+        return S2TDecodingConfig(
+            num_candidates=DEFAULT_NUM_CANDIDATES,
+            min_prob_ratio=DEFAULT_MIN_PROB_RATIO,
+            warmup_tokens=DEFAULT_WARMUP_TOKENS,
+        )
 
     def resolve_config(self, config: S2TDecodingConfig | None) -> S2TDecodingConfig:
         """The config given, with what it leaves open filled in from this selector's defaults.
@@ -99,8 +119,25 @@ class Selector:
             return own
         if not isinstance(config, S2TDecodingConfig):
             raise TypeError(f"The decoding config must be an S2TDecodingConfig, got {type(config)}.")
-        names = ("num_candidates", "min_prob_ratio")
+        names = ("num_candidates", "min_prob_ratio", "warmup_tokens")
         return replace(config, **{name: getattr(own, name) for name in names if getattr(config, name) is None})
+
+    def needed_router(self, config: S2TDecodingConfig) -> Router | None:
+        """The router that a run with this (resolved) config reads, `None` for none.
+
+        Raises:
+            ValueError: where it needs one and there is none.
+        """
+        fusion = config.fusion or self.fusion
+        if config.trigger != "router" and not (fusion is not None and fusion.router):
+            return None
+        if self.router is None:
+            what = "trigger='router'" if config.trigger == "router" else f"`fusion.router`={fusion.router:g}"
+            raise ValueError(
+                f"{what} needs a router, and this selector has none. Train one with `python recipes/train_router.py "
+                "--adapter DIR --labels LABELS`, which puts it beside the adapter; a TeacherSelector takes `router=`."
+            )
+        return self.router
 
     def check_tokenizer(self, processing_class: PreTrainedTokenizerBase) -> None:
         """Raises a ValueError where the small model's tokenizer is not the one that this selector was made for."""
@@ -124,6 +161,7 @@ class TeacherSelector(Selector):
         takeover: emit the teacher's argmax over the whole vocabulary in place of selecting. The paper's baseline.
         processing_class: the small model's tokenizer, to be compared with the teacher's own (which is looked up in the
             teacher's local folder or the Hub's cache).
+        router: of the small model, for trigger="router": `Router.from_pretrained(adapter, model)`.
 
     Raises:
         TypeError: for a teacher that is not a loaded model.
@@ -138,12 +176,14 @@ class TeacherSelector(Selector):
         thresholds: Mapping[str, Mapping[float, float]] | None = None,
         takeover: bool = False,
         processing_class: PreTrainedTokenizerBase | None = None,
+        router: Router | None = None,
     ):
         if not isinstance(teacher_model, (PreTrainedModel, PeftModel)):
             raise TypeError(f"`teacher_model` must be a loaded causal language model, got {type(teacher_model)}.")
         self.teacher_model = teacher_model
         self.thresholds = dict(thresholds or {})
         self.takeover = takeover
+        self.router = router
         if processing_class is not None:
             self.check_tokenizer(processing_class)
 
@@ -166,6 +206,7 @@ class LocalSelector(Selector):
         selector_config: [`SelectorConfig`], stored beside the adapter.
         adapter_name: of the S2T adapter inside the model.
         state: of [`adapter_state`] before it was loaded, where the model holds adapters of the user's own.
+        router: trained beside the adapter, where there is one.
 
     Raises:
         ValueError: where the model holds no trained rows for the reserved tokens.
@@ -180,6 +221,7 @@ class LocalSelector(Selector):
         selector_config: SelectorConfig,
         adapter_name: str,
         state: dict[int, tuple[bool, list[str]]] | None = None,
+        router: Router | None = None,
     ):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         num_rows = self.model.get_output_embeddings().weight.shape[0]
@@ -192,6 +234,7 @@ class LocalSelector(Selector):
         self.adapter_name = adapter_name
         self.thresholds = selector_config.thresholds
         self.fusion = selector_config.fusion
+        self.router = router
         self.switch = AdapterSwitch(self.model, adapter_name, state)
         self.rows = ReservedRows(self.model, selector_config.reserved_token_ids, adapter_name)
         self.excluded_ids = torch.tensor(selector_config.reserved_token_ids)
@@ -208,7 +251,7 @@ class LocalSelector(Selector):
         allow_other_model: bool = False,
         **hub_kwargs,
     ) -> LocalSelector:
-        """Loads an adapter and its `s2t_config.json` into `model`.
+        """Loads an adapter and its `s2t_config.json` into `model`, and the router beside it where there is one.
 
         Args:
             path: local folder or Hub repository.
@@ -233,12 +276,15 @@ class LocalSelector(Selector):
         _check_trained_on(base, path, config, allow_other_model)
         if processing_class is not None:
             _check_vocabulary(config, processing_class)
+        router = None
+        if config.router:  # of the same base model, which was compared above
+            router = Router.from_pretrained(path, base, expected=config.router, allow_other_model=True, **hub_kwargs)
         if held := _held_as(base, weights):
             state = {
                 layer: (disabled or set(active) <= {held}, active)
                 for layer, (disabled, active) in adapter_state(base).items()
             }
-            return cls(base, config, held, state)
+            return cls(base, config, held, state, router)
         if adapter_name in _adapter_names(model, base):
             raise ValueError(
                 f"`model` already holds an adapter named {adapter_name!r}; pass another `adapter_name` or a new model."
@@ -252,7 +298,7 @@ class LocalSelector(Selector):
             training = model.training
             model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, **hub_kwargs)
             model.train(training)
-        return cls(model, config, adapter_name, state)
+        return cls(model, config, adapter_name, state, router)
 
     def merge(self) -> LocalSelector:
         """Merges the adapter into the model, so that a step costs what it costs without one. Returns the selector.
@@ -275,9 +321,8 @@ class LocalSelector(Selector):
 
     @property
     def config(self) -> S2TDecodingConfig:
-        return S2TDecodingConfig(
-            num_candidates=self.selector_config.num_candidates, min_prob_ratio=self.selector_config.min_prob_ratio
-        )
+        names = ("num_candidates", "min_prob_ratio", "warmup_tokens")
+        return S2TDecodingConfig(**{name: getattr(self.selector_config, name) for name in names})
 
     def check_tokenizer(self, processing_class: PreTrainedTokenizerBase) -> None:
         _check_vocabulary(self.selector_config, processing_class)
@@ -382,21 +427,28 @@ class LocalSelector(Selector):
                 num_logits=0 if session.head_is_plain else width,
             )
         session.count_forward("tree", ids_BM.numel())
+        states_BKD = None if session.router is None else session.router.tap.take()[:, -width:]
         written_BKD = appended.hidden_BMD[:, -width:]
         if session.head_is_plain is None:  # then the head need only be applied to what is chosen
             session.head_is_plain = head_is_plain(self.model, written_BKD, appended.logits_BLV)
 
-        def advance(choice_A: torch.Tensor) -> torch.Tensor:
+        def advance(choice_A: torch.Tensor) -> NextStep:
             chosen_B = torch.zeros(len(ids_BM), dtype=torch.long, device=ids_BM.device)
             chosen_B[rows_A] = choice_A
             kept = keep_candidate(appended.fed, chosen_B + (width if twice else 0), ids_BM.shape[1], tree=True)
             for layer, new in zip(prefix.cache.layers, kept.layers):
                 layer.__dict__.update(new.__dict__)
-            where = (torch.arange(len(ids_BM), device=ids_BM.device), chosen_B)
+            rows_B = torch.arange(len(ids_BM), device=ids_BM.device)
+
+            def of_chosen(values_BKX: torch.Tensor) -> torch.Tensor:
+                device = values_BKX.device
+                return values_BKX[rows_B.to(device), chosen_B.to(device)]
+
+            states_BD = None if states_BKD is None else of_chosen(states_BKD)
             if appended.logits_BLV is not None:
-                return appended.logits_BLV.to(ids_BM.device)[where].float()
-            hidden_BD = written_BKD.to(ids_BM.device)[where].to(written_BKD.device)
-            return self.model.get_output_embeddings()(hidden_BD).to(ids_BM.device).float()
+                return NextStep(of_chosen(appended.logits_BLV).to(ids_BM.device).float(), states_BD)
+            logits_BV = self.model.get_output_embeddings()(of_chosen(written_BKD))
+            return NextStep(logits_BV.to(ids_BM.device).float(), states_BD)
 
         hidden_AKD = appended.hidden_BMD[rows_A.to(appended.hidden_BMD.device), :width]
         return Scores(self.read_scores(hidden_AKD).to(ids_BM.device), advance)
@@ -492,13 +544,13 @@ class StepResult(NamedTuple):
     Attributes:
         token_B: the selected token where `asked_B`, the student's first elsewhere.
         asked_B: rows whose selector was asked; the others decode as the user asked for.
-        advance: where scoring already was the next decoding step: returns the logits (B, V) after the step's tokens
-            and leaves the driving call's cache there. Not to be called after the last token.
+        advance: where scoring already was the next decoding step: returns what the step's tokens lead to and leaves
+            the driving call's cache there. Not to be called after the last token.
     """
 
     token_B: torch.Tensor
     asked_B: torch.Tensor
-    advance: Callable[[], torch.Tensor] | None = None
+    advance: Callable[[], NextStep] | None = None
 
 
 @dataclass
@@ -512,8 +564,8 @@ class S2TTrace:
         steps: per step a dict with `value_B` (trigger value), `triggered_B`, `asked_B`, `first_B` (the student's first
             token), `token_B` (the selected one; for rows that were asked), `forwards` (how many, by kind), and, where
             any row was asked, `rows_A`, `candidate_ids_AK`, `scores_AK`, `mask_AK`.
-        forwards: forwards of the whole call by kind. "teacher" and "scorer" come on top of plain decoding's own;
-            "tree" takes the place of one of them: it scores and decodes (after the last token there is none to take
+        forwards: forwards of the whole call by kind. "teacher", "scorer" and "router" (where its hidden states were
+            not at hand) come on top of plain decoding's own; "tree" takes the place of one of them: it scores and decodes (after the last token there is none to take
             the place of).
         tokens: tokens run in them, by kind, all rows together.
     """
@@ -581,6 +633,7 @@ class S2TSession:
         self.config = selector.resolve_config(config)
         self.threshold = self.config.resolve_threshold(selector.thresholds)
         self.fusion = self.config.fusion or selector.fusion or FusionWeights()
+        self.router = selector.needed_router(self.config)
         self.prompt_length = prompt_length
         self.teacher_model = check_teacher(self.config, selector, teacher_model)
         self.student_cache = student_cache
@@ -590,6 +643,9 @@ class S2TSession:
         self._teacher_rows: int | None = None
         self._teacher_logits_BV: torch.Tensor | None = None
         self._scorer_prefix: PrefixCache | None = None
+        self._writer_prefix: PrefixCache | None = None
+        self._hidden_BD: torch.Tensor | None = None
+        self._router_logits_B: torch.Tensor | None = None
         self.input_ids_BT: torch.Tensor | None = None
         self.mask_BT: torch.Tensor | None = None
         self.default_B: torch.Tensor | None = None
@@ -658,6 +714,7 @@ class S2TSession:
         logits_BV: torch.Tensor,
         active_B: torch.Tensor | None = None,
         default_B: torch.Tensor | None = None,
+        hidden_BD: torch.Tensor | None = None,
     ) -> StepResult:
         """One decoding step: trigger, candidates, selection.
 
@@ -668,8 +725,11 @@ class S2TSession:
                 with the selector's `excluded_ids` at -inf: triggers and proposals must not see reserved tokens.
             active_B: rows that have not finished; `None` for all.
             default_B: the tokens of rows that are not asked, where they are known already (see `StepResult.advance`).
+            hidden_BD: the last token's hidden states at the router's layer, of the forward that gave the logits;
+                where they are needed and not at hand, the prefix is read again, on a cache of its own.
         """
         self.input_ids_BT, self.mask_BT, self._teacher_logits_BV = input_ids_BT, mask_BT, None
+        self._hidden_BD, self._router_logits_B = hidden_BD, None
         self.default_B, self._step_forwards = default_B, {}
         config, device = self.config, logits_BV.device
         if active_B is None:
@@ -711,7 +771,8 @@ class S2TSession:
                 scores = self.selector.score(self, rows_A, asked)
                 scores_AK, advance_from = scores if isinstance(scores, Scores) else Scores(scores)
                 check_not_nan(scores_AK, "selector's scores")
-                choice_A = decide(scores_AK, asked, self.fusion)
+                router_A = self._router_logits(logits_BV)[rows_A] if self.fusion.router else None
+                choice_A = decide(scores_AK, asked, self.fusion, router_A)
                 token_B[rows_A] = asked.ids_BK.gather(-1, choice_A[:, None])[:, 0]
                 advance = None if advance_from is None else functools.partial(advance_from, choice_A)
                 scored = {"rows_A": rows_A, "candidate_ids_AK": asked.ids_BK, "scores_AK": scores_AK}
@@ -748,11 +809,35 @@ class S2TSession:
             return triggers.entropy(logits_BV, self.config.trigger_top_k)
         if kind == "margin":
             return triggers.margin(logits_BV)
+        if kind == "router":
+            return self._router_logits(logits_BV)
         if kind == "kl":
             return triggers.kl_divergence(self.teacher_logits(), logits_BV)
         if kind == "random":
             return torch.rand(len(logits_BV), generator=self._random).to(logits_BV.device)
         return torch.zeros(len(logits_BV), device=logits_BV.device)
+
+    def take_hidden(self) -> torch.Tensor | None:
+        """The last token's hidden states (B, D) of the forward that has just run, `None` where no router is read."""
+        return None if self.router is None else self.router.tap.take()[:, -1]
+
+    def _router_logits(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """The router's logits (B,) of this step, read at most once."""
+        if self._router_logits_B is None:
+            hidden_BD = self._read_hidden() if self._hidden_BD is None else self._hidden_BD
+            self._router_logits_B = self.router.logits(hidden_BD, logits_BV)
+        return self._router_logits_B
+
+    def _read_hidden(self) -> torch.Tensor:
+        """Hidden states (B, D) at the router's layer, by reading the text since the last time."""
+        if self._writer_prefix is None:
+            self._writer_prefix = PrefixCache(self.router.model)
+        num_new = self.input_ids_BT.shape[1] - self._writer_prefix.num_cached
+        self.count_forward("router", num_new * len(self.input_ids_BT))
+        with self.router.tap.watching() as tap, self.selector.generating():
+            tap.clear()
+            self._writer_prefix.feed(self.input_ids_BT, self.mask_BT)
+            return tap.take()[:, -1]
 
     def teacher_logits(self) -> torch.Tensor:
         """The teacher's next-token logits (B, V) for the current prefix, float32, run at most once a step.
@@ -832,6 +917,6 @@ def check_teacher(
     if config.trigger == "kl" and teacher_model is None:
         raise ValueError(
             "trigger='kl' is the oracle: it needs the teacher at every step. Pass `teacher_model=`, or choose a "
-            "trigger that needs none: 'always', 'entropy', 'margin'."
+            "trigger that needs none: 'always', 'entropy', 'margin', 'router'."
         )
     return teacher_model

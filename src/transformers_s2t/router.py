@@ -1,0 +1,279 @@
+"""The router: a light head on the small model that says where its first choice is worth a second thought.
+
+It reads what a decoding step has anyway, one hidden state and the step's logits, so it needs no teacher. This file
+knows how it reads and how it is stored; `router_training` knows how it learns.
+
+Legend: B rows, T tokens, D hidden size, F proposal features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from . import triggers
+from .config import _check_choice, _check_range, atomic_write
+from .reserved_tokens import model_hash
+from .scoring import get_decoder
+
+
+ROUTER_WEIGHTS_NAME = "s2t_router.safetensors"
+ROUTER_TARGETS = ("gain", "differs", "kl")
+_LEAST_LOGPROB = -20.0  # of a feature: what a user's processor forbids is at -inf
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """What a router reads and what it was trained for; travels in the metadata of its weights.
+
+    Args:
+        hidden_size (`int`): D, of the small model.
+        layer (`int`): whose output is read, 1 to the number of layers; the last one is read behind the final norm.
+        num_top (`int`): how many of the best log-probabilities are read.
+        width (`int`): of the head's hidden layer.
+        target (`str`): what it predicts. "gain": the teacher's best candidate above the floor gains more than
+            `min_gain` over the first one; "differs": it is another one; "kl": the logarithm of KL(teacher || student).
+        min_gain (`float`): nats.
+        model_hash (`str`): fingerprint of the small model's weights.
+        metrics (`dict`): held-out figures.
+    """
+
+    hidden_size: int
+    layer: int
+    num_top: int = 8
+    width: int = 64
+    target: str = "gain"
+    min_gain: float = 0.5
+    model_hash: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("hidden_size", "layer", "num_top", "width"):
+            _check_range(name, getattr(self, name), 1, 1 << 20, integer=True)
+        _check_choice("target", self.target, ROUTER_TARGETS)
+        _check_range("min_gain", self.min_gain, 0.0, 1e4)
+
+    @property
+    def num_features(self) -> int:
+        """F: entropy, margin, and the best log-probabilities."""
+        return 2 + self.num_top
+
+
+def proposal_features(logits_BV: torch.Tensor, num_top: int) -> torch.Tensor:
+    """What the router reads of a step's logits, float32 (B, 2 + num_top): entropy, margin, best log-probabilities.
+
+    Args:
+        logits_BV: as the triggers see them: after the user's processors, with reserved tokens at -inf.
+        num_top: at most so many log-probabilities, nats, best first; -20 where the vocabulary has fewer tokens.
+    """
+    logits_BV = logits_BV.float()
+    top_BK = torch.topk(logits_BV, min(max(64, num_top), logits_BV.shape[-1]), dim=-1).values
+    logprobs_BK = top_BK[..., :num_top] - torch.logsumexp(logits_BV, dim=-1, keepdim=True)
+    logprobs_BK = nn.functional.pad(logprobs_BK, (0, num_top - logprobs_BK.shape[-1]), value=_LEAST_LOGPROB)
+    own_B2 = torch.stack([triggers.entropy(top_BK), triggers.margin(top_BK)], dim=-1)
+    return torch.cat([own_B2, logprobs_BK], dim=-1).clamp_min(_LEAST_LOGPROB)
+
+
+class RouterHead(nn.Module):
+    """Two layers on a standardised hidden state and proposal features, always in float32."""
+
+    def __init__(self, config: RouterConfig):
+        super().__init__()
+        size = config.hidden_size + config.num_features
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+        self.hidden = nn.Linear(size, config.width)
+        self.out = nn.Linear(config.width, 1)
+
+    def forward(self, hidden_BD: torch.Tensor, features_BF: torch.Tensor) -> torch.Tensor:
+        """Logits (B,), bigger = more in doubt."""
+        inputs_BX = torch.cat([hidden_BD.float(), features_BF.float()], dim=-1)
+        inputs_BX = (inputs_BX - self.mean) / self.scale
+        return self.out(nn.functional.gelu(self.hidden(inputs_BX)))[..., 0]
+
+
+class HiddenTap:
+    """Keeps what one layer of a model last put out, for as long as somebody watches.
+
+    Args:
+        model: causal language model.
+        layer: 1 to the number of layers; the last one behind the final norm.
+
+    Raises:
+        ValueError: for a layer that the model does not have, or whose place is not found.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int):
+        decoder = get_decoder(model)
+        depth = num_layers(model)
+        _check_range("layer", layer, 1, depth, integer=True)
+        self._module = decoder if layer == depth else _find_layers(model)[layer - 1]
+        self._handle = None
+        self._num_watchers = 0
+        self.num_forwards = 0
+        self._last_BTD: torch.Tensor | None = None
+
+    def start(self) -> None:
+        """One more watches."""
+        self._num_watchers += 1
+        if self._handle is None:
+            self._handle = self._module.register_forward_hook(self._see)
+
+    def stop(self) -> None:
+        """One less."""
+        self._num_watchers -= 1
+        if self._num_watchers == 0:
+            self._handle.remove()
+            self._handle = None
+            self.clear()
+
+    @contextmanager
+    def watching(self) -> Iterator[HiddenTap]:
+        self.start()
+        try:
+            yield self
+        finally:
+            self.stop()
+
+    def _see(self, module: nn.Module, args: tuple, output) -> None:
+        self.num_forwards += 1
+        self._last_BTD = (output if isinstance(output, torch.Tensor) else output[0]).detach()
+
+    def clear(self) -> None:
+        self.num_forwards, self._last_BTD = 0, None
+
+    def take(self) -> torch.Tensor | None:
+        """Hidden states (B, T, D) of the last forward since the last time, `None` where there was none."""
+        last_BTD = self._last_BTD
+        self.clear()
+        return last_BTD
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
+def _find_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's list of layers, told by its length: it has many names."""
+    depth = num_layers(model)
+    for module in get_decoder(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(
+        f"The layers of {type(model).__name__} are not found: only its last one ({depth}) can be read, pass "
+        f"`layer={depth}`."
+    )
+
+
+class Router:
+    """A trained head, and the model that it reads.
+
+    Args:
+        model: the small model, the one that generates.
+        head: the trained head.
+        config: what it reads.
+
+    Raises:
+        ValueError: where the model has another hidden size or fewer layers.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, head: RouterHead, config: RouterConfig):
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        hidden_size = self.model.config.get_text_config().hidden_size
+        if config.hidden_size != hidden_size or config.layer > num_layers(self.model):
+            raise ValueError(
+                f"The router was trained on a model with hidden_size={config.hidden_size} and {config.layer} or more "
+                f"layers, but `model` has hidden_size={hidden_size} and {num_layers(self.model)}: load the one it "
+                "was trained on."
+            )
+        self.head, self.config = head.eval().requires_grad_(False), config
+        self.tap = HiddenTap(self.model, config.layer)
+
+    @torch.no_grad()
+    def logits(self, hidden_BD: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        """The head's logits (B,), on the device of `logits_BV`.
+
+        Args:
+            hidden_BD: of the last token, at the router's layer.
+            logits_BV: of the same forward, after the user's processors, reserved tokens at -inf.
+        """
+        if self.head.mean.device != hidden_BD.device:
+            self.head.to(hidden_BD.device)
+        features_BF = proposal_features(logits_BV, self.config.num_top)
+        return self.head(hidden_BD, features_BF.to(hidden_BD.device)).to(logits_BV.device)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> str:
+        """Writes `s2t_router.safetensors` into `folder` (atomically) and returns its fingerprint."""
+        state = {name: tensor.contiguous().cpu() for name, tensor in self.head.state_dict().items()}
+        data = save(state, metadata={"router": json.dumps(asdict(self.config), sort_keys=True)})
+        with atomic_write(Path(folder) / ROUTER_WEIGHTS_NAME) as out:
+            out.write(data)
+        return _fingerprint(data)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        model: PreTrainedModel | PeftModel,
+        *,
+        expected: str | None = None,
+        allow_other_model: bool = False,
+        **hub_kwargs,
+    ) -> Router:
+        """Loads a router for `model`.
+
+        Args:
+            path: folder or Hub repository of the adapter that it lies beside.
+            model: the base model that it was trained on.
+            expected: fingerprint that the file must have.
+            allow_other_model: skip the comparison of the model's weights with those that it was trained on.
+            hub_kwargs: `revision`, `token`, `cache_dir` ... as in `from_pretrained` of transformers.
+
+        Raises:
+            FileNotFoundError: where there is none.
+            ValueError: where it is another one than expected, or was trained on another model.
+        """
+        file = cached_file(str(path), ROUTER_WEIGHTS_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            raise FileNotFoundError(
+                f"{str(path)!r} holds no {ROUTER_WEIGHTS_NAME}: `python recipes/train_router.py` makes one."
+            )
+        found = _fingerprint(Path(file).read_bytes())
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"{file} is not the router that the adapter was calibrated with ({found}, not {expected}): train it "
+                "again with recipes/train_router.py, then calibrate."
+            )
+        with safe_open(file, framework="pt") as weights:
+            data = json.loads((weights.metadata() or {}).get("router", "{}"))
+            state = {name: weights.get_tensor(name) for name in weights.keys()}
+        unknown = set(data) - {f.name for f in fields(RouterConfig)}
+        if not data or unknown:
+            raise ValueError(f"{file} is no router of this version (unknown fields {sorted(unknown)}).")
+        config = RouterConfig(**data)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if config.model_hash and not allow_other_model and model_hash(base) != config.model_hash:
+            raise ValueError(
+                f"The router in {str(path)!r} was trained on weights {config.model_hash}, but `model` has "
+                f"{model_hash(base)}: load the one it was trained on, or pass `allow_other_model=True`."
+            )
+        head = RouterHead(config)
+        head.load_state_dict(state)
+        return cls(model, head, config)
+
+
+def _fingerprint(data: bytes) -> str:
+    return sha256(data).hexdigest()[:16]
