@@ -110,19 +110,20 @@ def test_fusion_weights_come_from_numbers_mappings_and_themselves():
     assert FusionWeights.from_any((1.0, 0.5, -0.2)) == expected
     assert FusionWeights.from_any({"selector": 1.0, "logprob": 0.5, "switch": -0.2}) == expected
     assert FusionWeights.from_any(expected) is expected
-    assert FusionWeights.from_any([2]) == FusionWeights(2, 0.0, 0.0)
+    assert FusionWeights.from_any([2]) == FusionWeights(2, 0.0, 0.0, 0.0)
+    assert FusionWeights.from_any((1.0, 0.5, -0.2, 0.7)) == FusionWeights(1.0, 0.5, -0.2, router=0.7)
     assert S2TDecodingConfig(fusion=(1.0, 0.5, -0.2)).fusion == expected
     assert SelectorConfig(IDS, fusion={"logprob": 0.5, "switch": -0.2}).fusion == expected
 
 
-@pytest.mark.parametrize("name", ["selector", "logprob", "switch"])
+@pytest.mark.parametrize("name", ["selector", "logprob", "switch", "router"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True])
 def test_a_fusion_weight_that_is_no_finite_number_is_named(name, value):
     with pytest.raises(ValueError, match=rf"`fusion\.{name}` must be a finite number, got {re.escape(repr(value))}"):
         FusionWeights(**{name: value})
 
 
-@pytest.mark.parametrize("value", [(), (1, 2, 3, 4), "paper", 1.0, {"router": 1.0}])
+@pytest.mark.parametrize("value", [(), (1, 2, 3, 4, 5), "paper", 1.0, {"bias": 1.0}])
 def test_fusion_of_another_form_is_an_error(value):
     with pytest.raises(ValueError, match="`fusion`"):
         S2TDecodingConfig(fusion=value)
@@ -164,7 +165,7 @@ def full_config(**changes):
         "num_candidates": 4,
         "min_prob_ratio": 0.1,
         "thresholds": {"entropy": {0.01: 3.25, 0.1: 1.5}, "margin": {0.05: -0.125}},
-        "fusion": FusionWeights(1.0, 0.3, -0.1),
+        "fusion": FusionWeights(1.0, 0.3, -0.1, 0.4),
         "base_model": "tiny/ä",
         "teacher_model": "big",
         "vocab_hash": "0123456789abcdef",

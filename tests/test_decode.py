@@ -44,8 +44,8 @@ from transformers_s2t import (
     TeacherSelector,
     s2t_generate,
 )
+from transformers_s2t.fusion import decide
 from transformers_s2t.proposals import Proposals
-from transformers_s2t.selection import decide
 
 
 ROADS = ("processor", "fast")

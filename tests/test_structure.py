@@ -11,15 +11,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "transformers_s2t"
 
-#: file -> the files of the package that it may import. Trainer and decoder meet in config, proposals and scoring only.
+#: file -> the files of the package that it may import. Trainer and decoder meet in config, proposals, fusion and
+#: scoring only.
 MAY_IMPORT = {
     "config": set(),
     "proposals": set(),
     "triggers": set(),
     "reserved_tokens": set(),
     "losses": set(),
+    "fusion": {"config", "proposals", "losses"},
     "scoring": {"proposals"},
-    "selection": {"config", "proposals", "triggers", "reserved_tokens", "scoring"},
+    "selection": {"config", "fusion", "proposals", "triggers", "reserved_tokens", "scoring"},
     "logits_process": {"config", "proposals", "selection"},
     "generation": {"config", "logits_process", "proposals", "scoring", "selection"},
     "cross_tokenizer": {"reserved_tokens", "scoring"},
@@ -28,8 +30,17 @@ MAY_IMPORT = {
     "labeling": {"config", "proposals", "reserved_tokens", "teachers", "triggers", "trajectories"},
     "s2t_config": {"config"},
     "blocks": {"s2t_config", "scoring", "trajectories"},
-    "s2t_trainer": {"blocks", "config", "losses", "reserved_tokens", "s2t_config", "scoring", "trajectories"},
-    "calibration": {"config", "losses", "proposals", "scoring", "selection", "trajectories", "triggers"},
+    "s2t_trainer": {
+        "blocks",
+        "config",
+        "fusion",
+        "losses",
+        "reserved_tokens",
+        "s2t_config",
+        "scoring",
+        "trajectories",
+    },
+    "calibration": {"config", "fusion", "losses", "proposals", "scoring", "selection", "trajectories", "triggers"},
 }
 
 

@@ -13,10 +13,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .config import FusionWeights
+from .fusion import decide
+from .fusion import fit_fusion as fit_weights
 from .losses import best_candidate
 from .proposals import Proposals
 from .scoring import PackedPoints, packed_hidden, valid_candidates
-from .selection import LocalSelector, decide
+from .selection import LocalSelector
 from .trajectories import TrajectoryCollator
 from .triggers import calibrate_threshold
 
@@ -51,6 +53,20 @@ def calibrate_thresholds(
     return table
 
 
+class Flips(NamedTuple):
+    """What a selector changed, counted against the teacher's best candidate above the floor.
+
+    Attributes:
+        helped: the student's first candidate is wrong, the choice is right.
+        hurt: the first is right, the choice is wrong.
+        other: from a wrong first candidate to another wrong one.
+    """
+
+    helped: int
+    hurt: int
+    other: int
+
+
 class ScoredPoints(NamedTuple):
     """Labelled decision points, scored by a selector.
 
@@ -62,6 +78,7 @@ class ScoredPoints(NamedTuple):
         mask_NK: True above the floor. Points with a single True hold no choice.
         teacher_top_N: the teacher's argmax over the whole vocabulary.
         divergence_N: KL(teacher || student) there, nats.
+        router_N: the router's logits that the first candidate is wrong; `None` without a router.
     """
 
     scores_NK: torch.Tensor
@@ -71,10 +88,11 @@ class ScoredPoints(NamedTuple):
     mask_NK: torch.Tensor
     teacher_top_N: torch.Tensor
     divergence_N: torch.Tensor
+    router_N: torch.Tensor | None = None
 
     def where(self, keep_N: torch.Tensor) -> ScoredPoints:
         """The points for which `keep_N` is True."""
-        return ScoredPoints(*(tensor[keep_N] for tensor in self))
+        return ScoredPoints(*(None if tensor is None else tensor[keep_N] for tensor in self))
 
     def with_choice(self) -> ScoredPoints:
         """The points with two or more candidates above the floor."""
@@ -87,11 +105,22 @@ class ScoredPoints(NamedTuple):
 
     def choice(self, fusion: FusionWeights) -> torch.Tensor:
         """Index (N,) of the candidate that the fused score chooses, as in decoding."""
-        return decide(self.scores_NK, Proposals(self.candidate_ids_NK, self.logprobs_NK, self.mask_NK), fusion)
+        proposals = Proposals(self.candidate_ids_NK, self.logprobs_NK, self.mask_NK)
+        return decide(self.scores_NK, proposals, fusion, self.router_N)
 
     def agreement(self, fusion: FusionWeights) -> float:
         """Agree@1: share of points at which the fused decision is the teacher's best candidate."""
         return float((self.choice(fusion) == self.target_N).float().mean())
+
+    def flips(self, fusion: FusionWeights) -> Flips:
+        """How often the fused decision puts the student's first candidate right, wrong, or other than right."""
+        choice_N, target_N = self.choice(fusion), self.target_N
+        flipped_N, first_is_right_N, is_right_N = choice_N != 0, target_N == 0, choice_N == target_N
+        return Flips(
+            helped=int((flipped_N & is_right_N).sum()),
+            hurt=int((flipped_N & first_is_right_N).sum()),
+            other=int((flipped_N & ~first_is_right_N & ~is_right_N).sum()),
+        )
 
 
 @torch.no_grad()
@@ -152,31 +181,13 @@ def score_labels(
 
 
 def fit_fusion(points: ScoredPoints, max_iterations: int = 200) -> FusionWeights:
-    """Weights of the fused score that best predict the teacher's choice: multinomial logistic regression.
+    """Weights of the fused score that best predict the teacher's choice, see [`fusion.fit_fusion`].
 
-    Maximises the likelihood of the teacher's best candidate under softmax(selector * score + logprob * log p_student
-    + [not the first] * switch). Convex, three numbers, so a few hundred points are enough.
+    With the router's, where the points have its logits.
 
     Raises:
         ValueError: for fewer than ten points with a choice.
     """
-    points = points.with_choice()
-    target_N = points.target_N
-    if len(target_N) < 10:
-        raise ValueError(f"Fitting fusion weights needs at least 10 decision points, got {len(target_N)}.")
-    logprobs_NK = points.logprobs_NK.double().masked_fill(~points.mask_NK, 0.0)
-    others_K = (torch.arange(points.mask_NK.shape[-1]) > 0).double().expand_as(logprobs_NK)
-    features_NKF = torch.stack([points.scores_NK.double(), logprobs_NK, others_K], dim=-1)
-    weights_F = torch.tensor([1.0, 1.0, 0.0], dtype=torch.double, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights_F], max_iter=max_iterations, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        logits_NK = (features_NKF @ weights_F).masked_fill(~points.mask_NK, float("-inf"))
-        loss = torch.nn.functional.cross_entropy(logits_NK, target_N) + 1e-6 * weights_F.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    selector, logprob, switch = (round(value, 6) for value in weights_F.detach().tolist())
-    return FusionWeights(selector=selector, logprob=logprob, switch=switch)
+    return fit_weights(
+        points.scores_NK, points.logprobs_NK, points.mask_NK, points.target_N, points.router_N, max_iterations
+    )

@@ -48,41 +48,47 @@ def _check_range(name: str, value: Any, low: float, high: float, *, integer: boo
 class FusionWeights:
     """Weights of the fused score that decides between candidates.
 
-    `selector * selector_score + logprob * student_log_probability + [not the first candidate] * switch`
+    `selector * score + logprob * student_log_probability + [not the first candidate] * (switch + router * logit)`
 
-    The default, (1, 0, 0), is the paper's rule: the selector's score alone decides (arXiv 2604.26940, section 3).
+    The default, (1, 0, 0, 0), is the paper's rule: the selector's score alone decides (arXiv 2604.26940, section 3).
 
     Args:
         selector (`float`): weight of the selector's score (S2T-Local: in [0, 1]; S2T: the teacher's log-probability).
         logprob (`float`): weight of the student's own log-probability of the candidate, in nats.
         switch (`float`): added to every candidate but the student's first. Negative values make the selector abstain
             unless another candidate clearly beats the first one.
+        router (`float`): weight of the router's logit, which says how likely the student's first candidate is wrong;
+            it is added to every other candidate. 0 needs no router.
     """
 
     selector: float = 1.0
     logprob: float = 0.0
     switch: float = 0.0
+    router: float = 0.0
 
     def __post_init__(self):
-        for name in ("selector", "logprob", "switch"):
+        for name in (f.name for f in fields(self)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"`fusion.{name}` must be a finite number, got {value!r}.")
 
     @classmethod
     def from_any(cls, value: FusionWeights | Mapping[str, float] | tuple | list) -> FusionWeights:
-        """Accepts an instance, a mapping of field names, or up to three numbers in the order of the fields."""
+        """Accepts an instance, a mapping of field names, or up to four numbers in the order of the fields."""
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
             unknown = set(value) - {f.name for f in fields(cls)}
             if unknown:
-                raise ValueError(f"`fusion` has unknown keys {sorted(unknown)}; legal: selector, logprob, switch.")
+                raise ValueError(
+                    f"`fusion` has unknown keys {sorted(unknown)}; legal: selector, logprob, switch, router."
+                )
             return cls(**value)
-        if isinstance(value, (tuple, list)) and 1 <= len(value) <= 3:
+        if isinstance(value, (tuple, list)) and 1 <= len(value) <= 4:
             return cls(*value)
         raise ValueError(
-            f"`fusion` must be FusionWeights, a mapping or 1 to 3 numbers (selector, logprob, switch), got {value!r}."
+            "`fusion` must be FusionWeights, a mapping or 1 to 4 numbers (selector, logprob, switch, router), got "
+            f"{value!r}."
         )
 
 

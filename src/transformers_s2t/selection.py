@@ -31,6 +31,7 @@ from .config import (
     S2TDecodingConfig,
     SelectorConfig,
 )
+from .fusion import decide
 from .proposals import Proposals, propose
 from .router import Router
 from .reserved_tokens import check_same_ids, model_hash, resize_for_reserved_tokens, vocab_hash
@@ -884,20 +885,6 @@ def check_not_nan(values: torch.Tensor, what: str = "model's logits") -> None:
 
 def name_of(model: PreTrainedModel | PeftModel) -> str:
     return model.config._name_or_path or ""
-
-
-def decide(scores_AK: torch.Tensor, proposals: Proposals, fusion: FusionWeights) -> torch.Tensor:
-    """Index (A,) of the candidate with the best fused score among those above the floor.
-
-    Ties go to the candidate that the student ranks higher.
-    """
-    fused_AK = fusion.selector * scores_AK.float()
-    if fusion.logprob:
-        fused_AK = fused_AK + fusion.logprob * proposals.logprobs_BK
-    if fusion.switch:
-        others_K = torch.arange(fused_AK.shape[-1], device=fused_AK.device) > 0
-        fused_AK = fused_AK + fusion.switch * others_K
-    return fused_AK.masked_fill(~proposals.mask_BK, float("-inf")).argmax(-1)
 
 
 def check_teacher_tokenizer(processing_class: PreTrainedTokenizerBase, teacher_model: PreTrainedModel) -> None:
