@@ -48,7 +48,7 @@ def assert_same(found, expected):
     assert len(expected["loss"]) == 6 and expected["loss"][0] != expected["loss"][-1]
     for name in ("loss", "grad_norm"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
-    for name in ("eval_loss", "eval_agree_at_1", "eval_spearman", "eval_hit_at_2"):
+    for name in ("eval_loss", "eval_agree_at_1", "eval_fused_agree_at_1", "eval_spearman", "eval_hit_at_2"):
         assert found["eval"][name] == pytest.approx(expected["eval"][name], rel=1e-4), name
     assert weights.keys() == expected_weights.keys()
     for name, weight in weights.items():

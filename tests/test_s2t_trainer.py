@@ -3,6 +3,7 @@
 Legend: B trajectories, N decision points, K candidates.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from transformers_s2t import LocalSelector, S2TConfig, S2TTrainer, SelectorConfig
 from transformers_s2t.calibration import score_labels
+from transformers_s2t.fusion import fit_fusion
 from transformers_s2t.scoring import get_decoder
 from transformers_s2t.trajectories import TrajectoryHeader
 
@@ -613,9 +615,65 @@ def test_the_held_out_loss_does_not_depend_on_the_batch(tmp_path):
         trainer = make_trainer(tmp_path / str(size), adapter_scope="sequence", per_device_eval_batch_size=size)
         randomise(trainer)
         figures.append(trainer.evaluate())
-    for name in ("eval_loss", "eval_selection_loss", "eval_prefix_kl", "eval_spearman", "eval_hit_at_2"):
+    names = ("eval_loss", "eval_selection_loss", "eval_prefix_kl", "eval_fused_agree_at_1", "eval_spearman")
+    for name in (*names, "eval_hit_at_2"):
         assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-5), name
     assert figures[0]["eval_loss"] == pytest.approx(figures[0]["eval_selection_loss"] + figures[0]["eval_prefix_kl"])
+
+
+def rollouts(num_problems, seed=1):
+    """Three rows of every problem: one prompt, different text and points."""
+    rows = make_labels(3 * num_problems, seed).to_list()
+    for i, row in enumerate(rows):
+        row["input_ids"][: row["prompt_length"]] = rows[i - i % 3]["input_ids"][: row["prompt_length"]]
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("blocks", ["whole", "cut"])
+def test_the_fused_figure_is_that_of_weights_fitted_on_the_other_problems(tmp_path, blocks):
+    """By hand: point by point, problems in the order of their prompts' digests, every second one in each fold."""
+    labels = rollouts(9)
+    cut = {"max_packed_tokens": 19} if blocks == "cut" else {}
+    trainer = make_trainer(tmp_path, eval_dataset=labels, per_device_eval_batch_size=4, score_head="linear", **cut)
+    randomise(trainer)
+    found = trainer.evaluate()
+    trainer.model.eval()
+    prompts = [tuple(row["input_ids"][: row["prompt_length"]]) for row in labels]
+    order = sorted(set(prompts), key=lambda prompt: hashlib.sha256(repr(list(prompt)).encode()).digest())
+    assert len(order) == 9
+    points, folds = [], []
+    for row, prompt in zip(labels, prompts):
+        with torch.no_grad():
+            _, scores_BNK, _ = trainer._loss(trainer.data_collator([row]))
+        folds += [order.index(prompt) % 2] * len(row["positions"])
+        points.append((scores_BNK[0], torch.tensor(row["student_logprobs"]), torch.tensor(row["teacher_logprobs"])))
+    scores_NK, logprobs_NK, teacher_NK = (torch.cat(parts) for parts in zip(*points))
+    fold_N, target_N, mask_NK = torch.tensor(folds), teacher_NK.argmax(-1), torch.ones_like(scores_NK).bool()
+    hits = 0
+    for fold in (0, 1):
+        rest_N = fold_N != fold
+        fusion = fit_fusion(scores_NK[rest_N], logprobs_NK[rest_N], mask_NK[rest_N], target_N[rest_N])
+        fused_NK = fusion.selector * scores_NK + fusion.logprob * logprobs_NK
+        fused_NK[:, 1:] += fusion.switch
+        hits += int((fused_NK.argmax(-1) == target_N)[~rest_N].sum())
+    assert found["eval_fused_agree_at_1"] == pytest.approx(hits / len(target_N))
+    fixed_NK = scores_NK / trainer.args.temperature + logprobs_NK
+    assert hits != int((fixed_NK.argmax(-1) == target_N).sum()), "fixed weights give the same: nothing is tested"
+    assert trainer._held_out is None
+
+
+def test_with_too_few_points_the_fused_figure_is_that_of_fixed_weights(tmp_path):
+    labels = make_labels(5, seed=1)  # 15 points, of which no two halves have ten each
+    trainer = make_trainer(tmp_path, eval_dataset=labels)
+    randomise(trainer)
+    found = trainer.evaluate()["eval_fused_agree_at_1"]
+    trainer.model.eval()
+    batch = trainer.data_collator(labels.to_list())
+    with torch.no_grad():
+        _, scores_BNK, _ = trainer._loss(batch)
+    fused_BNK = scores_BNK / trainer.args.temperature + batch["student_logprobs"]
+    hits_BN = fused_BNK.argmax(-1) == batch["teacher_logprobs"].argmax(-1)
+    assert found == pytest.approx(float(hits_BN.float().mean()))
 
 
 def test_hit_at_k_counts_the_teachers_own_token_among_the_students_first(tmp_path):

@@ -1,6 +1,7 @@
 """`S2TTrainer`: distils the teacher's ranking of candidates into a LoRA adapter and the reserved rows of the head.
 
-Knows labelled trajectories, losses and scoring; knows nothing of decoding (the two meet in `scoring` and `config`).
+Knows labelled trajectories, losses and scoring; knows nothing of decoding (the two meet in `scoring`,
+`fusion` and `config`).
 
 Legend: B trajectories, T tokens, N decision points, K candidates, M packed candidates, D hidden size, R reserved.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import os
 import shutil
 import warnings
@@ -16,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -38,6 +40,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from . import losses
 from .blocks import cut_to_blocks, text_mask
 from .config import DEFAULT_NUM_CANDIDATES, SelectorConfig
+from .fusion import cross_fit
 from .reserved_tokens import find_reserved_token_ids, model_hash, resize_for_reserved_tokens, vocab_hash
 from .s2t_config import S2TConfig
 from .scoring import (
@@ -200,6 +203,7 @@ class S2TTrainer(Trainer):
             "train": defaultdict(lambda: [0.0, 0.0]),
             "eval": defaultdict(lambda: [0.0, 0.0]),
         }
+        self._held_out: list[_HeldOutPoints] | None = None  # of the evaluation that is running
         super().__init__(
             model=model,
             args=args,
@@ -259,6 +263,8 @@ class S2TTrainer(Trainer):
             model, self.accelerator.unwrap_model(model), lambda: self._loss(inputs, num_items_in_batch)
         )
         self._count(row_metrics)
+        if self._held_out is not None:
+            self._held_out.append(self._gather_points(scores_BNK, inputs))
         return (loss, {"scores": scores_BNK}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
@@ -345,9 +351,10 @@ class S2TTrainer(Trainer):
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Per trajectory (sum (B,), points (B,)) of what is counted at decision points.
 
-        Hits of the selector, of it with the student's log-probability, of the student's own first and of the second
-        candidate, each against the teacher's best candidate above the floor; the rank correlation of scores with the
-        teacher's log-probabilities; and whether the teacher's own token is among the student's first 1, 2, 4 ...
+        Hits of the selector, of it with the student's log-probability (at fixed weights, those of the loss with
+        `logprob_weight=1`), of the student's own first and of the second candidate, each against the teacher's best
+        candidate above the floor; the rank correlation of scores with the teacher's log-probabilities; and whether
+        the teacher's own token is among the student's first 1, 2, 4 ...
         """
         low = torch.finfo(torch.float32).min
         target_BN = losses.best_candidate(inputs["teacher_logprobs"], valid_BNK)
@@ -378,6 +385,38 @@ class S2TTrainer(Trainer):
         for name, (hits, count) in zip(row_metrics, sums_X2):
             self._row_metrics[mode][name][0] += hits
             self._row_metrics[mode][name][1] += count
+
+    def _gather_points(self, scores_BNK: torch.Tensor, inputs: dict[str, torch.Tensor]) -> _HeldOutPoints:
+        """The decision points of a batch, of all processes and without the last batch's duplicates."""
+        valid_BNK, point_BN = valid_candidates(
+            inputs["student_logprobs"], inputs["position_mask"], self.args.min_prob_ratio
+        )
+        target_BN = losses.best_candidate(inputs["teacher_logprobs"], valid_BNK)
+        columns = [scores_BNK, inputs["student_logprobs"], valid_BNK, target_BN[..., None], point_BN[..., None]]
+        values_BNX = torch.cat([column.float() for column in columns], dim=-1)
+        # filled up with zeros, which are no points
+        values_BNX = self.accelerator.pad_across_processes(values_BNX, dim=1)
+        values_BNX, problem_B = self.accelerator.gather_for_metrics((values_BNX, _problem_numbers(inputs)))
+        values_BNX, problem_B = values_BNX.cpu(), problem_B.cpu()
+        keep_BN = values_BNX[..., -1] > 0
+        K = scores_BNK.shape[-1]
+        scores_NK, logprobs_NK, valid_NK, target_N1, _ = values_BNX[keep_BN].split([K, K, K, 1, 1], dim=-1)
+        problem_N = problem_B[:, None].expand_as(keep_BN)[keep_BN]
+        return _HeldOutPoints(scores_NK, logprobs_NK, valid_NK > 0, target_N1[:, 0].long(), problem_N)
+
+    def _cross_fitted_agreement(self) -> float | None:
+        """Agree@1 of the fused decision, each point decided by weights fitted on the other half of the problems.
+
+        `None` where there are too few points, or problems, to fit weights on.
+        """
+        if not self._held_out:
+            return None
+        points = _HeldOutPoints(*(torch.cat(parts) for parts in zip(*self._held_out)))
+        try:
+            choice_N = cross_fit(*points)
+        except ValueError:
+            return None
+        return float((choice_N == points.target_N).double().mean())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log line; evaluation brings its figures in its own metrics
@@ -411,13 +450,24 @@ class S2TTrainer(Trainer):
     ):
         """As in `Trainer`, plus Agree@1 of the selector and of the controls on the held-out trajectories.
 
-        The loss is the mean over all held-out points (and, of the prefix KL, tokens), whatever the batches were.
+        The loss is the mean over all held-out points (and, of the prefix KL, tokens), whatever the batches were. The
+        fused decision is what calibration would deploy, without having seen the problem: its weights are fitted on
+        the other half of the problems. With too few points for that they are fixed, as in the lines of training.
         """
         self._row_metrics["eval"].clear()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._held_out = []
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            fused = self._cross_fitted_agreement()
+        finally:
+            self._held_out = None
         for name, (hits, count) in self._row_metrics["eval"].items():
             if count:
                 output.metrics[f"{metric_key_prefix}_{name}"] = hits / count
+        if fused is not None:
+            output.metrics[f"{metric_key_prefix}_fused_agree_at_1"] = fused
         loss = output.metrics.get(f"{metric_key_prefix}_selection_loss")
         if loss is not None:
             kl = output.metrics.get(f"{metric_key_prefix}_prefix_kl", 0.0)
@@ -562,6 +612,23 @@ Load it through `LocalSelector`, not as an ordinary LoRA adapter: adapter scope 
 ## Figures
 
 {figures}"""
+
+
+class _HeldOutPoints(NamedTuple):
+    """Decision points of an evaluation, on the CPU, in the order of [`fusion.cross_fit`]."""
+
+    scores_NK: torch.Tensor
+    logprobs_NK: torch.Tensor
+    mask_NK: torch.Tensor
+    target_N: torch.Tensor
+    problem_N: torch.Tensor
+
+
+def _problem_numbers(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A number (B,) for each row's problem, which its prompt tells in every process, block and rollout."""
+    prompts = [ids[:length] for ids, length in zip(inputs["input_ids"].tolist(), inputs["prompt_length"].tolist())]
+    digests = [hashlib.sha256(repr(prompt).encode()).digest() for prompt in prompts]
+    return torch.tensor([int.from_bytes(d[:7], "big") for d in digests], device=inputs["input_ids"].device)
 
 
 def _load_labels(
