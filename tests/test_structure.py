@@ -15,13 +15,14 @@ PACKAGE = ROOT / "src" / "transformers_s2t"
 #: scoring only.
 MAY_IMPORT = {
     "config": set(),
+    "seen_problems": {"config"},
     "proposals": set(),
     "triggers": set(),
     "reserved_tokens": set(),
     "losses": set(),
     "fusion": {"config", "proposals", "losses"},
     "scoring": {"proposals"},
-    "selection": {"config", "fusion", "proposals", "triggers", "reserved_tokens", "scoring"},
+    "selection": {"config", "router", "fusion", "proposals", "triggers", "reserved_tokens", "scoring"},
     "logits_process": {"config", "proposals", "selection"},
     "generation": {"config", "logits_process", "proposals", "scoring", "selection"},
     "cross_tokenizer": {"reserved_tokens", "scoring"},
@@ -30,17 +31,11 @@ MAY_IMPORT = {
     "labeling": {"config", "proposals", "reserved_tokens", "teachers", "triggers", "trajectories"},
     "s2t_config": {"config"},
     "blocks": {"s2t_config", "scoring", "trajectories"},
-    "s2t_trainer": {
-        "blocks",
-        "config",
-        "fusion",
-        "losses",
-        "reserved_tokens",
-        "s2t_config",
-        "scoring",
-        "trajectories",
-    },
-    "calibration": {"config", "fusion", "losses", "proposals", "scoring", "selection", "trajectories", "triggers"},
+    "s2t_trainer": {"blocks", "config", "fusion", "losses", "reserved_tokens", "s2t_config", "scoring", "seen_problems"}
+    | {"trajectories"},
+    "router_training": {"config", "losses", "proposals", "router", "teachers"},
+    "calibration": {"config", "fusion", "losses", "proposals", "router", "router_training", "scoring", "selection"}
+    | {"trajectories", "triggers"},
 }
 
 

@@ -455,6 +455,7 @@ def test_a_stopped_run_that_pushed_a_checkpoint_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.trainer, "hf_api", lambda *args, **kwargs: hub)
     trainer.hub_model_id, trainer.push_in_progress, trainer.args.hub_strategy = "you/selector", None, "every_save"
     trainer._push_from_checkpoint(str(tmp_path / "out" / "checkpoint-1"))
+    assert {"s2t_config.json", "seen_problems.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
     options = {"model": tmp_path / "model", "labels": folder_of_labels(tmp_path / "labels"), "num_candidates": K}
     options |= {"output_dir": tmp_path / "out", "use_cpu": "true", "dtype": "float32", "min_prob_ratio": 0}
     prepared = train.prepare([part for name, value in options.items() for part in (f"--{name}", str(value))])

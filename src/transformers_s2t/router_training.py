@@ -181,7 +181,9 @@ def collect(
         states = {layer: states_SD[keep_S] for layer, states_SD in states.items()}
         parts[i] = (states, *(column[keep_S] for column in columns))
     if not any(len(part[1]) for part in parts.values()):
-        raise ValueError(f"`labels` hold no generated position behind the first {warmup_tokens}: nothing to learn from.")
+        raise ValueError(
+            f"`labels` hold no generated position behind the first {warmup_tokens}: nothing to learn from."
+        )
     ordered = [parts[i] for i in sorted(parts)]
     hidden = {layer: torch.cat([part[0][layer] for part in ordered]) for layer in layers}
     return RouterData(hidden, *(torch.cat([part[column] for part in ordered]) for column in range(1, 6)))

@@ -36,6 +36,7 @@ from transformers import (
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import get_last_checkpoint
 
 from . import losses
 from .blocks import cut_to_blocks, text_mask
@@ -56,9 +57,11 @@ from .scoring import (
     valid_candidates,
     warn_without_tree,
 )
+from .seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems, write_seen_problems
 from .trajectories import HUB_ID, TrajectoryCollator, TrajectoryHeader, read_held_out_labels, read_labels
 
 
+_STAGES = {"training", "tuning"}  # of `seen_problems`: what the weights come from
 _HUB_KWARGS = ("revision", "token", "trust_remote_code", "cache_dir")
 
 
@@ -127,7 +130,9 @@ class S2TTrainer(Trainer):
         elif eval_dataset is not None:
             eval_dataset, headers["eval_dataset"] = _load_labels(eval_dataset, "eval_dataset")
         held_out = eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
-        _warn_of_overlap(train_dataset, {name: labels for name, labels in held_out if labels is not None})
+        held_out = {name: labels for name, labels in held_out if labels is not None}
+        _warn_of_overlap(train_dataset, held_out)
+        self._seen_problems = _problems_of(train_dataset, held_out)  # now: blocks of points have no problem
 
         if isinstance(model, str):
             init_kwargs = dict(args.model_init_kwargs or {})
@@ -474,11 +479,18 @@ class S2TTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = loss + self.args.prefix_kl_weight * kl
         return output
 
-    def train(self, *args, **kwargs):
-        """As in `Trainer`."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in `Trainer`. What a checkpoint has seen, be it of other labels, counts as seen."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if checkpoint and os.path.isdir(checkpoint):
+            before = read_seen_problems(checkpoint)
+            for stage in _STAGES & before.keys():
+                self._seen_problems[stage] = self._seen_problems.get(stage, set()) | before[stage]
         self._holds_best = False
         self._row_metrics["train"].clear()  # of the last steps of a training before this one
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -537,7 +549,8 @@ class S2TTrainer(Trainer):
         return figures
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Saves the LoRA weights, the reserved rows, `s2t_config.json`, the tokenizer and the model card.
+        """Saves the LoRA weights, the reserved rows, `s2t_config.json`, the ids of the problems that they have seen
+        (`seen_problems.json`), the tokenizer and the model card.
 
         The embedding matrices are never saved, also where reserved tokens were added: their rows travel with the
         adapter.
@@ -552,15 +565,22 @@ class S2TTrainer(Trainer):
             for file in (folder / name).glob("adapter_*"):
                 file.replace(folder / file.name)
             shutil.rmtree(folder / name)
-        self.selector_config().save_pretrained(folder)
+        self._save_beside_adapter(folder)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
         (folder / "README.md").write_text(self._card(folder), encoding="utf-8")
 
+    def _save_beside_adapter(self, folder: Path) -> None:
+        """Writes `s2t_config.json` and `seen_problems.json`, without what calibration gave to the weights before."""
+        (folder / SEEN_PROBLEMS_NAME).unlink(missing_ok=True)
+        for stage, ids in self._seen_problems.items():
+            write_seen_problems(folder, stage, ids)
+        self.selector_config().save_pretrained(folder)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in `Trainer`, with the selector's config beside the adapter, so that every pushed state can be loaded."""
+        """As in `Trainer`, with the selector's files beside the adapter, so that every pushed state can be loaded."""
         if self.is_world_process_zero():
-            self.selector_config().save_pretrained(self.args.output_dir)
+            self._save_beside_adapter(Path(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -653,6 +673,16 @@ def _warn_of_overlap(train_dataset: Dataset, held_out: dict[str, Dataset]) -> No
                     f"`{name}` shares {len(shared)} problems with `train_dataset`: its figures are not held out.",
                     stacklevel=3,
                 )
+
+
+def _problems_of(train_dataset: Dataset, held_out: dict[str, Dataset]) -> dict[str, set[str]]:
+    """Stage -> ids of its problems, for stages whose labels name them."""
+    seen: dict[str, set[str]] = {}
+    for stage, parts in (("training", [train_dataset]), ("tuning", held_out.values())):
+        for labels in parts:
+            if "problem_id" in labels.column_names:
+                seen.setdefault(stage, set()).update(map(str, labels["problem_id"]))
+    return seen
 
 
 def _check_weights_fit(headers: dict[str, TrajectoryHeader | None], model: PreTrainedModel, args: S2TConfig) -> None:
