@@ -6,7 +6,8 @@
 For models whose answers cannot be checked (story models, say) this is the measure: no text is generated. Hit@K is the
 share of points at which the teacher's token is among the student's first K; Agree@1 the share at which the choice is
 the teacher's best candidate above the floor. "kl" are the points with the label run's top divergence, "choice" those
-with two or more candidates above the floor, the ones at which a deployed selector is asked.
+with two or more candidates above the floor, the ones at which a deployed selector is asked. Problems that
+an adapter has seen, in training or after (its seen_problems.json), are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from trl import TrlParser
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration import ScoredPoints, score_labels
 from transformers_s2t.config import write_json
+from transformers_s2t.seen_problems import STAGES, check_unseen
 from transformers_s2t.trajectories import read_held_out_labels, read_labels
 
 
@@ -100,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     shapes = {(config.num_candidates, config.min_prob_ratio) for config in configs}
     if len(shapes) > 1:
         raise ValueError(f"`adapters` must share K and candidate floor to be compared, got {sorted(shapes)}.")
+    for adapter in args.adapters:
+        check_unseen(adapter, labels["problem_id"], STAGES, "labels")
     prior = None
     if args.train_labels is not None:
         train_labels, _ = read_labels(args.train_labels)

@@ -3,8 +3,9 @@
     python recipes/calibrate.py --adapter runs/demo/adapter-seed0 --labels runs/demo/labels/calibration
 
 Writes both into the adapter's s2t_config.json, so that S2TDecodingConfig(trigger="margin", target_rate=0.1) just
-works. Needs no teacher: the labels hold what is needed. Calibrate on problems that the selector was not trained on,
-and never on evaluation problems.
+works. Needs no teacher: the labels hold what is needed. Problems that the selector was trained on are refused. Never
+calibrate on evaluation problems: the ids are noted in its seen_problems.json, and evaluate.py and agreement.py refuse
+them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trl import TrlParser
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration import TARGET_RATES, calibrate_thresholds, fit_fusion, score_labels
 from transformers_s2t.config import S2T_CONFIG_NAME
+from transformers_s2t.seen_problems import check_unseen, write_seen_problems
 from transformers_s2t.trajectories import read_held_out_labels
 
 
@@ -64,11 +66,13 @@ def main(argv: list[str] | None = None) -> None:
             f"`labels` {args.labels!r} were made with another tokenizer ({header.vocab_hash}) than the adapter's "
             f"({config.vocab_hash}): label with {config.base_model!r}."
         )
+    check_unseen(args.adapter, labels["problem_id"], ("training",), "labels")
     thresholds = calibrate_thresholds(labels, args.target_rates, args.warmup_tokens)
     model = load_model(args.model or config.base_model, args.dtype, default_device())
     selector = LocalSelector.from_pretrained(args.adapter, model)
     points = score_labels(selector, labels, args.batch_size).with_choice()
     fusion = fit_fusion(points)
+    write_seen_problems(args.adapter, "calibration", labels["problem_id"])
     dataclasses.replace(config, thresholds=thresholds, fusion=fusion).save_pretrained(args.adapter)
 
     print(f"\n{len(points.target_N)} decision points of {len(labels)} trajectories")

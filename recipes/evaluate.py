@@ -15,7 +15,8 @@ with the triggers always, entropy, margin, kl, random; all but "always" take the
 
 All policies run through `model.generate` with one clean generation config: nothing is inherited from the checkpoints
 but their end-of-sequence tokens. Every finished policy is kept in OUTPUT_DIR/records; running again with the same
-settings only runs what is missing. This file does not know how a selector scores or how an answer is read.
+settings only runs what is missing. Problems that an adapter has seen, in training or after (its seen_problems.json),
+are refused, and so are those of --label_dirs. This file does not know how a selector scores or how an answer is read.
 
 Legend: B rows, S steps, N problems, P seeds (adapters) of a policy.
 """
@@ -58,6 +59,7 @@ from transformers_s2t import (
 )
 from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary
+from transformers_s2t.seen_problems import STAGES, check_unseen
 from transformers_s2t.trajectories import read_held_out_labels, read_labels
 
 
@@ -767,6 +769,8 @@ def evaluate(args: EvaluateArguments) -> dict:
             f"{args.answer_column!r} (first id {unanswered[0]}): there is nothing to check against."
         )
     check_no_leak(problems, args.label_dirs)
+    for path in dict.fromkeys([*args.adapters, *filter(None, [args.thresholds_from])]):
+        check_unseen(path, [problem.id for problem in problems], STAGES, "dataset")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if args.teacher_model is not None:
         check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))

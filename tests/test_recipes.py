@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import load_dataset
+from huggingface_hub.utils import filter_repo_objects
 from tiny import RESERVED, prompts, tiny_model
 from tiny_labels import tiny_tokenizer
 
@@ -36,7 +37,7 @@ def run(tmp_path_factory):
         tiny_model(seed=seed).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     generator = torch.Generator().manual_seed(0)
-    for part, number in (("train", 40), ("held-out", 25)):
+    for part, number in (("train", 40), ("held-out", 25), ("test", 25)):
         lines = []
         for i in range(number):
             words = torch.randint(3, RESERVED[0], (5,), generator=generator).tolist()
@@ -202,7 +203,7 @@ def test_agreement_reports_the_controls_and_refuses_shared_problems(run, tmp_pat
     run["agreement"].main(
         [
             "--labels",
-            str(folder / "labels" / "held-out"),
+            str(folder / "labels" / "test"),
             "--train_labels",
             str(folder / "labels" / "train"),
             *arguments,
@@ -213,7 +214,7 @@ def test_agreement_reports_the_controls_and_refuses_shared_problems(run, tmp_pat
     names = set(report["agree_at_1"]["choice"])
     assert {"student first", "second candidate", "random candidate", "token prior", "s2t-local"} <= names
     with pytest.raises(ValueError, match="share 25 problems"):
-        same = str(folder / "labels" / "held-out")
+        same = str(folder / "labels" / "test")
         run["agreement"].main(["--labels", same, "--train_labels", same, *arguments])
 
 
@@ -227,6 +228,8 @@ def test_pushing_uploads_the_calibrated_adapter_without_checkpoints(run, monkeyp
         def upload_folder(self, repo_id, folder_path, ignore_patterns):
             calls.append(("upload", repo_id, folder_path))
             assert "checkpoint-*" in ignore_patterns
+            pushed = set(filter_repo_objects(os.listdir(folder_path), ignore_patterns=ignore_patterns))
+            assert {"adapter_model.safetensors", "s2t_config.json", "seen_problems.json"} <= pushed
 
     monkeypatch.setattr(run["calibrate"], "HfApi", FakeApi)
     adapter, labels = str(run["folder"] / "adapter"), str(run["folder"] / "labels" / "held-out")

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "losses": set(),
     "fusion": {"config", "proposals", "losses"},
     "scoring": {"proposals"},
+    "router": {"config", "reserved_tokens", "scoring", "triggers"},
     "selection": {"config", "router", "fusion", "proposals", "triggers", "reserved_tokens", "scoring"},
     "logits_process": {"config", "proposals", "selection"},
     "generation": {"config", "logits_process", "proposals", "scoring", "selection"},
@@ -31,7 +32,16 @@ MAY_IMPORT = {
     "labeling": {"config", "proposals", "reserved_tokens", "teachers", "triggers", "trajectories"},
     "s2t_config": {"config"},
     "blocks": {"s2t_config", "scoring", "trajectories"},
-    "s2t_trainer": {"blocks", "config", "fusion", "losses", "reserved_tokens", "s2t_config", "scoring", "seen_problems"}
+    "s2t_trainer": {
+        "blocks",
+        "config",
+        "fusion",
+        "losses",
+        "reserved_tokens",
+        "s2t_config",
+        "scoring",
+        "seen_problems",
+    }
     | {"trajectories"},
     "router_training": {"config", "losses", "proposals", "router", "teachers"},
     "calibration": {"config", "fusion", "losses", "proposals", "router", "router_training", "scoring", "selection"}

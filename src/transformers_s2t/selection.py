@@ -565,9 +565,9 @@ class S2TTrace:
         steps: per step a dict with `value_B` (trigger value), `triggered_B`, `asked_B`, `first_B` (the student's first
             token), `token_B` (the selected one; for rows that were asked), `forwards` (how many, by kind), and, where
             any row was asked, `rows_A`, `candidate_ids_AK`, `scores_AK`, `mask_AK`.
-        forwards: forwards of the whole call by kind. "teacher", "scorer" and "router" (where its hidden states were not
-            at hand) come on top of plain decoding's own; "tree" takes the place of one of them: it scores and decodes
-            (after the last token there is none to take the place of).
+        forwards: forwards of the whole call by kind. "teacher", "scorer" and "router" (where its hidden states were
+            not at hand) come on top of plain decoding's own; "tree" takes the place of one of them: it scores and
+            decodes (after the last token there is none to take the place of).
         tokens: tokens run in them, by kind, all rows together.
     """
 
