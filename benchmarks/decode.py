@@ -54,7 +54,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from transformers_s2t import S2T, LocalSelector, S2TDecodingConfig, SelectorConfig, s2t_generate
-from transformers_s2t.config import write_json
+from transformers_s2t.config import DEFAULT_WARMUP_TOKENS, write_json
 from transformers_s2t.scoring import get_decoder
 
 
@@ -63,7 +63,7 @@ SCOPES = ("candidate/base", "sequence/base", "sequence/adapted")
 NAIVE_SCOPE = "sequence/base"  # the adapter sees whole prefixes, the base model writes
 SLOW = ("maj8", "naive")
 NUM_PATHS = 8
-WARMUP_TOKENS = S2TDecodingConfig().warmup_tokens
+WARMUP_TOKENS = DEFAULT_WARMUP_TOKENS
 
 #: Three minutes on two cores: the width of the default shape with a quarter of its layers. `naive` at a tenth of the
 #: tokens would double that.
@@ -122,7 +122,7 @@ class Naive(LogitsProcessor):
     """The published procedure at the random steps of `config`: every candidate's whole text, without a cache."""
 
     def __init__(self, selector: LocalSelector, config: S2TDecodingConfig, prompt_length: int):
-        self.selector, self.config, self.prompt_length = selector, config, prompt_length
+        self.selector, self.config, self.prompt_length = selector, selector.resolve_config(config), prompt_length
         self.random = torch.Generator().manual_seed(config.seed)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

@@ -152,7 +152,7 @@ def naive_decode(setup, selector, family, attn, ids, config):
     teacher = None if local else NaiveModel(tiny_model(family, seed=9, attn=attn))
     writes_with = "all" if local and setup[1] == "adapted" else "none"
     scores_with = {"candidate": "last", "sequence": "all"}[setup[0]] if local else None
-    ids, start, flipped = list(ids), len(ids), 0
+    ids, start, flipped, config = list(ids), len(ids), 0, selector.resolve_config(config)
     while len(ids) < start + NEW_TOKENS:
         logits_V = student(ids, writes_with)[1].clone()
         if local:
