@@ -353,7 +353,7 @@ def main() -> None:
         env.setdefault("OMP_NUM_THREADS", "1" if bed else str(os.cpu_count() or 1))  # tiny models gain nothing
     chat = ["--chat_template", "true"] if args.chat_template else []
     dtype = [] if has_gpu else ["--dtype", "float32"]
-    stages = Stages(total=6, env=env, logs=out / "logs")
+    stages = Stages(total=7, env=env, logs=out / "logs")
 
     names = ("model", "teacher_model", "dataset", "limit_train", "train_config", "chat_template", "seed")
     settings = {name: getattr(args, name) for name in names} | {"max_new_tokens": int(max_new_tokens)}
@@ -397,11 +397,22 @@ def main() -> None:
         figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         print(f"seed {seed}, held-out decision points: {figures}")
 
-    stages.start("Calibration: thresholds and fusion weights, on problems that training has not seen")
+    stages.start("Routers: a light head for each selector that says when to ask it, without the large model")
+    stages.run_side_by_side(
+        {
+            f"seed {seed}": [recipe("train_router.py"), "--adapter", adapter, "--model", args.model]
+            + ["--labels", labels["label"], "--eval_labels", labels["tuning"], "--seed", str(seed), *dtype]
+            for seed, adapter in adapters.items()
+        },
+        num_parallel,
+    )
+
+    stages.start("Calibration: fusion weights and thresholds, on problems that training has not seen")
     stages.run_side_by_side(
         {
             f"seed {seed}": [recipe("calibrate.py"), "--adapter", adapter, "--model", args.model]
-            + ["--labels", labels["calibration"], *dtype]
+            + ["--teacher_model", args.teacher_model, "--labels", labels["calibration"]]
+            + ["--batch_size", batch_size, *dtype]
             for seed, adapter in adapters.items()
         },
         num_parallel,

@@ -11,7 +11,7 @@ A policy is written `name[:trigger[:rate]]`:
     s2t-local, s2t-local-bare    an adapter selects; bare: by its score alone, without fusion. Once per adapter
     second, random               controls: the second candidate, any candidate above the floor
 
-with the triggers always, entropy, margin, kl, random; all but "always" take the share of tokens that should fire.
+with the triggers always, entropy, margin, router, kl, random; all but "always" take the share of tokens that should fire.
 
 All policies run through `model.generate` with one clean generation config: nothing is inherited from the checkpoints
 but their end-of-sequence tokens. Every finished policy is kept in OUTPUT_DIR/records; running again with the same
@@ -59,6 +59,7 @@ from transformers_s2t import (
 )
 from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary
+from transformers_s2t.router import Router
 from transformers_s2t.seen_problems import STAGES, check_unseen
 from transformers_s2t.trajectories import read_held_out_labels, read_labels
 
@@ -72,6 +73,7 @@ DEFAULT_POLICIES = (
     + ("takeover:kl:0.05", "s2t:kl:0.05", "s2t-local:kl:0.05", "takeover:kl:0.1", "s2t:kl:0.1", "s2t-local:kl:0.1")
     + ("second:kl:0.1", "random:kl:0.1")
     + ("s2t:entropy:0.1", "s2t-local:entropy:0.1", "s2t:margin:0.1", "s2t-local:margin:0.1")
+    + ("s2t:router:0.05", "s2t-local:router:0.05", "s2t:router:0.1", "s2t-local:router:0.1")
     + ("s2t:always", "s2t-local:always", "second:always")
 )
 HIT_SIZES = (1, 2, 4, 8, 16)
@@ -110,8 +112,7 @@ class EvaluateArguments:
     thresholds_from: str | None = field(
         default=None,
         metadata={
-            "help": "Folder whose s2t_config.json holds the thresholds of the rows without an adapter "
-            "(default: the first adapter)."
+            "help": "Adapter whose thresholds and router serve the rows without an adapter (default: the first one)."
         },
     )
     split: str = field(default="test", metadata={"help": "Split of the data set."})
@@ -253,11 +254,12 @@ class Policy:
         )
 
 
-def choose_policies(args: EvaluateArguments, has_thresholds: bool) -> list[Policy]:
+def choose_policies(args: EvaluateArguments, has_thresholds: bool, has_router: bool = False) -> list[Policy]:
     """The policies asked for, or the default ones that the arguments allow.
 
     Raises:
-        ValueError: for a policy asked for without the teacher, adapters or thresholds that it needs, or asked twice.
+        ValueError: for a policy asked for without the teacher, adapters, thresholds or router that it needs, or asked
+            twice.
     """
 
     def missing(policy: Policy) -> str | None:
@@ -267,6 +269,8 @@ def choose_policies(args: EvaluateArguments, has_thresholds: bool) -> list[Polic
             return "`adapters`"
         if policy.needs_thresholds and not policy.is_local and not has_thresholds:
             return "`thresholds_from` (or `adapters`)"
+        if policy.trigger == "router" and not has_router:
+            return "a router in every adapter (recipes/train_router.py)"
         return None
 
     if args.policies is None:
@@ -747,9 +751,11 @@ def evaluate(args: EvaluateArguments) -> dict:
     for name, value in sources + [("adapters", path) for path in args.adapters]:
         check_folder(name, value)
     thresholds_from = args.thresholds_from or (args.adapters[0] if args.adapters else None)
-    thresholds = SelectorConfig.from_pretrained(thresholds_from).thresholds if thresholds_from else {}
+    of_others = SelectorConfig.from_pretrained(thresholds_from) if thresholds_from else None
+    thresholds = of_others.thresholds if of_others is not None else {}
     configs = [SelectorConfig.from_pretrained(path) for path in args.adapters]
-    policies = choose_policies(args, bool(thresholds))
+    has_router = of_others is not None and all(config.router for config in [of_others, *configs])
+    policies = choose_policies(args, bool(thresholds), has_router)
     for policy in policies:
         if policy.trigger is not None:
             for table in [config.thresholds for config in configs] if policy.is_local else [thresholds]:
@@ -809,6 +815,8 @@ def evaluate(args: EvaluateArguments) -> dict:
             settings |= asdict(config) | {"threshold": config.resolve_threshold(table)}
         if seed is not None:
             settings["adapter"] = adapter_prints[seed]
+        elif policy.trigger == "router":
+            settings["router"] = of_others.router
         return settings
 
     jobs = [
@@ -838,6 +846,8 @@ def evaluate(args: EvaluateArguments) -> dict:
                 policy = job[0]
                 bar.set_description(policy.label + ("" if seed is None else f" adapter {seed}"))
                 selector = local if policy.is_local else make_selector(policy, args, thresholds, teacher)
+                if policy.trigger == "router" and not policy.is_local:
+                    selector.router = Router.from_pretrained(thresholds_from, model, expected=of_others.router)
                 runner = teacher if policy.name == "teacher" else model
                 totals, records = bench.run(policy, runner, selector, teacher, bar)
                 header = {

@@ -197,8 +197,8 @@ def test_a_threshold_of_a_rate_with_many_digits_survives_the_round_trip(tmp_path
 
 def test_an_unknown_field_is_an_error_that_names_it(tmp_path):
     file = full_config().save_pretrained(tmp_path)
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"router": 1}))
-    with pytest.raises(ValueError, match="unknown fields.*router"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rooter": 1}))
+    with pytest.raises(ValueError, match="unknown fields.*rooter"):
         SelectorConfig.from_pretrained(tmp_path)
 
 

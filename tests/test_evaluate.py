@@ -57,7 +57,7 @@ def test_policies_are_read_and_written_alike():
         ("greedy:kl:0.1", "'greedy' takes no trigger"),
         ("maj@1", r"n of maj@n must be an integer in \[2, 256\], got '1'"),
         ("maj@x", "got 'x'"),
-        ("s2t", "the trigger must be one of always, entropy, margin, kl, random, got none"),
+        ("s2t", "the trigger must be one of always, entropy, margin, router, kl, random, got none"),
         ("s2t:sometimes", "got 'sometimes'"),
         ("s2t:always:0.1", "'always' takes no rate"),
         ("s2t:kl", r"'kl' needs a rate in \(0, 1\], e.g. s2t:kl:0.1, got none"),

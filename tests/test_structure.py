@@ -44,7 +44,8 @@ MAY_IMPORT = {
     }
     | {"trajectories"},
     "router_training": {"config", "losses", "proposals", "router", "teachers"},
-    "calibration": {"config", "fusion", "losses", "proposals", "router", "router_training", "scoring", "selection"}
+    "rates": {"config", "generation", "labeling", "selection", "triggers"},
+    "calibration": {"config", "fusion", "losses", "proposals", "router_training", "scoring", "selection"}
     | {"trajectories", "triggers"},
 }
 

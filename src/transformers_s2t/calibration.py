@@ -5,7 +5,7 @@ Knows labels and a selector; never sees evaluation problems. Legend: N decision 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from .fusion import decide
 from .fusion import fit_fusion as fit_weights
 from .losses import best_candidate
 from .proposals import Proposals
+from .router_training import collect, cross_fit, predict
 from .scoring import PackedPoints, packed_hidden, valid_candidates
 from .selection import LocalSelector
 from .trajectories import TrajectoryCollator
@@ -31,7 +32,9 @@ _COLUMNS = {"kl": "divergence", "entropy": "entropy", "margin": "margin"}
 def calibrate_thresholds(
     labels: Dataset, target_rates: Iterable[float] = TARGET_RATES, warmup_tokens: int = 3
 ) -> dict[str, dict[float, float]]:
-    """Thresholds of the "kl", "entropy" and "margin" triggers for each target rate.
+    """Thresholds of the "kl", "entropy" and "margin" triggers for each target rate, on the labelled text.
+
+    Corrected text is less in doubt: where a selector writes, these fire too rarely (see `rates.calibrate_rates`).
 
     Args:
         labels: trajectories of held-out training problems, with the trigger values at every generated position.
@@ -130,6 +133,7 @@ def score_labels(
     batch_size: int = 32,
     num_candidates: int | None = None,
     min_prob_ratio: float | None = None,
+    router_values: Sequence[torch.Tensor] | None = None,
 ) -> ScoredPoints:
     """Scores every labelled point as decoding would, with one packed forward per trajectory.
 
@@ -138,6 +142,7 @@ def score_labels(
         labels: trajectories.
         batch_size: trajectories per forward.
         num_candidates, min_prob_ratio: `None` for the selector's own.
+        router_values: of [`read_router`]; `None` for those of the selector's router, where it has one.
 
     Raises:
         ValueError: where the labels hold no point.
@@ -146,12 +151,12 @@ def score_labels(
     num_candidates = config.num_candidates if num_candidates is None else num_candidates
     min_prob_ratio = config.min_prob_ratio if min_prob_ratio is None else min_prob_ratio
     collate = TrajectoryCollator(pad_token_id=0, num_candidates=num_candidates)
-    rows = sorted((row for row in labels if row["positions"]), key=lambda row: len(row["input_ids"]))
+    rows = sorted((i for i, at in enumerate(labels["positions"]) if at), key=lambda i: len(labels[i]["input_ids"]))
     if not rows:
         raise ValueError("The labels hold no decision point: nothing to score.")
     parts: list[tuple[torch.Tensor, ...]] = []
     for start in tqdm(range(0, len(rows), batch_size), desc="Scoring labels", unit="batch"):
-        chunk = rows[start : start + batch_size]
+        chunk = [labels[i] for i in rows[start : start + batch_size]]
         batch = {name: tensor.to(selector.model.device) for name, tensor in collate(chunk).items()}
         mask_BNK, _ = valid_candidates(batch["student_logprobs"], batch["position_mask"], min_prob_ratio)
         points = PackedPoints(batch["positions"], batch["candidate_ids"], mask_BNK)
@@ -177,7 +182,42 @@ def score_labels(
         torch.cat([torch.nn.functional.pad(part[i], (0, width - part[i].shape[-1]), value=filler) for part in parts])
         for i, filler in enumerate(fillers)
     ]
-    return ScoredPoints(*padded, *(torch.cat([part[i] for part in parts]) for i in (5, 6)))
+    router_N = None
+    if router_values is None and selector.router is not None:
+        router_values = read_router(selector, labels, batch_size)
+    if router_values is not None:
+        at = {i: torch.tensor(labels[i]["positions"]) - labels[i]["prompt_length"] for i in rows}
+        router_N = torch.cat([router_values[i][at[i]] for i in rows])
+    return ScoredPoints(*padded, *(torch.cat([part[i] for part in parts]) for i in (5, 6)), router_N)
+
+
+def read_router(
+    selector: LocalSelector, labels: Dataset, batch_size: int = 32, is_new: bool = True
+) -> list[torch.Tensor]:
+    """The logits (S,) of the selector's router at every generated position of each trajectory.
+
+    Args:
+        selector: with a router.
+        labels: trajectories.
+        batch_size: trajectories per forward.
+        is_new: whether the router has not seen these problems. Where it has, the logits are those of routers trained
+            like it on four fifths of them each, and never on the problem itself: else it would look better than it is.
+    """
+    router, config = selector.router, selector.selector_config
+    layer, excluded = router.config.layer, config.reserved_token_ids
+    with selector.generating():
+        data = collect(
+            router.model,
+            labels,
+            [layer],
+            num_top=router.config.num_top,
+            min_prob_ratio=config.min_prob_ratio,
+            warmup_tokens=0,  # every position
+            excluded_ids=excluded,
+            batch_size=batch_size,
+        )
+    values_N = predict(router.head.cpu(), data, layer) if is_new else cross_fit(data, router.config)
+    return list(values_N.split([len(row) for row in labels["divergence"]]))
 
 
 def fit_fusion(points: ScoredPoints, max_iterations: int = 200) -> FusionWeights:

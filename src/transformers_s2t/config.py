@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 
 S2T_CONFIG_NAME = "s2t_config.json"
+ROUTER_WEIGHTS_NAME = "s2t_router.safetensors"
+CALIBRATION_NAME = "calibration.json"
 
 #: Triggers, what makes each fire, and whether it needs the teacher at every step.
 TRIGGERS = ("always", "never", "entropy", "margin", "router", "kl", "random")

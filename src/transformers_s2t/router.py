@@ -25,12 +25,11 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from . import triggers
-from .config import _check_choice, _check_range, atomic_write
+from .config import ROUTER_WEIGHTS_NAME, _check_choice, _check_range, atomic_write
 from .reserved_tokens import model_hash
 from .scoring import get_decoder
 
 
-ROUTER_WEIGHTS_NAME = "s2t_router.safetensors"
 ROUTER_TARGETS = ("gain", "differs", "kl")
 _LEAST_LOGPROB = -20.0  # of a feature: what a user's processor forbids is at -inf
 

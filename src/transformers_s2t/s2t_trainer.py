@@ -40,7 +40,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import losses
 from .blocks import cut_to_blocks, text_mask
-from .config import DEFAULT_NUM_CANDIDATES, SelectorConfig
+from .config import CALIBRATION_NAME, DEFAULT_NUM_CANDIDATES, ROUTER_WEIGHTS_NAME, SelectorConfig
 from .fusion import cross_fit
 from .reserved_tokens import find_reserved_token_ids, model_hash, resize_for_reserved_tokens, vocab_hash
 from .s2t_config import S2TConfig
@@ -572,7 +572,8 @@ class S2TTrainer(Trainer):
 
     def _save_beside_adapter(self, folder: Path) -> None:
         """Writes `s2t_config.json` and `seen_problems.json`, without what calibration gave to the weights before."""
-        (folder / SEEN_PROBLEMS_NAME).unlink(missing_ok=True)
+        for name in (SEEN_PROBLEMS_NAME, ROUTER_WEIGHTS_NAME, CALIBRATION_NAME):
+            (folder / name).unlink(missing_ok=True)
         for stage, ids in self._seen_problems.items():
             write_seen_problems(folder, stage, ids)
         self.selector_config().save_pretrained(folder)

@@ -1,0 +1,213 @@
+"""Trains a router: a light head on the small model that says at which tokens to ask the selector, without a teacher.
+
+    python recipes/train_router.py --adapter runs/demo/adapter-seed0 --labels runs/demo/labels/label \
+        --eval_labels runs/demo/labels/tuning
+
+Works from stored labels and one reading of their trajectories by the small model; minutes on a CPU for small models.
+The router lies beside the adapter (s2t_router.safetensors), where LocalSelector.from_pretrained finds it. Then run
+recipes/calibrate.py: thresholds and fusion weights of a router are its own.
+
+It predicts one of three things, and `--target` says which: that the teacher's best candidate above the floor gains
+more than `--min_gain` nats over the first one ("gain"), that it is another one than the first ("differs"), or
+KL(teacher || student) itself ("kl").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models import default_device, load_model
+from trl import TrlParser
+
+from transformers_s2t import SelectorConfig
+from transformers_s2t.config import S2T_CONFIG_NAME
+from transformers_s2t.reserved_tokens import model_hash
+from transformers_s2t.router import ROUTER_TARGETS, RouterConfig, num_layers
+from transformers_s2t.router_training import collect, default_layers, fit_router, trigger_metrics
+from transformers_s2t.seen_problems import write_seen_problems
+from transformers_s2t.trajectories import label_splits, read_labels, share_of
+
+
+@dataclass
+class RouterArguments:
+    """What is trained, and on what.
+
+    Raises:
+        ValueError: naming the argument, its legal values and the value given.
+    """
+
+    adapter: str = field(metadata={"help": "Folder of the trained adapter; the router is written beside it."})
+    labels: str = field(
+        metadata={"help": "Folder written by recipes/label.py, or a Hub data set; the adapter's own will do."}
+    )
+    eval_labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Labels of other problems, which choose layer and epoch; by default the split 'validation' of "
+            "`labels`, or a fifth of its problems."
+        },
+    )
+    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
+    target: str = field(default="gain", metadata={"help": "What is predicted: 'gain', 'differs' or 'kl'."})
+    min_gain: float = field(default=0.5, metadata={"help": "Of 'gain', in nats."})
+    layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Layers to try, 1 to the number of layers; by default five, evenly spread, with the last."},
+    )
+    width: int = field(default=64, metadata={"help": "Of the head's hidden layer."})
+    num_top: int = field(default=8, metadata={"help": "Log-probabilities among the features."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW."})
+    num_epochs: int = field(default=30, metadata={"help": "At most; the best one by held-out loss is kept."})
+    head_batch_size: int = field(default=512, metadata={"help": "Positions per step of the head."})
+    max_positions: int = field(
+        default=200_000,
+        metadata={"help": "Positions kept, a random share where there are more (they are held in memory)."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward of the model."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
+    seed: int = field(default=0, metadata={"help": "Of the head's first weights and the order of positions."})
+
+    def __post_init__(self):
+        if self.target not in ROUTER_TARGETS:
+            raise ValueError(f"`target` must be one of {', '.join(map(repr, ROUTER_TARGETS))}, got {self.target!r}.")
+        for name in ("width", "num_top", "num_epochs", "head_batch_size", "max_positions", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
+        for name, low in (("min_gain", 0.0), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"`{name}` must be at least {low}, got {getattr(self, name)!r}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"`learning_rate` must be above 0, got {self.learning_rate!r}.")
+
+
+def read_both(args: RouterArguments):
+    """Labels to learn from, held-out ones of other problems, and the header.
+
+    Raises:
+        ValueError: where the two share problems, or no problem can be spared.
+    """
+    labels, header = read_labels(args.labels)
+    if args.eval_labels is not None:
+        held_out, _ = read_labels(args.eval_labels, split="all")
+    elif "validation" in label_splits(args.labels):
+        held_out, _ = read_labels(args.labels, split="validation")
+    else:
+        is_held_out = [share_of(id) < 0.2 for id in labels["problem_id"]]
+        held_out = labels.select([i for i, held in enumerate(is_held_out) if held])
+        labels = labels.select([i for i, held in enumerate(is_held_out) if not held])
+    for name, rows in (("labels", labels), ("eval_labels", held_out)):
+        if len(rows) == 0:
+            raise ValueError(f"`{name}` hold no trajectory: label more problems, or pass `eval_labels`.")
+    shared = set(labels["problem_id"]) & set(held_out["problem_id"])
+    if shared:
+        raise ValueError(
+            f"`labels` and `eval_labels` share {len(shared)} problems ({sorted(shared)[:3]} ...): layer and epoch are "
+            "to be chosen on problems that the router has not learned from."
+        )
+    return labels, held_out, header
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = TrlParser(RouterArguments).parse_args_and_config(argv)
+    if not Path(args.adapter).is_dir():
+        raise ValueError(
+            f"`adapter` must be a local folder, because the router is written beside it, got {args.adapter!r}; "
+            "download an adapter of the Hub first (hf download)."
+        )
+    config = SelectorConfig.from_pretrained(args.adapter)
+    if config.proposals == "adapted":
+        raise ValueError(
+            f"{args.adapter} writes text with the adapter on (proposals='adapted'), but labels hold what the base "
+            "model would write first: a router cannot be trained on them. Use trigger='entropy' or 'margin'."
+        )
+    labels, held_out, header = read_both(args)
+    if header is not None and config.vocab_hash and header.vocab_hash != config.vocab_hash:
+        raise ValueError(
+            f"`labels` {args.labels!r} were made with another tokenizer ({header.vocab_hash}) than the adapter's "
+            f"({config.vocab_hash}): label with {config.base_model!r}."
+        )
+    model = load_model(args.model or config.base_model, args.dtype, default_device())
+    own_hash = model_hash(model)
+    if config.model_hash and own_hash != config.model_hash:
+        raise ValueError(
+            f"`model` has weights {own_hash}, but the adapter was trained on {config.model_hash} "
+            f"({config.base_model!r}): load the one it was trained on."
+        )
+    layers = args.layers or default_layers(model)
+    wrong = [layer for layer in layers if not 1 <= layer <= num_layers(model)]
+    if wrong:
+        raise ValueError(f"`layers` must be in [1, {num_layers(model)}], the model's layers, got {wrong[0]}.")
+
+    num_rows = model.get_output_embeddings().weight.shape[0]
+    excluded = [id for id in config.reserved_token_ids if id < num_rows]
+    train, tuning = (
+        collect(
+            model,
+            rows,
+            layers,
+            num_top=args.num_top,
+            min_prob_ratio=config.min_prob_ratio,
+            warmup_tokens=config.warmup_tokens,
+            excluded_ids=excluded,
+            batch_size=args.batch_size,
+            max_positions=args.max_positions,
+            seed=args.seed,
+        )
+        for rows in (labels, held_out)
+    )
+    router_config = RouterConfig(
+        hidden_size=model.config.get_text_config().hidden_size,
+        layer=max(layers),
+        num_top=args.num_top,
+        width=args.width,
+        target=args.target,
+        min_gain=args.min_gain,
+        model_hash=own_hash,
+    )
+    router, losses = fit_router(
+        model,
+        train,
+        tuning,
+        router_config,
+        seed=args.seed,
+        learning_rate=args.learning_rate,
+        num_epochs=args.num_epochs,
+        batch_size=args.head_batch_size,
+    )
+    write_seen_problems(args.adapter, "router", [*labels["problem_id"], *held_out["problem_id"]])
+    fingerprint = router.save_pretrained(args.adapter)
+    # what was calibrated with another router: all thresholds where it had a say in the decisions, else its own
+    depends = config.fusion is not None and config.fusion.router != 0
+    thresholds = {} if depends else {name: by for name, by in config.thresholds.items() if name != "router"}
+    fusion = None if depends else config.fusion
+    dataclasses.replace(config, router=fingerprint, thresholds=thresholds, fusion=fusion).save_pretrained(args.adapter)
+
+    print(f"\n{len(train.gain_N)} positions of {len(labels)} trajectories, {len(tuning.gain_N)} held out")
+    print("held-out loss by layer: " + ", ".join(f"{layer}: {loss:.4f}" for layer, loss in losses.items()))
+    print(f"layer {router.config.layer} is read\n")
+    features = {"entropy": 0, "margin": 1}
+    table = {name: trigger_metrics(tuning.features_NF[:, i], tuning, router.config) for name, i in features.items()}
+    table |= {
+        "router": router.config.metrics,
+        "kl (oracle)": trigger_metrics(tuning.divergence_N, tuning, router.config),
+    }
+    columns = ("auc_differs", "auc_gain", "auc_differs_choice", "auc_gain_choice")
+    print(f"{'held-out AUC':<14}" + "".join(f"{name:>20}" for name in columns))
+    for name, metrics in table.items():
+        print(f"{name:<14}" + "".join(f"{metrics.get(column, float('nan')):>20.3f}" for column in columns))
+    print(
+        "differs: the teacher's best candidate above the floor is not the first; gain: and gains more than "
+        f"{args.min_gain:g} nats;\n_choice: among positions with two or more candidates above the floor"
+    )
+    print(f"\nwritten to {Path(args.adapter)}; {S2T_CONFIG_NAME} names it. Calibrate next (recipes/calibrate.py).")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"train_router.py: {error}", file=sys.stderr)
+        sys.exit(2)

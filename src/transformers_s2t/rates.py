@@ -1,0 +1,164 @@
+"""Thresholds for target rates, by running what will be deployed: the text that a selector corrects is less in doubt
+than the text that the student writes alone, so thresholds taken from the latter fire too rarely.
+
+Knows a selector, prompts and token ids; knows nothing of labels or text.
+
+Legend: P prompts, S new tokens of one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from .config import THRESHOLD_TRIGGERS, S2TDecodingConfig, _check_choice, _check_range
+from .generation import s2t_generate
+from .labeling import rollout
+from .selection import S2TTrace, Selector
+from .triggers import calibrate_threshold
+
+
+TOLERANCE = 0.05  # of the target rate: a run that comes as close is not improved upon
+MAX_RUNS = 4  # per target rate
+
+
+class Values(NamedTuple):
+    """What a trigger saw while a selector decoded.
+
+    Attributes:
+        values: per prompt the trigger's values (S,) at its new tokens, -inf where the warm-up keeps it from firing.
+        threshold: with which the texts were written.
+    """
+
+    values: list[torch.Tensor]
+    threshold: float
+
+    @property
+    def fired_P(self) -> np.ndarray:
+        """Tokens of each prompt at which the trigger fired."""
+        return np.array([int((values_S >= self.threshold).sum()) for values_S in self.values])
+
+    @property
+    def tokens_P(self) -> np.ndarray:
+        """New tokens of each prompt."""
+        return np.array([len(values_S) for values_S in self.values])
+
+    @property
+    def rate(self) -> float:
+        """Share of new tokens at which the trigger fired."""
+        return float(self.fired_P.sum() / self.tokens_P.sum())
+
+    def interval(self, seed: int = 0, num_resamples: int = 2000) -> tuple[float, float]:
+        """95 % percentile interval of the rate, from resampled prompts: tokens of one text are not independent."""
+        draws = np.random.default_rng(seed).integers(0, len(self.values), (num_resamples, len(self.values)))
+        rates = self.fired_P[draws].sum(1) / self.tokens_P[draws].sum(1)
+        low, high = np.percentile(rates, [2.5, 97.5])
+        return float(low), float(high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+    """How a selector decodes prompts: everything that the achieved rate depends on.
+
+    Args:
+        model: the small model.
+        selector: in it.
+        pad_token_id: of the tokenizer.
+        eos_token_ids: end a text.
+        max_new_tokens: of each text.
+        batch_size: prompts per `generate` call.
+        warmup_tokens: the first new tokens never trigger, but count.
+        teacher_model: for the "kl" trigger.
+    """
+
+    model: PreTrainedModel
+    selector: Selector
+    pad_token_id: int
+    eos_token_ids: Sequence[int]
+    max_new_tokens: int
+    batch_size: int = 32
+    warmup_tokens: int = 3
+    teacher_model: PreTrainedModel | None = None
+
+    def run(self, prompts: Sequence[Sequence[int]], trigger: str, threshold: float) -> Values:
+        """Decodes the prompts and returns what the trigger saw.
+
+        Args:
+            prompts: token ids, one prompt each.
+            trigger: one with a threshold.
+            threshold: at or above which it fires; `math.inf` for the student's own text.
+        """
+        trace = S2TTrace()
+        config = S2TDecodingConfig(trigger=trigger, threshold=threshold, warmup_tokens=self.warmup_tokens)
+        decode_with: dict[str, Any] = {"custom_generate": s2t_generate, "selector": self.selector, "trace": trace}
+        decode_with["decoding_config"] = config
+        if self.teacher_model is not None:
+            decode_with["teacher_model"] = self.teacher_model
+        values: dict[int, torch.Tensor] = {}
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what does not fit fails at once
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            texts = rollout(
+                self.model,
+                [prompts[i] for i in rows],
+                self.max_new_tokens,
+                self.pad_token_id,
+                self.eos_token_ids,
+                decode_with=decode_with,
+            )
+            values_BS = torch.stack([step["value_B"] for step in trace.steps], dim=1)
+            values_BS[:, : self.warmup_tokens] = -math.inf
+            for b, i in enumerate(rows):
+                values[i] = values_BS[b, : len(texts[b])]
+        return Values([values[i] for i in range(len(prompts))], threshold)
+
+
+def calibrate_rates(
+    deployment: Deployment,
+    prompts: Sequence[Sequence[int]],
+    trigger: str,
+    target_rates: Sequence[float],
+    on_run: Callable[[float, Values], None] | None = None,
+) -> dict[float, Values]:
+    """For each target rate the run whose trigger fired closest to it, and with that its threshold.
+
+    The threshold decides what is corrected, so what is written, so which values the next tokens have. From the
+    threshold of the last texts to the texts of the last threshold, until the rate is within 5 % of the target or four
+    runs were made. Starts from the student's own text and goes through the rates from the lowest, each from the texts
+    of the one before.
+
+    Args:
+        deployment: what runs.
+        prompts: of held-out training problems.
+        trigger: one with a threshold that is calibrated: "entropy", "margin", "router" or "kl".
+        target_rates: shares of new tokens, in (0, 1].
+        on_run: called after every run, with the target rate.
+
+    Raises:
+        ValueError: for another trigger, a rate out of range, or no prompts.
+    """
+    _check_choice("trigger", trigger, tuple(name for name in THRESHOLD_TRIGGERS if name != "random"))
+    for rate in target_rates:
+        _check_range("target_rates", rate, 0.0, 1.0)
+    if not prompts:
+        raise ValueError("`prompts` must hold one prompt at least, got none.")
+    found = {}
+    run = deployment.run(prompts, trigger, math.inf)
+    for rate in sorted(target_rates):
+        runs: list[Values] = []
+        while len(runs) < MAX_RUNS:
+            run = deployment.run(prompts, trigger, calibrate_threshold(torch.cat(run.values), rate))
+            runs.append(run)
+            if on_run is not None:
+                on_run(rate, run)
+            allowed = max(TOLERANCE * rate, 1 / int(run.tokens_P.sum()))
+            if abs(run.rate - rate) <= allowed:
+                break
+        found[float(rate)] = run = min(runs, key=lambda run: abs(run.rate - rate))
+    return found
