@@ -205,9 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     check_unseen(args.adapter, labels["problem_id"], ("training",), "labels")
     fit, check = divide(labels, args.check_share, args.limit)
     name = args.model or config.base_model
-    tokenizer = AutoTokenizer.from_pretrained(name)
     if args.teacher_model is not None:
-        check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
+        check_same_vocabulary(*(AutoTokenizer.from_pretrained(source) for source in (name, args.teacher_model)))
     config = dataclasses.replace(config, warmup_tokens=args.warmup_tokens)
 
     model = load_model(name, args.dtype, default_device())
@@ -221,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         table = {t: {rate: {"threshold": value} for rate, value in stored[t].items()} for t in from_labels}
     decoded = [trigger for trigger in triggers if trigger not in from_labels]
     if decoded:
-        deployment = make_deployment(args, selector, header, model, tokenizer)
+        deployment = make_deployment(args, selector, header, model, AutoTokenizer.from_pretrained(name))
         if "kl" in decoded:
             teacher = load_model(args.teacher_model, args.dtype, default_device())
             deployment = dataclasses.replace(deployment, teacher_model=teacher)

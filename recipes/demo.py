@@ -26,6 +26,7 @@ from problems import SUFFIXES, Problem, load_problems, split_by_id
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from transformers_s2t.config import CALIBRATION_NAME
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
 
 
@@ -407,6 +408,7 @@ def main() -> None:
         num_parallel,
     )
 
+    calibrated = {seed: (Path(adapter) / CALIBRATION_NAME).is_file() for seed, adapter in adapters.items()}
     stages.start("Calibration: fusion weights and thresholds, on problems that training has not seen")
     stages.run_side_by_side(
         {
@@ -414,9 +416,12 @@ def main() -> None:
             + ["--teacher_model", args.teacher_model, "--labels", labels["calibration"]]
             + ["--batch_size", batch_size, *dtype]
             for seed, adapter in adapters.items()
+            if not calibrated[seed]
         },
         num_parallel,
     )
+    if all(calibrated.values()):
+        print("The adapters are calibrated already.")
 
     stages.start("Evaluation: the test problems, every policy with the same settings")
     stages.run(

@@ -11,7 +11,8 @@ A policy is written `name[:trigger[:rate]]`:
     s2t-local, s2t-local-bare    an adapter selects; bare: by its score alone, without fusion. Once per adapter
     second, random               controls: the second candidate, any candidate above the floor
 
-with the triggers always, entropy, margin, router, kl, random; all but "always" take the share of tokens that should fire.
+with the triggers always, entropy, margin, router, kl, random; all but "always" take the share of tokens that should
+fire.
 
 All policies run through `model.generate` with one clean generation config: nothing is inherited from the checkpoints
 but their end-of-sequence tokens. Every finished policy is kept in OUTPUT_DIR/records; running again with the same

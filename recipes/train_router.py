@@ -23,7 +23,7 @@ from models import default_device, load_model
 from trl import TrlParser
 
 from transformers_s2t import SelectorConfig
-from transformers_s2t.config import S2T_CONFIG_NAME
+from transformers_s2t.config import CALIBRATION_NAME, S2T_CONFIG_NAME
 from transformers_s2t.reserved_tokens import model_hash
 from transformers_s2t.router import ROUTER_TARGETS, RouterConfig, num_layers
 from transformers_s2t.router_training import collect, default_layers, fit_router, trigger_metrics
@@ -69,6 +69,7 @@ class RouterArguments:
     batch_size: int = field(default=32, metadata={"help": "Trajectories per forward of the model."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
     seed: int = field(default=0, metadata={"help": "Of the head's first weights and the order of positions."})
+    overwrite: bool = field(default=False, metadata={"help": "Train anew where the adapter has a router."})
 
     def __post_init__(self):
         if self.target not in ROUTER_TARGETS:
@@ -118,6 +119,9 @@ def main(argv: list[str] | None = None) -> None:
             "download an adapter of the Hub first (hf download)."
         )
     config = SelectorConfig.from_pretrained(args.adapter)
+    if config.router and not args.overwrite:
+        print(f"{args.adapter} already has a router; pass --overwrite true to train it again.")
+        return
     if config.proposals == "adapted":
         raise ValueError(
             f"{args.adapter} writes text with the adapter on (proposals='adapted'), but labels hold what the base "
@@ -177,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         num_epochs=args.num_epochs,
         batch_size=args.head_batch_size,
     )
+    (Path(args.adapter) / CALIBRATION_NAME).unlink(missing_ok=True)
     write_seen_problems(args.adapter, "router", [*labels["problem_id"], *held_out["problem_id"]])
     fingerprint = router.save_pretrained(args.adapter)
     # what was calibrated with another router: all thresholds where it had a say in the decisions, else its own

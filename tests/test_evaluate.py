@@ -325,7 +325,9 @@ def test_default_policies_are_those_that_can_run(bed, tmp_path):
     args = arguments(bed, tmp_path, teacher_model=None, adapters=[])
     assert [policy.label for policy in evaluate.choose_policies(args, False)] == ["greedy", "maj@8", "second:always"]
     args = arguments(bed, tmp_path)
-    assert [policy.label for policy in evaluate.choose_policies(args, True)] == list(evaluate.DEFAULT_POLICIES)
+    without = [label for label in evaluate.DEFAULT_POLICIES if "router" not in label]
+    assert [policy.label for policy in evaluate.choose_policies(args, True)] == without
+    assert [policy.label for policy in evaluate.choose_policies(args, True, True)] == list(evaluate.DEFAULT_POLICIES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

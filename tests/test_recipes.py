@@ -185,7 +185,7 @@ def test_one_folder_of_labels_holds_what_is_trained_on_and_what_is_held_out(run,
     state = json.loads((folder / "divided" / "trainer_state.json").read_text())
     assert any("eval_agree_at_1" in entry for entry in state["log_history"])
     run["calibrate"].main(["--adapter", str(folder / "divided"), "--labels", labels])
-    assert f" decision points of {sizes['validation']} trajectories" in capsys.readouterr().out
+    assert f" decision points with a choice, of {sizes['validation']} trajectories" in capsys.readouterr().out
 
 
 def test_a_trained_folder_is_not_trained_again_unless_asked(run, capsys):

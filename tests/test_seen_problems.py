@@ -231,7 +231,7 @@ def test_calibration_notes_its_problems_once_it_is_done(bed, recipes, monkeypatc
     trainer = make_trainer(folder)
     trainer.save_model()
     (folder / "out").rename(folder / "trained")
-    arguments = ["--adapter", str(folder / "trained"), "--labels", str(folder / "labels")]
+    arguments = ["--adapter", str(folder / "trained"), "--labels", str(folder / "labels"), "--deployed", "false"]
     with pytest.raises(ModelLoaded):
         recipes["calibrate"].main(arguments)
     assert set(read_seen_problems(folder / "trained")) == {"training", "tuning"}
