@@ -733,7 +733,7 @@ def coarse_divergence(
     ones are the teacher's best k and the token of the text, so what is lost is the disagreement among tokens that the
     teacher holds improbable and the student did not write.
 
-    Tokens that the student may not say (logit -inf) count for nothing, as in `kl_divergence`. How much of the
+    Tokens that the student may not say (logit -inf) are renormalised away, as in `kl_divergence`. How much of the
     teacher's unnamed mass lies on them is not known; it is at most their number times the k-th best probability, and
     of all values in that range the one with the lowest divergence is taken. Rows that only the teacher's head has are
     renormalised away where they are named, and taken to be empty otherwise: they are padding.
@@ -755,8 +755,9 @@ def coarse_divergence(
     where_SN = ids_SN.masked_fill(~inside_SN, shared)
     padded_SV = torch.cat([student_SV, torch.full_like(student_SV[:, :1], -math.inf)], dim=-1)
     student_SN = padded_SV.gather(-1, where_SN)
-    difference_SN = (prob_SN.log() - student_SN).masked_fill(torch.isinf(student_SN) | (prob_SN == 0), 0.0)
-    named_part_S = (prob_SN * difference_SN).sum(-1)
+    said_SN = prob_SN.masked_fill(torch.isinf(student_SN), 0.0)
+    difference_SN = (prob_SN.log() - student_SN).masked_fill(said_SN == 0, 0.0)
+    named_part_S, said_S = (said_SN * difference_SN).sum(-1), said_SN.sum(-1)
 
     rest_SV = padded_SV.scatter(-1, where_SN, -math.inf)[:, :shared]
     student_rest_S = torch.logsumexp(rest_SV, dim=-1)
@@ -764,9 +765,12 @@ def coarse_divergence(
     forbidden_S = torch.isinf(student_SV).sum(-1) - (torch.isinf(student_SN) & inside_SN).sum(-1)
     kth_S = (logprobs_SN[:, : min(top_logprobs, logprobs_SN.shape[-1])].double().exp() / scale_S1).amin(-1)
     least_S = (most_S - forbidden_S * kth_S).clamp_min(0.0)
-    # t log(t / s) falls until t = s / e and rises from there
-    mass_S = torch.minimum(torch.maximum(student_rest_S.exp() / math.e, least_S), most_S)
-    rest_part_S = (mass_S * (mass_S.log() - student_rest_S)).masked_fill(
-        torch.isinf(student_rest_S) | (mass_S == 0), 0.0
-    )
-    return (named_part_S + rest_part_S).clamp_min(0.0).float()
+    # with `mass` on the tokens that are not named, the divergence is convex in said / (said + mass); its lowest point
+    # is where both sides give the rest the same odds against what is named, as the teacher divides that
+    best_S = (named_part_S / said_S + student_rest_S).exp()
+    mass_S = torch.minimum(torch.maximum(best_S.nan_to_num(0.0), least_S), most_S)
+    mass_S = mass_S.masked_fill(torch.isinf(student_rest_S), 0.0)
+    rest_part_S = (mass_S * (mass_S.log() - student_rest_S)).masked_fill(mass_S == 0, 0.0)
+    total_S = said_S + mass_S
+    bound_S = (named_part_S + rest_part_S) / total_S - total_S.log()
+    return bound_S.masked_fill(total_S == 0, 0.0).clamp_min(0.0).float()

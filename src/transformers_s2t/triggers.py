@@ -25,15 +25,15 @@ def margin(logits_BV: torch.Tensor) -> torch.Tensor:
 
 
 def kl_divergence(teacher_logits_BV: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) over the vocabulary that both have, nats, shape (B,).
+    """KL(teacher || student) over the tokens that both have and the student may say, nats, shape (B,).
 
-    The heads of one family may be padded to different sizes (Qwen2.5: 151936 and 152064 rows): the shared rows are
-    renormalised on both sides.
+    The heads of one family may be padded to different sizes (Qwen2.5: 151936 and 152064 rows), and a user's processors
+    may forbid tokens (-inf), which cannot be chosen and are no disagreement: both sides are renormalised over the rest.
     """
     shared = min(teacher_logits_BV.shape[-1], logits_BV.shape[-1])
-    teacher_BV = torch.log_softmax(teacher_logits_BV[..., :shared].float(), dim=-1)
     student_BV = torch.log_softmax(logits_BV[..., :shared].float(), dim=-1)
-    # a token that the user's processors forbid (-inf) cannot be chosen and does not count as a disagreement
+    teacher_BV = teacher_logits_BV[..., :shared].float().masked_fill(torch.isneginf(student_BV), float("-inf"))
+    teacher_BV = torch.log_softmax(teacher_BV, dim=-1)
     difference_BV = (teacher_BV - student_BV).masked_fill(torch.isinf(student_BV) | torch.isinf(teacher_BV), 0.0)
     return (teacher_BV.exp() * difference_BV).sum(-1).clamp_min(0.0)
 
