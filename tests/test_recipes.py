@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from tiny import RESERVED, prompts, tiny_model
 from tiny_labels import tiny_tokenizer
 
 from transformers_s2t import LocalSelector, S2TDecodingConfig, S2TTrace, SelectorConfig, s2t_generate
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME
+from transformers_s2t.seen_problems import read_seen_problems
 from transformers_s2t.trajectories import read_labels, shard_files
 
 
@@ -31,6 +34,7 @@ def run(tmp_path_factory):
         import calibrate
         import label
         import train
+        import train_router
     finally:
         sys.path.remove(str(RECIPES))
     for name, seed in (("student", 0), ("teacher", 9)):
@@ -61,6 +65,7 @@ def run(tmp_path_factory):
     train.main(arguments)
     calibrate.main(["--adapter", str(folder / "adapter"), "--labels", str(folder / "labels" / "held-out")])
     modules = {"agreement": agreement, "calibrate": calibrate, "label": label, "train": train}
+    modules["train_router"] = train_router
     return {"folder": folder, "arguments": arguments, **modules}
 
 
@@ -87,6 +92,116 @@ def test_calibration_stores_every_rate_and_the_fusion(run):
         values = [by_rate[rate] for rate in sorted(by_rate)]
         assert values == sorted(values, reverse=True)
     assert config.fusion is not None and config.fusion.logprob != 0
+
+
+@pytest.fixture(scope="module")
+def routed(run):
+    """The adapter with a router that learned from its training labels, calibrated on other ones."""
+    adapter, labels = run["folder"] / "routed", run["folder"] / "labels"
+    shutil.copytree(run["folder"] / "adapter", adapter)
+    run["train_router"].main(["--adapter", str(adapter), "--labels", str(labels / "train"), "--target", "differs"])
+    uncalibrated = SelectorConfig.from_pretrained(adapter)
+    run["calibrate"].main(
+        ["--adapter", str(adapter), "--labels", str(labels / "held-out"), "--target_rates", "0.1", "0.3"]
+    )
+    return adapter, uncalibrated
+
+
+def test_a_router_is_trained_calibrated_and_found_beside_its_adapter(run, routed):
+    adapter, uncalibrated = routed
+    assert uncalibrated.router and "router" not in uncalibrated.thresholds and uncalibrated.fusion is not None
+    config = SelectorConfig.from_pretrained(adapter)
+    assert config.router == uncalibrated.router and set(config.thresholds["router"]) == {0.1, 0.3}
+    assert config.fusion.router != 0
+    seen = read_seen_problems(adapter)
+    assert seen["router"] == seen["training"]  # all of the train labels: a part of them was held out for the layer
+    report = json.loads((adapter / CALIBRATION_NAME).read_text())
+    assert not report["router_cross_fitted"] and report["problems"]["checked"] > 0
+    for by_rate in (report["rates"][trigger] for trigger in ("entropy", "margin", "router")):
+        for entry in by_rate.values():
+            low, high = entry["interval"]
+            assert low <= entry["achieved"] <= high
+    model, trace = tiny_model(), S2TTrace()
+    selector = LocalSelector.from_pretrained(adapter, model)
+    settings = S2TDecodingConfig(trigger="router", target_rate=0.3)
+    model.generate(
+        **prompts(), max_new_tokens=10, custom_generate=s2t_generate, selector=selector, decoding_config=settings,
+        trace=trace,
+    )  # fmt: skip
+    assert any(bool(step["triggered_B"].any()) for step in trace.steps)
+
+
+def test_a_router_is_not_trained_again_unless_asked_and_then_to_the_same_bytes(run, routed, capsys):
+    adapter, _ = routed
+    weights = (adapter / ROUTER_WEIGHTS_NAME).read_bytes()
+    arguments = ["--adapter", str(adapter), "--labels", str(run["folder"] / "labels" / "train"), "--target", "differs"]
+    run["train_router"].main(arguments)
+    assert "already has a router" in capsys.readouterr().out and (adapter / CALIBRATION_NAME).is_file()
+    copy = run["folder"] / "routed-again"
+    shutil.copytree(adapter, copy)
+    run["train_router"].main(["--adapter", str(copy), *arguments[2:], "--overwrite", "true"])
+    assert (copy / ROUTER_WEIGHTS_NAME).read_bytes() == weights
+    config = SelectorConfig.from_pretrained(copy)  # the router had a say in what was calibrated
+    assert config.thresholds == {} and config.fusion is None and not (copy / CALIBRATION_NAME).exists()
+
+
+def test_where_the_router_has_seen_the_problems_its_logits_are_cross_fitted(run, capsys):
+    adapter, labels = run["folder"] / "short", str(run["folder"] / "labels" / "held-out")
+    shutil.copytree(run["folder"] / "adapter", adapter)
+    run["train_router"].main(["--adapter", str(adapter), "--labels", labels, "--target", "differs"])
+    run["calibrate"].main(["--adapter", str(adapter), "--labels", labels, "--deployed", "false"])
+    assert "cross-fitted" in capsys.readouterr().out
+    assert json.loads((adapter / CALIBRATION_NAME).read_text())["router_cross_fitted"]
+    assert set(SelectorConfig.from_pretrained(adapter).thresholds) == {"entropy", "margin", "kl"}
+
+
+def test_an_adapted_model_is_calibrated_on_the_text_that_it_writes(run, capsys):
+    """Labels hold the base model's text and candidates: thresholds come from decoding, fusion stays the paper's."""
+    adapter = run["folder"] / "adapted"
+    options = ["--adapter_scope", "sequence", "--proposals", "adapted", "--overwrite", "true", "--max_steps", "2"]
+    run["train"].main([*run["arguments"], *options, "--output_dir", str(adapter)])
+    labels = ["--labels", str(run["folder"] / "labels" / "held-out")]
+    run["calibrate"].main(["--adapter", str(adapter), *labels, "--target_rates", "0.2"])
+    config = SelectorConfig.from_pretrained(adapter)
+    assert set(config.thresholds) == {"entropy", "margin"} and config.fusion is None
+    assert "fusion stays the paper's rule" in capsys.readouterr().out
+    for extra in (["--deployed", "false"], ["--triggers", "kl"]):
+        with pytest.raises(ValueError, match="`triggers` can be .* here"):
+            run["calibrate"].main(["--adapter", str(adapter), *labels, *extra])
+    with pytest.raises(ValueError, match="a router cannot be trained on them"):
+        run["train_router"].main(["--adapter", str(adapter), *labels])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "message"),
+    [
+        ("calibrate", ["--triggers", "margins"], "`triggers` must be among 'entropy', 'margin', 'router', 'kl', got"),
+        ("calibrate", ["--triggers", "router"], "has no router; recipes/train_router.py trains one"),
+        ("calibrate", ["--target_rates", "0"], r"`target_rates` must be in \(0, 1\], got \[0.0\]"),
+        ("calibrate", ["--check_share", "1"], r"`check_share` must be in \[0, 1\), got 1.0"),
+        ("calibrate", ["--limit", "0"], "`limit` must be at least 1, got 0"),
+        ("train_router", ["--target", "wins"], "`target` must be one of 'gain', 'differs', 'kl', got 'wins'"),
+        ("train_router", ["--layers", "0", "2"], r"`layers` must be in \[1, 2\], the model's layers, got 0"),
+        ("train_router", ["--min_gain", "-1"], "`min_gain` must be at least 0.0, got -1"),
+        ("train_router", ["--learning_rate", "0"], "`learning_rate` must be above 0, got 0"),
+        ("train_router", ["--min_gain", "5000"], "0 of them positive: a router needs both kinds"),
+    ],
+)
+def test_bad_arguments_are_named_and_nothing_is_written(run, recipe, arguments, message):
+    adapter = run["folder"] / "adapter"
+    before = {file: file.read_bytes() for file in adapter.iterdir() if file.is_file()}
+    labels = str(run["folder"] / "labels" / "held-out")
+    with pytest.raises(ValueError, match=message):
+        run[recipe].main(["--adapter", str(adapter), "--labels", labels, *arguments])
+    assert {file: file.read_bytes() for file in adapter.iterdir() if file.is_file()} == before
+
+
+def test_a_router_whose_two_sets_share_problems_is_refused(run):
+    labels = str(run["folder"] / "labels" / "held-out")
+    with pytest.raises(ValueError, match="`labels` and `eval_labels` share 25 problems"):
+        run["train_router"].main(
+            ["--adapter", str(run["folder"] / "adapter"), "--labels", labels, "--eval_labels", labels]
+        )
 
 
 def test_a_second_round_is_written_by_the_trained_selector(run, capsys):

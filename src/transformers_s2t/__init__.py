@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .config import FusionWeights, S2TDecodingConfig, SelectorConfig
 from .generation import s2t_generate
 from .logits_process import S2T, S2TLogitsProcessor
+from .router import Router
 from .selection import LocalSelector, S2TTrace, Selector, TeacherSelector
 
 
@@ -20,6 +21,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "FusionWeights",
     "LocalSelector",
+    "Router",
     "S2T",
     "S2TConfig",
     "S2TDecodingConfig",
