@@ -73,7 +73,7 @@ DEFAULT_POLICIES = (
     ("greedy", "maj@8", "teacher")
     + ("takeover:kl:0.05", "s2t:kl:0.05", "s2t-local:kl:0.05", "takeover:kl:0.1", "s2t:kl:0.1", "s2t-local:kl:0.1")
     + ("second:kl:0.1", "random:kl:0.1")
-    + ("s2t:entropy:0.1", "s2t-local:entropy:0.1", "s2t:margin:0.1", "s2t-local:margin:0.1")
+    + ("s2t:entropy:0.05", "s2t-local:entropy:0.05", "s2t:margin:0.05", "s2t-local:margin:0.05")
     + ("s2t:router:0.05", "s2t-local:router:0.05", "s2t:router:0.1", "s2t-local:router:0.1")
     + ("s2t:always", "s2t-local:always", "second:always")
 )
