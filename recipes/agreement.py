@@ -12,13 +12,13 @@ an adapter has seen, in training or after (its seen_problems.json), are refused.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from commands import run
 from datasets import Dataset
 from models import default_device, load_model
 from trl import TrlParser
@@ -154,8 +154,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"agreement.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

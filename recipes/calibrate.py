@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapters import check_same_tokenizer, open_adapter
+from commands import run
 from datasets import Dataset
 from huggingface_hub import HfApi
 from models import default_device, load_model
@@ -189,19 +191,10 @@ def run_deployed(
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = TrlParser(CalibrateArguments).parse_args_and_config(argv)
-    if not Path(args.adapter).is_dir():
-        raise ValueError(
-            f"`adapter` must be a local folder, because its {S2T_CONFIG_NAME} is rewritten, got {args.adapter!r}; "
-            "download an adapter of the Hub first (hf download)."
-        )
-    config = SelectorConfig.from_pretrained(args.adapter)
+    config = open_adapter(args.adapter)
     triggers = choose_triggers(args, config)
     labels, header = read_held_out_labels(args.labels)
-    if header is not None and config.vocab_hash and header.vocab_hash != config.vocab_hash:
-        raise ValueError(
-            f"`labels` {args.labels!r} were made with another tokenizer ({header.vocab_hash}) than the adapter's "
-            f"({config.vocab_hash}): label with {config.base_model!r}."
-        )
+    check_same_tokenizer(args.labels, header, config)
     check_unseen(args.adapter, labels["problem_id"], ("training",), "labels")
     fit, check = divide(labels, args.check_share, args.limit)
     name = args.model or config.base_model
@@ -324,8 +317,4 @@ def print_report(args, table, points, fusion, was_seen, num_labels: int, num_fit
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"calibrate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

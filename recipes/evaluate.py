@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from answers import STYLES, extract_answer, is_correct
+from commands import run
 from controls import RandomCandidateSelector, SecondCandidateSelector
 from models import default_device, load_model
 from problems import Problem, encode_prompts, left_pad, load_problems
@@ -936,8 +937,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+from commands import run
 
 
 matplotlib.use("Agg")
@@ -402,8 +402,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

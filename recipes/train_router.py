@@ -15,14 +15,14 @@ KL(teacher || student) itself ("kl").
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapters import check_same_tokenizer, open_adapter
+from commands import run
 from models import default_device, load_model
 from trl import TrlParser
 
-from transformers_s2t import SelectorConfig
 from transformers_s2t.config import CALIBRATION_NAME, S2T_CONFIG_NAME
 from transformers_s2t.reserved_tokens import model_hash
 from transformers_s2t.router import ROUTER_TARGETS, RouterConfig, num_layers
@@ -113,12 +113,7 @@ def read_both(args: RouterArguments):
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = TrlParser(RouterArguments).parse_args_and_config(argv)
-    if not Path(args.adapter).is_dir():
-        raise ValueError(
-            f"`adapter` must be a local folder, because the router is written beside it, got {args.adapter!r}; "
-            "download an adapter of the Hub first (hf download)."
-        )
-    config = SelectorConfig.from_pretrained(args.adapter)
+    config = open_adapter(args.adapter)
     if config.router and not args.overwrite:
         print(f"{args.adapter} already has a router; pass --overwrite true to train it again.")
         return
@@ -128,11 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             "model would write first: a router cannot be trained on them. Use trigger='entropy' or 'margin'."
         )
     labels, held_out, header = read_both(args)
-    if header is not None and config.vocab_hash and header.vocab_hash != config.vocab_hash:
-        raise ValueError(
-            f"`labels` {args.labels!r} were made with another tokenizer ({header.vocab_hash}) than the adapter's "
-            f"({config.vocab_hash}): label with {config.base_model!r}."
-        )
+    check_same_tokenizer(args.labels, header, config)
     model = load_model(args.model or config.base_model, args.dtype, default_device())
     own_hash = model_hash(model)
     if config.model_hash and own_hash != config.model_hash:
@@ -211,8 +202,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"train_router.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -28,7 +28,7 @@ def kl_divergence(teacher_logits_BV: torch.Tensor, logits_BV: torch.Tensor) -> t
     """KL(teacher || student) over the tokens that both have and the student may say, nats, shape (B,).
 
     The heads of one family may be padded to different sizes (Qwen2.5: 151936 and 152064 rows), and a user's processors
-    may forbid tokens (-inf), which cannot be chosen and are no disagreement: both sides are renormalised over the rest.
+    may forbid tokens (-inf), which cannot be chosen: both sides are renormalised over the rest.
     """
     shared = min(teacher_logits_BV.shape[-1], logits_BV.shape[-1])
     student_BV = torch.log_softmax(logits_BV[..., :shared].float(), dim=-1)
