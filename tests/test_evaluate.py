@@ -178,7 +178,7 @@ def bed(tmp_path_factory):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     lora_model(tiny_model(**sizes), name="default", reserved=reserved).save_pretrained(root / "adapter")
-    thresholds = {"kl": {0.05: 1.0, 0.1: 0.5}, "entropy": {0.1: 0.5}, "margin": {0.1: -1.0}}
+    thresholds = {"kl": {0.05: 1.0, 0.1: 0.5}, "entropy": {0.05: 0.6, 0.1: 0.5}, "margin": {0.05: -0.5, 0.1: -1.0}}
     SelectorConfig(
         reserved, thresholds=thresholds, vocab_hash=vocab_hash(tokenizer), metrics={"agree_at_1": 0.5}
     ).save_pretrained(root / "adapter")
