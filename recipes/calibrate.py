@@ -39,7 +39,7 @@ from transformers_s2t.calibration import (
     read_router,
     score_labels,
 )
-from transformers_s2t.config import CALIBRATION_NAME, DEFAULT_WARMUP_TOKENS, S2T_CONFIG_NAME, write_json
+from transformers_s2t.config import CALIBRATION_NAME, DEFAULT_WARMUP_TOKENS, S2T_CONFIG_NAME, atomic_write, write_json
 from transformers_s2t.rates import Deployment, calibrate_rates
 from transformers_s2t.reserved_tokens import check_same_vocabulary
 from transformers_s2t.seen_problems import check_unseen, read_seen_problems, write_seen_problems
@@ -47,6 +47,7 @@ from transformers_s2t.trajectories import TrajectoryHeader, read_held_out_labels
 
 
 TRIGGERS = ("entropy", "margin", "router", "kl")
+CARD_TITLE = "## Calibration"
 
 
 @dataclass
@@ -225,6 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(
         Path(args.adapter) / CALIBRATION_NAME, report(args, table, points, fusion, was_seen, len(fit), len(check))
     )
+    write_card(Path(args.adapter) / "README.md", card_section(table, points, fusion, len(check)))
     print_report(args, table, points, fusion, was_seen, len(labels), len(fit), len(check))
     if args.push_to_hub is not None:
         HfApi().create_repo(args.push_to_hub, exist_ok=True)
@@ -285,6 +287,37 @@ def report(args, table, points, fusion, was_seen, num_fit: int, num_check: int) 
         "in_sample_points": None if points is None else {"count": len(points.target_N), **agreement(points, fusion)},
         "rates": {trigger: {f"{rate:g}": entry for rate, entry in by.items()} for trigger, by in table.items()},
     }
+
+
+def card_section(table, points, fusion, num_check: int) -> str:
+    """What the model card says of the calibration, in Markdown."""
+    text = "Selecting at a share of the tokens: `S2TDecodingConfig(trigger=..., target_rate=...)`.\n\n"
+    text += "| trigger | target rate | threshold | rate on other problems |\n|---|---|---|---|\n"
+    for trigger, by_rate in table.items():
+        for rate, entry in by_rate.items():
+            achieved = "not measured"
+            if "achieved" in entry:
+                low, high = entry["interval"]
+                achieved = f"{entry['achieved']:.2%} [{low:.2%}, {high:.2%}]"
+            text += f"| {trigger} | {rate:.1%} | {entry['threshold']:.4f} | {achieved} |\n"
+    if num_check:
+        text += f"\nRates on {num_check} problems that the thresholds were not taken from, with 95 % intervals.\n"
+    if points is not None:
+        before, after = points.flips(FusionWeights()), points.flips(fusion)
+        text += (
+            f"\nFusion weights were fitted on {len(points.target_N)} decision points, where the fused decision puts "
+            f"{after.helped} first choices right and {after.hurt} wrong (the bare score: {before.helped} and "
+            f"{before.hurt}).\n"
+        )
+    return text
+
+
+def write_card(file: Path, section: str) -> None:
+    """Puts the section at the end of a model card, in place of the one of an earlier calibration."""
+    card = file.read_text(encoding="utf-8") if file.is_file() else ""
+    card = card.split(f"\n{CARD_TITLE}\n")[0].rstrip()
+    with atomic_write(file) as out:
+        out.write(f"{card}\n\n{CARD_TITLE}\n\n{section}".lstrip().encode())
 
 
 def print_report(args, table, points, fusion, was_seen, num_labels: int, num_fit: int, num_check: int) -> None:

@@ -121,6 +121,8 @@ def test_a_router_is_trained_calibrated_and_found_beside_its_adapter(run, routed
         for entry in by_rate.values():
             low, high = entry["interval"]
             assert low <= entry["achieved"] <= high
+    card = (adapter / "README.md").read_text()
+    assert card.count("## Calibration") == 1 and "## Figures" in card and "| router | 30.0% |" in card
     model, trace = tiny_model(), S2TTrace()
     selector = LocalSelector.from_pretrained(adapter, model)
     settings = S2TDecodingConfig(trigger="router", target_rate=0.3)
