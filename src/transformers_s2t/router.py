@@ -116,10 +116,9 @@ class HiddenTap:
     """
 
     def __init__(self, model: PreTrainedModel, layer: int):
-        decoder = get_decoder(model)
         depth = num_layers(model)
         _check_range("layer", layer, 1, depth, integer=True)
-        self._module = decoder if layer == depth else _find_layers(model)[layer - 1]
+        self._module = _innermost_decoder(model) if layer == depth else _find_layers(model)[layer - 1]
         self._handle = None
         self._num_watchers = 0
         self.num_forwards = 0
@@ -165,10 +164,16 @@ def num_layers(model: PreTrainedModel) -> int:
     return model.config.get_text_config().num_hidden_layers
 
 
+def _innermost_decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that every forward ends in before the head: OPT's goes past the outer of its two decoders."""
+    decoder = model.get_decoder()
+    return get_decoder(model) if decoder is model else decoder  # Llama 4 does not know where its decoder is
+
+
 def _find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's list of layers, told by its length: it has many names."""
     depth = num_layers(model)
-    for module in get_decoder(model).modules():
+    for module in _innermost_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(
