@@ -6,17 +6,33 @@ their thresholds in the middle of their own values: a router that read the wrong
 Legend: B rows, K candidates, D hidden size, F features, V vocabulary, X inputs of the head.
 """
 
+import copy
+import gc
+import io
 import math
 from functools import lru_cache
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_architectures import make_local
-from tiny import RESERVED, SCOPES, make_selector, single, tiny_model
+from tiny import RESERVED, SCOPES, lora_model, make_selector, prompts, single, tiny_model
 from tiny_architectures import FAMILIES, NaiveCausalLM, make_model
+from transformers import AutoModelForCausalLM, LogitsProcessor
 
-from transformers_s2t import S2T, FusionWeights, S2TDecodingConfig, S2TTrace, TeacherSelector, s2t_generate
-from transformers_s2t.router import Router, RouterConfig, RouterHead, num_layers
+from transformers_s2t import (
+    S2T,
+    FusionWeights,
+    LocalSelector,
+    S2TDecodingConfig,
+    S2TLogitsProcessor,
+    S2TTrace,
+    SelectorConfig,
+    TeacherSelector,
+    s2t_generate,
+)
+from transformers_s2t.router import HiddenTap, Router, RouterConfig, RouterHead, num_layers
 
 
 ROADS = ("processor", "fast")
@@ -158,11 +174,20 @@ def middle_threshold(case, inputs, trigger="router", **config):
     """A threshold that about half of the values reach, in their widest gap near the middle."""
     trace = S2TTrace()
     generate("fast", case.model, inputs, case.selector, offer_all(trigger=trigger, threshold=-math.inf), trace)
-    values = torch.cat([step["value_B"] for step in trace.steps]).sort().values
-    middle = len(values) // 2
-    near = values[middle - 3 : middle + 3]
+    return middle_of(torch.cat([step["value_B"] for step in trace.steps]))
+
+
+def middle_of(values):
+    middle = values.numel() // 2
+    near = values.flatten().sort().values[middle - 3 : middle + 3]
     at = int(near.diff().argmax())
     return float(near[at] + near[at + 1]) / 2
+
+
+def naive_middle(case, inputs, guide):
+    """The same where the user shapes the logits, of the naive decoder's values without selection."""
+    never = offer_all(trigger="router", threshold=math.inf)
+    return middle_of(torch.tensor([case.decode(ids, never, FusionWeights(), guide)[1] for ids in rows_of(inputs)]))
 
 
 def rows_of(inputs):
@@ -242,3 +267,463 @@ def test_every_architecture_equals_its_naive_decoder(family, layer, batch):
     case = make_case(("sequence", "adapted") if layer == "last" else ("candidate", "base"), layer, family)
     traces = check_against_naive(case, batch, config_of(case, "router", batch))
     assert not any("router" in trace.forwards for trace in traces)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processor road where the last forward is not surely the step's own, and where it is
+
+
+def is_close(trace, other):
+    """Whether two calls saw the same trigger values."""
+    values, others = ([step["value_B"] for step in t.steps] for t in (trace, other))
+    return len(values) == len(others) and torch.allclose(torch.stack(values), torch.stack(others), atol=1e-3)
+
+
+def fast_tokens(case, inputs, config):
+    """What both roads give where nothing stands in the way, by the tests above; and the trace."""
+    trace = S2TTrace()
+    return generate("fast", case.model, inputs, case.selector, config, trace).tolist(), trace
+
+
+def run_on_the_last_token(model, input_ids):
+    """A user's own code between the steps: the same model on something else, with as many rows."""
+    model(input_ids=input_ids[:, -1:], use_cache=False)
+
+
+class RunsTheModel(LogitsProcessor):
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, input_ids, scores):
+        run_on_the_last_token(self.model, input_ids)
+        return scores
+
+
+def criterion(model):
+    def goes_on(input_ids, scores, **kwargs):
+        run_on_the_last_token(model, input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    return [goes_on]
+
+
+UNSURE = {
+    "a-prompt-read-in-parts": (lambda case: {"prefill_chunk_size": 3}, 1),
+    "a-criterion-runs-the-model": (lambda case: {"stopping_criteria": criterion(case.model)}, NEW_TOKENS - 1),
+    "a-dynamic-cache": (lambda case: {}, 0),
+    "no-cache": (lambda case: {"use_cache": False}, 0),
+    "a-static-cache": (lambda case: {"cache_implementation": "static"}, 0),
+}
+
+
+@pytest.mark.parametrize("how", UNSURE)
+@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
+def test_the_processor_reads_the_text_again_where_the_forward_is_not_surely_its_own(setup, how, batch):
+    case = make_case(setup, 1)
+    config = config_of(case, "router", batch)
+    expected, expected_trace = fast_tokens(case, batch, config)
+    settings, num_forwards = UNSURE[how]
+    trace = S2TTrace()
+    got = generate("processor", case.model, batch, case.selector, config, trace, **settings(case))
+    assert got.tolist() == expected
+    assert is_close(trace, expected_trace)
+    assert trace.forwards.get("router", 0) == num_forwards
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
+def test_a_processor_that_runs_the_model_before_the_step(setup, batch):
+    case = make_case(setup, "last")
+    config = config_of(case, "router", batch)
+    expected, expected_trace = fast_tokens(case, batch, config)
+    trace = S2TTrace()
+    processors = [RunsTheModel(case.model), *S2T(case.selector, config=config, trace=trace)]
+    assert plain(case.model, batch, logits_processor=processors).tolist() == expected
+    assert is_close(trace, expected_trace)
+    assert trace.forwards["router"] == NEW_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("family", "setup"), [("llama", setup) for setup in SETUPS] + [("jamba", SCOPES[0])], ids=name_of
+)
+def test_the_text_is_read_again_only_where_the_score_needs_it(family, setup, batch):
+    """With fusion alone the router is read at asked steps: the text is caught up over several tokens at once."""
+    case = make_case(setup, 1, family)
+    config = config_of(case, "margin", batch)
+    expected, _ = fast_tokens(case, batch, config)
+    trace = S2TTrace()
+    settings = {"stopping_criteria": criterion(case.model)}
+    got = generate("processor", case.model, batch, case.selector, config, trace, **settings)
+    assert got.tolist() == expected
+    asked = [bool(step["asked_B"].any()) for step in trace.steps]
+    assert trace.forwards["router"] == sum(asked) < NEW_TOKENS
+    assert trace.tokens["router"] == 3 * (PROMPT + max(i for i, a in enumerate(asked) if a))
+
+
+def guided(case, ids, start, logits_V, writes_with):
+    """Classifier-free guidance with a scale of 1.5: the guide reads from the prompt's last token on."""
+    guide_V = case.student.read(ids[start - 1 :], writes_with, 1)[1].log_softmax(-1)
+    return 1.5 * (logits_V.log_softmax(-1) - guide_V) + guide_V
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
+def test_a_guide_that_runs_the_model_at_every_step(setup, road):
+    case, inputs = make_case(setup, 1), prompts((6, 6))
+    config = offer_all(trigger="router", threshold=naive_middle(case, inputs, guided), fusion=FusionWeights())
+    (trace,) = check_against_naive(case, inputs, config, roads=(road,), guide=guided, guidance_scale=1.5)
+    assert trace.forwards.get("router", 0) == (NEW_TOKENS if road == "processor" else 0)
+
+
+def by_hand(model, inputs, processor):
+    """Greedy decoding without `generate`, with a forward of the whole text at every step."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].long()
+    for _ in range(NEW_TOKENS):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        with torch.no_grad():
+            logits_BV = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[
+                :, -1
+            ]
+        ids = torch.cat([ids, processor(ids, logits_BV).argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("kind", [S2T, S2TLogitsProcessor])
+@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
+def test_a_processor_that_is_called_by_hand(setup, kind, batch):
+    case = make_case(setup, 1)
+    config = config_of(case, "router", batch)
+    expected, expected_trace = fast_tokens(case, batch, config)
+    trace = S2TTrace()
+    assert by_hand(case.model, batch, kind(case.selector, config=config, trace=trace)).tolist() == expected
+    assert is_close(trace, expected_trace)
+    assert trace.forwards["router"] == NEW_TOKENS
+
+
+@pytest.mark.parametrize("as_list", [False, True], ids=["S2T", "list"])
+@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
+def test_one_object_serves_call_after_call_with_the_users_own_forwards_between(setup, as_list, batch):
+    case = make_case(setup, 1)
+    config = config_of(case, "router", batch)
+    trace = S2TTrace()
+    one = S2T(case.selector, config=config, trace=trace)
+    processors = [one[0]] if as_list else one
+    for inputs, num_user_forwards in (
+        (batch, 0),
+        (prompts((4, 6), seed=8), 1),
+        (prompts((9,), seed=9), 2),
+        (batch, 0),
+    ):
+        for _ in range(num_user_forwards):
+            case.model(**{name: tensor[:1] for name, tensor in inputs.items()})
+        got = plain(case.model, inputs, logits_processor=processors)
+        found = trace.forwards.get("router", 0)
+        assert got.tolist() == fast_tokens(case, inputs, config)[0]
+        assert found == (1 if as_list and num_user_forwards else 0)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
+def test_another_object_of_the_same_model_generates(setup, batch):
+    """The router then reads with its own; `s2t_generate` refuses that."""
+    case, other = make_case(setup, 1), Case(setup, 1)
+    config = config_of(case, "router", batch)
+    expected, expected_trace = fast_tokens(case, batch, config)
+    trace = S2TTrace()
+    assert generate("processor", other.model, batch, case.selector, config, trace).tolist() == expected
+    assert is_close(trace, expected_trace)
+    assert trace.forwards["router"] == NEW_TOKENS
+    with Count(other.model) as count, pytest.raises(ValueError, match="another model object"):
+        generate("fast", other.model, batch, case.selector, config)
+    assert count.calls == 0
+
+
+def test_a_router_of_another_model_that_nobody_reads_is_no_error(batch):
+    case, other = make_case("teacher", 1), tiny_model(eos_token_id=None)
+    for road in ROADS:
+        got = generate(road, other, batch, case.selector, offer_all())
+        assert got.tolist() == generate(road, case.model, batch, case.selector, offer_all()).tolist()
+
+
+def test_a_router_that_is_exchanged_after_s2t_was_made(batch):
+    """What the tap of the old one saw is not for the new one."""
+    case = Case("teacher", 1)
+    config = config_of(case, "router", batch)
+    one = S2T(case.selector, config=config)
+    case.selector.router = make_router(case.model, 2)
+    assert plain(case.model, batch, logits_processor=one).tolist() == fast_tokens(case, batch, config)[0]
+
+
+@pytest.mark.parametrize("setup", SCOPES, ids=name_of)
+def test_a_peft_model_generates_like_its_base_model(setup, batch):
+    case = make_case(setup, 1)
+    config = config_of(case, "router", batch)
+    expected, _ = fast_tokens(case, batch, config)
+    peft_model = lora_model(tiny_model(eos_token_id=None))
+    selector = LocalSelector(
+        peft_model,
+        case.selector.selector_config,
+        "s2t",
+        router=Router(peft_model, case.router.head, case.router.config),
+    )
+    for road in ROADS:
+        trace = S2TTrace()
+        assert generate(road, peft_model, batch, selector, config, trace).tolist() == expected
+        assert "router" not in trace.forwards
+
+
+@pytest.mark.parametrize("setup", ["teacher", *SCOPES[:2]], ids=name_of)
+def test_a_users_own_adapter_writes_the_text_that_the_router_reads(setup, batch, tmp_path):
+    """Against a model into which that adapter was merged; on a prompt in parts the text is read again with it."""
+
+    def own():
+        return lora_model(tiny_model(eos_token_id=None), seed=7, name="own", reserved=(80,))
+
+    if setup != "teacher":
+        lora_model(tiny_model(eos_token_id=None), name="default").save_pretrained(tmp_path)
+        SelectorConfig(RESERVED, *setup, num_candidates=K, min_prob_ratio=0.0).save_pretrained(tmp_path)
+
+    def set_up(model):
+        if setup == "teacher":
+            selector = TeacherSelector(tiny_model(seed=9, eos_token_id=None))
+        else:
+            selector = LocalSelector.from_pretrained(tmp_path, model)
+        selector.router = make_router(model, 1)
+        return SimpleNamespace(model=model, selector=selector, teacher=None)
+
+    merged, peft = set_up(own().merge_and_unload()), set_up(own())
+    config = offer_all(trigger="router", threshold=middle_threshold(merged, batch))
+    expected, expected_trace = fast_tokens(merged, batch, config)
+    assert expected != fast_tokens(set_up(tiny_model(eos_token_id=None)), batch, config)[0]
+    for road, settings in (("fast", {}), ("processor", {}), ("processor", {"prefill_chunk_size": 3})):
+        trace = S2TTrace()
+        assert generate(road, peft.model, batch, peft.selector, config, trace, **settings).tolist() == expected
+        assert is_close(trace, expected_trace)
+        assert trace.forwards.get("router", 0) == len(settings)
+
+
+class Count:
+    """How often a model's decoder ran, and on how many tokens."""
+
+    def __init__(self, model):
+        self.calls, self.tokens = 0, 0
+        self.handle = model.model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module, args, kwargs):
+        self.calls += 1
+        self.tokens += kwargs["input_ids"].numel()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
+def test_an_ordinary_step_costs_no_forward_beyond_its_own(setup, road, batch):
+    case, trace = make_case(setup, 1), S2TTrace()
+    with Count(case.model) as count:
+        generate(road, case.model, batch, case.selector, offer_all(trigger="router", threshold=math.inf), trace)
+    assert (count.calls, count.tokens) == (NEW_TOKENS, 3 * (PROMPT + NEW_TOKENS - 1))
+    assert trace.forwards == {}
+    assert all(bool(step["value_B"].isfinite().all()) for step in trace.steps)
+
+
+@pytest.mark.parametrize("trigger", ["router", "margin"])
+@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
+def test_an_asked_step_costs_what_it_costs_without_a_router(setup, trigger):
+    case, inputs, trace = make_case(setup, 1), prompts((6,)), S2TTrace()
+    config = config_of(case, trigger, inputs)
+    with Count(case.model) as count:
+        generate("fast", case.model, inputs, case.selector, config, trace)
+    asked = [bool(step["asked_B"].any()) for step in trace.steps]
+    assert 0 < sum(asked) < NEW_TOKENS
+    if setup == "teacher":
+        assert (trace.forwards, count.calls) == ({"teacher": sum(asked)}, NEW_TOKENS)
+    elif setup == ("sequence", "base"):
+        assert (trace.forwards, count.calls) == ({"scorer": sum(asked)}, NEW_TOKENS + sum(asked))
+    else:  # the tree is the next step, but for the last
+        assert (trace.forwards, count.calls) == ({"tree": sum(asked)}, NEW_TOKENS + asked[-1])
+
+
+@pytest.mark.parametrize("setup", ["teacher", SCOPES[0]], ids=name_of)
+def test_tokens_that_a_user_forbids_are_not_below_the_least_feature(setup, batch):
+    """Six tokens are left: the log-probabilities of the seventh and eighth read -20, as those of reserved ones."""
+    case = make_case(setup, 1)
+    allowed = generate("fast", case.model, batch, case.selector, offer_all())[:, -6:].unique().tolist()[:6]
+    forbidden = [token for token in range(97) if token not in allowed]
+
+    def forbid(case, ids, start, logits_V, writes_with):
+        logits_V[forbidden] = -math.inf
+        return logits_V
+
+    config = offer_all(trigger="router", threshold=naive_middle(case, batch, forbid), fusion=FusionWeights())
+    check_against_naive(case, batch, config, guide=forbid, suppress_tokens=forbidden)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hooks
+
+
+def num_hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("layer", [1, "last"])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("road", ROADS)
+def test_no_hook_is_left_when_a_call_is_over(road, fails, layer, batch):
+    case = Case(SCOPES[0], layer)
+    before = num_hooks(case.model)
+
+    def stop(input_ids, scores, **kwargs):
+        if fails and input_ids.shape[1] == PROMPT + 4:
+            raise KeyboardInterrupt
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    try:
+        config = offer_all(trigger="router", threshold=-math.inf)
+        generate(road, case.model, batch, case.selector, config, stopping_criteria=[stop])
+    except KeyboardInterrupt:
+        assert fails
+    gc.collect()
+    assert num_hooks(case.model) == before
+    assert case.router.tap.take() is None, "hidden states are kept"
+
+
+def test_hooks_are_there_as_long_as_an_s2t_object_that_reads_them(batch):
+    case = make_case("teacher", 1)
+    config = config_of(case, "router", batch)
+    expected, _ = fast_tokens(case, batch, config)
+    before = num_hooks(case.model)
+    S2T(case.selector, config=offer_all())
+    assert num_hooks(case.model) == before, "nothing reads the router"
+    objects = [S2T(case.selector, config=config) for _ in range(3)]
+    assert num_hooks(case.model) == before + 1
+    while objects:
+        for one in objects:
+            assert plain(case.model, batch, logits_processor=one).tolist() == expected
+            assert fast_tokens(case, batch, config)[0] == expected
+        del one
+        objects.pop()
+        gc.collect()
+        assert num_hooks(case.model) == before + bool(objects)
+
+
+def test_a_failed_s2t_leaves_no_hook():
+    case = make_case("teacher", 1)
+    before = num_hooks(case.model)
+    for settings in ({"trigger": "router"}, {"trigger": "kl", "target_rate": 0.1}):
+        with pytest.raises(ValueError, match=r"recipes/calibrate\.py"):
+            S2T(case.selector, config=offer_all(**settings, fusion=FusionWeights(router=1.0)))
+    assert num_hooks(case.model) == before
+
+
+def test_two_objects_with_routers_of_different_layers(batch):
+    """And steps of one between steps of the other."""
+    case = make_case("teacher", 1)
+    other = TeacherSelector(case.selector.teacher_model, router=make_router(case.model, 2, seed=8))
+    selectors = case.selector, other
+    cases = [SimpleNamespace(model=case.model, selector=selector) for selector in selectors]
+    configs = [offer_all(trigger="router", threshold=middle_threshold(case, batch)) for case in cases]
+    expected = [fast_tokens(*both, config)[0] for both, config in zip(((case, batch) for case in cases), configs)]
+    objects = [S2T(selector, config=config) for selector, config in zip(selectors, configs)]
+    for i in (0, 1, 0):
+        assert plain(case.model, batch, logits_processor=objects[i]).tolist() == expected[i]
+
+    def decode_the_other(input_ids, scores, **kwargs):
+        assert plain(case.model, batch, logits_processor=objects[1]).tolist() == expected[1]
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    got = plain(case.model, batch, logits_processor=objects[0], stopping_criteria=[decode_the_other])
+    assert got.tolist() == expected[0]
+
+
+def test_generate_without_s2t_is_what_it_was(batch):
+    case = make_case(SCOPES[0], 1)
+    expected = plain(tiny_model(), batch).tolist()
+    one = S2T(case.selector, config=offer_all(trigger="router", threshold=0.0))
+    assert plain(case.model, batch).tolist() == expected
+    generate("fast", case.model, batch, case.selector, offer_all(trigger="router", threshold=0.0))
+    assert plain(case.model, batch).tolist() == expected
+    del one
+    assert plain(case.model, batch).tolist() == expected
+
+
+def pickled(things):
+    file = io.BytesIO()
+    torch.save(things, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_the_model_is_nobodys_to_watch(copied, batch):
+    """And one of the model with its router goes on reading."""
+    case = Case("teacher", 1)
+    config = config_of(case, "router", batch)
+    expected, _ = fast_tokens(case, batch, config)
+    one = S2T(case.selector, config=config)
+    case.model(**batch)  # now there is something to keep
+    model, router = copied((case.model, case.router))
+    assert router.model is model and router.tap.take() is None
+    model(**batch)
+    assert router.tap.take() is None, "a copy is watched by nobody"
+    kept = [kept for kept in gc.get_objects() if isinstance(kept, HiddenTap) and kept.num_forwards]
+    assert kept == [case.router.tap], "a tap behind a hook of the copy keeps what it saw"
+    assert plain(model, batch).tolist() == plain(tiny_model(), batch).tolist()
+    selector = TeacherSelector(case.selector.teacher_model, router=router)
+    for road in ROADS:
+        trace = S2TTrace()
+        assert generate(road, model, batch, selector, config, trace).tolist() == expected
+        assert "router" not in trace.forwards
+    assert plain(case.model, batch, logits_processor=one).tolist() == expected
+
+
+def test_a_watched_model_saves_as_it_is(batch, tmp_path):
+    case = make_case("teacher", 1)
+    one = S2T(case.selector, config=offer_all(trigger="router", threshold=0.0))
+    plain(case.model, batch, logits_processor=one)
+    case.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(loaded.state_dict()) == set(tiny_model().state_dict())
+    assert plain(loaded, batch).tolist() == plain(tiny_model(), batch).tolist()
+
+
+def test_texts_that_are_written_in_two_threads_at_once(batch):
+    """A server gives every request a thread. Here the second starts its call and runs the model between the first
+    one's forward and its step."""
+    case = make_case("teacher", 1)
+    config = config_of(case, "router", batch)
+    inputs = batch, prompts((7, 5, 6), seed=11)
+    expected = [fast_tokens(case, each, config) for each in inputs]
+    got, traces, order = [None, None], [S2TTrace(), S2TTrace()], [Event(), Event(), Event()]
+
+    class Between(LogitsProcessor):
+        """Says that it has come as far as this and waits for the other."""
+
+        def __init__(self, i):
+            self.i = i
+
+        def __call__(self, input_ids, scores):
+            order[self.i].set()
+            assert order[self.i + 1].wait(30)
+            return scores
+
+    def write(i):
+        try:
+            assert i == 0 or order[0].wait(30)
+            processors = [Between(i), *S2T(case.selector, config=config, trace=traces[i])]
+            got[i] = plain(case.model, inputs[i], logits_processor=processors).tolist()
+        finally:
+            order[2].set()
+
+    threads = [Thread(target=write, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert got[i] == expected[i][0]
+        assert is_close(traces[i], expected[i][1])

@@ -97,6 +97,11 @@ def s2t_generate(
     call = next((frame.f_locals for frame in calls_of_generate()), {})
     _refuse_unsupported(model, selector, generation_config, model_kwargs, call.get("assistant_model"))
     session = S2TSession(selector, decoding_config, input_ids.shape[1], teacher_model=teacher_model, trace=trace)
+    if session.router is not None and session.router.model is not model:
+        raise ValueError(
+            "The router of `selector` was loaded for another model object than the one that generates; pass the same "
+            "`model` to Router.from_pretrained(path, model)."
+        )
     session.check(
         model_kwargs.get("attention_mask"), model.get_output_embeddings().weight.shape[0], model, input_ids=input_ids
     )
@@ -272,11 +277,6 @@ def _refuse_unsupported(
                 "s2t_generate forks the cache at every selection: offloaded caches are not supported. "
                 "logits_processor=S2T(...) works with them."
             )
-    if selector.router is not None and selector.router.model is not model:
-        raise ValueError(
-            "The router of `selector` was loaded for another model object than the one that generates; pass the same "
-            "`model` to Router.from_pretrained(path, model)."
-        )
     scored = getattr(selector, "model", None)
     if scored is not None and scored is not model:
         raise ValueError(

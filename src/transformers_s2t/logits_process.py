@@ -115,7 +115,9 @@ class S2TLogitsProcessor(LogitsProcessor):
     def _take_hidden(self, calls: list[FrameType], batch_size: int) -> torch.Tensor | None:
         """What the router reads (B, D), where exactly one forward has run since the last step: the one that gave the
         logits. A prompt that was read in parts, or a guide that runs the model too, leaves that open."""
-        if self._router is None or not calls or calls[0].f_locals.get("self") is not self._router.model:
+        if self._router is None or self._router is not self._session.router:  # exchanged since S2T was made
+            return None
+        if not calls or calls[0].f_locals.get("self") is not self._router.model:
             return None
         is_clear = self._router.tap.num_forwards == 1
         hidden_BTD = self._router.tap.take()

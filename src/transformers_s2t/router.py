@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -104,8 +105,17 @@ class RouterHead(nn.Module):
         return self.out(nn.functional.gelu(self.hidden(inputs_BX)))[..., 0]
 
 
+class _Seen(threading.local):
+    """What the forwards of one thread left: generations in other threads do not count."""
+
+    num_forwards: int = 0
+    last_BTD: torch.Tensor | None = None
+
+
 class HiddenTap:
     """Keeps what one layer of a model last put out, for as long as somebody watches.
+
+    Each thread has its own. A copy of the model, or of the tap, is watched by nobody.
 
     Args:
         model: causal language model.
@@ -119,24 +129,32 @@ class HiddenTap:
         depth = num_layers(model)
         _check_range("layer", layer, 1, depth, integer=True)
         self._module = _innermost_decoder(model) if layer == depth else _find_layers(model)[layer - 1]
+        self._watch_anew()
+
+    def _watch_anew(self) -> None:
         self._handle = None
         self._num_watchers = 0
-        self.num_forwards = 0
-        self._last_BTD: torch.Tensor | None = None
+        self._seen = _Seen()
+
+    def __getstate__(self) -> dict:
+        return {"_module": self._module}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._watch_anew()
 
     def start(self) -> None:
         """One more watches."""
         self._num_watchers += 1
         if self._handle is None:
-            self._handle = self._module.register_forward_hook(self._see)
+            self._handle = self._module.register_forward_hook(_Hook(self))
 
     def stop(self) -> None:
         """One less."""
         self._num_watchers -= 1
         if self._num_watchers == 0:
             self._handle.remove()
-            self._handle = None
-            self.clear()
+            self._watch_anew()
 
     @contextmanager
     def watching(self) -> Iterator[HiddenTap]:
@@ -144,20 +162,44 @@ class HiddenTap:
         try:
             yield self
         finally:
+            self.clear()
             self.stop()
 
-    def _see(self, module: nn.Module, args: tuple, output) -> None:
-        self.num_forwards += 1
-        self._last_BTD = (output if isinstance(output, torch.Tensor) else output[0]).detach()
+    @property
+    def num_forwards(self) -> int:
+        """How many have run since the last time."""
+        return self._seen.num_forwards
+
+    def see(self, hidden_BTD: torch.Tensor) -> None:
+        self._seen.num_forwards += 1
+        self._seen.last_BTD = hidden_BTD.detach()
 
     def clear(self) -> None:
-        self.num_forwards, self._last_BTD = 0, None
+        self._seen.num_forwards, self._seen.last_BTD = 0, None
 
     def take(self) -> torch.Tensor | None:
         """Hidden states (B, T, D) of the last forward since the last time, `None` where there was none."""
-        last_BTD = self._last_BTD
+        last_BTD = self._seen.last_BTD
         self.clear()
         return last_BTD
+
+
+class _Hook:
+    """A forward hook that tells a tap. What copies and pickles of the model hold in its place does nothing."""
+
+    def __init__(self, tap: HiddenTap):
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        self.tap.see(output if isinstance(output, torch.Tensor) else output[0])
+
+    def __reduce__(self) -> tuple:
+        return _NoHook, ()
+
+
+class _NoHook:
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        """Nothing: nobody watches."""
 
 
 def num_layers(model: PreTrainedModel) -> int:
