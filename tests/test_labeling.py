@@ -5,6 +5,7 @@ Legend: S generated positions, K candidates, V vocabulary.
 
 import importlib
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -241,13 +242,14 @@ def naive_scores(model, teacher, prefix, num_candidates):
     allowed_V = logits_V.clone()
     allowed_V[list(RESERVED)] = float("-inf")
     allowed_V = torch.log_softmax(allowed_V, -1)
+    said = sum(float(teacher_V[id].exp()) for id in range(VOCAB_SIZE) if id not in RESERVED)
     ids = sorted(range(VOCAB_SIZE), key=lambda id: -float(allowed_V[id]))[:num_candidates]
     best = sorted(value for value in allowed_V.tolist() if value > float("-inf"))
     top64_V = torch.log_softmax(torch.tensor(best[-64:]), -1)
     return {
         "divergence": max(
             sum(
-                float(teacher_V[id].exp() * (teacher_V[id] - allowed_V[id]))
+                float(teacher_V[id].exp() / said * (teacher_V[id] - math.log(said) - allowed_V[id]))
                 for id in range(VOCAB_SIZE)
                 if id not in RESERVED
             ),
