@@ -9,17 +9,22 @@ Legend: B rows, K candidates, D hidden size, F features, V vocabulary, X inputs 
 import copy
 import gc
 import io
+import json
 import math
+import re
+from dataclasses import asdict, replace
 from functools import lru_cache
+from hashlib import sha256
 from threading import Event, Thread
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_architectures import make_local
 from tiny import RESERVED, SCOPES, lora_model, make_selector, prompts, single, tiny_model
 from tiny_architectures import FAMILIES, NaiveCausalLM, make_model
-from transformers import AutoModelForCausalLM, LogitsProcessor
+from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessor
 
 from transformers_s2t import (
     S2T,
@@ -32,7 +37,10 @@ from transformers_s2t import (
     TeacherSelector,
     s2t_generate,
 )
-from transformers_s2t.router import HiddenTap, Router, RouterConfig, RouterHead, num_layers
+from transformers_s2t.proposals import exclude
+from transformers_s2t.reserved_tokens import model_hash
+from transformers_s2t.router import ROUTER_WEIGHTS_NAME, HiddenTap, Router, RouterConfig, RouterHead, num_layers
+from transformers_s2t.scoring import get_decoder
 
 
 ROADS = ("processor", "fast")
@@ -153,8 +161,12 @@ class Case:
 def make_case(setup, layer, family="llama"):
     if family == "llama":
         return Case(setup, layer)
-    attn = FAMILIES[family].impls[0]
-    make = lambda seed=0: make_model(family, attn, seed)  # noqa: E731
+
+    def make(seed=0):
+        if family == "gpt2":
+            return tiny_model(family, seed, eos_token_id=None, **FAMILIES[family].config, tie_word_embeddings=True)
+        return make_model(family, FAMILIES[family].impls[0], seed)
+
     return Case(setup, layer, family, make, lambda model, *scope: make_local(model, family, *scope))
 
 
@@ -257,14 +269,29 @@ def test_a_left_padded_batch_equals_its_rows_alone(setup, road, batch):
     assert together == [row[-NEW_TOKENS:].tolist() for row in alone]
 
 
-ARCHITECTURES = [(family, "last") for family in FAMILIES if family != "llama"] + [
-    (family, 1) for family in ("gpt2", "mistral", "gemma2", "lfm2", "mamba2", "opt", "bloom")
-]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_tap_sees_what_the_library_calls_hidden_states(name, batch):
+    """Whether the model runs or, as where candidates are scored, its decoder alone."""
+    model = make_model(name, FAMILIES[name].impls[0])
+    reader, text = Reader(model), batch["input_ids"][0].tolist()
+    for layer in range(1, num_layers(model) + 1):
+        with HiddenTap(model, layer).watching() as tap:
+            expected_D, _ = reader.read(text, "none", layer)
+            assert torch.equal(tap.take()[0, -1], expected_D)
+            with torch.no_grad():
+                get_decoder(model)(input_ids=torch.tensor([text]), use_cache=False)
+            assert tap.saw_one_forward
+            assert torch.equal(tap.take()[0, -1], expected_D)
+            assert tap.take() is None
 
 
-@pytest.mark.parametrize(("family", "layer"), ARCHITECTURES)
-def test_every_architecture_equals_its_naive_decoder(family, layer, batch):
-    case = make_case(("sequence", "adapted") if layer == "last" else ("candidate", "base"), layer, family)
+ARCHITECTURES = ("gpt2", "mistral", "gemma2", "lfm2", "mamba2", "jamba", "opt", "bloom", "llama4_text")
+
+
+@pytest.mark.parametrize(("layer", "setup"), [("last", SCOPES[2]), (1, SCOPES[0])], ids=name_of)
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_other_architectures_equal_their_naive_decoders(family, layer, setup, batch):
+    case = make_case(setup, layer, family)
     traces = check_against_naive(case, batch, config_of(case, "router", batch))
     assert not any("router" in trace.forwards for trace in traces)
 
@@ -288,6 +315,19 @@ def fast_tokens(case, inputs, config):
 def run_on_the_last_token(model, input_ids):
     """A user's own code between the steps: the same model on something else, with as many rows."""
     model(input_ids=input_ids[:, -1:], use_cache=False)
+
+
+def test_a_compiled_model_on_a_static_cache(batch):
+    """What `generate` does by itself on a GPU; here without a compiler behind it."""
+    case = make_case("teacher", 1)
+    config = config_of(case, "router", batch)
+    compiled = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    trace = S2TTrace()
+    settings = {"cache_implementation": "static", "compile_config": compiled}
+    got = generate("processor", case.model, batch, case.selector, config, trace, **settings)
+    assert got.tolist() == fast_tokens(case, batch, config)[0]
+    assert "router" not in trace.forwards
 
 
 class RunsTheModel(LogitsProcessor):
@@ -727,3 +767,273 @@ def test_texts_that_are_written_in_two_threads_at_once(batch):
     for i in range(2):
         assert got[i] == expected[i][0]
         assert is_close(traces[i], expected[i][1])
+
+
+@pytest.mark.parametrize("setup", ["teacher", SCOPES[0], SCOPES[2]], ids=name_of)
+@pytest.mark.parametrize("road", ROADS)
+def test_a_model_in_bfloat16_is_read_as_it_is(road, setup, batch):
+    """Its own hidden states go into the head, which is float32 whatever the model is."""
+    case = Case(setup, 1)
+    case.model.to(torch.bfloat16)
+    trace = S2TTrace()
+    generate(road, case.model, batch, case.selector, offer_all(trigger="router", threshold=0.0), trace)
+    with torch.no_grad():
+        output = plain(
+            case.model,
+            batch,
+            max_new_tokens=1,
+            output_hidden_states=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    logits_BV = exclude(output.logits[0], case.selector.excluded_ids)
+    expected_B = case.router.logits(output.hidden_states[0][1][:, -1], logits_BV)
+    assert expected_B.dtype == trace.steps[0]["value_B"].dtype == torch.float32
+    torch.testing.assert_close(trace.steps[0]["value_B"], expected_B)
+    assert {parameter.dtype for parameter in case.router.head.parameters()} == {torch.float32}
+    assert len(trace.steps) == NEW_TOKENS and "router" not in trace.forwards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refused before the first token
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"trigger": "router", "threshold": 0.0}, "trigger='router'"),
+        ({"fusion": FusionWeights(router=0.5)}, "`fusion.router`=0.5"),
+    ],
+    ids=["trigger", "fusion"],
+)
+def test_a_router_that_is_not_there_is_refused(settings, what, setup, road, batch):
+    case = make_case(setup, 1)
+    selector = copy.copy(case.selector)
+    selector.router = None
+    with (
+        Count(case.model) as count,
+        pytest.raises(ValueError, match=re.escape(what) + r" needs a router.*train_router"),
+    ):
+        generate(road, case.model, batch, selector, offer_all(**settings))
+    assert count.calls == 0
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_stored_fusion_weights_need_their_router(road, batch):
+    model = tiny_model()
+    selector = make_selector(model, fusion=(1, 0, 0, 0.5))
+    with Count(model) as count, pytest.raises(ValueError, match="`fusion.router`=0.5 needs a router"):
+        generate(road, model, batch, selector, None)
+    assert count.calls == 0
+    generate(road, model, batch, selector, offer_all(fusion=(1, 0, 0)))
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_router_without_a_threshold_is_refused_and_a_calibrated_one_is_found(road, batch):
+    case = make_case("teacher", 1)
+    with Count(case.model) as count, pytest.raises(ValueError, match=r"recipes/calibrate\.py"):
+        generate(road, case.model, batch, case.selector, offer_all(trigger="router", target_rate=0.1))
+    assert count.calls == 0
+    threshold = middle_threshold(case, batch)
+    selector = TeacherSelector(case.selector.teacher_model, {"router": {0.1: threshold}}, router=case.router)
+    got = generate(road, case.model, batch, selector, offer_all(trigger="router", target_rate=0.1))
+    assert got.tolist() == fast_tokens(case, batch, offer_all(trigger="router", threshold=threshold))[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Storage
+
+
+def save_adapter(folder, setup=SCOPES[0], **selector_config):
+    """An adapter, its router and its config as the recipes leave them; returns the router."""
+    model = tiny_model(eos_token_id=None)
+    fingerprint = model_hash(model)
+    router = make_router(model, 1, model_hash=fingerprint, metrics={"auc_gain": 0.75})
+    lora_model(model, name="default").save_pretrained(folder)
+    settings = {"num_candidates": K, "min_prob_ratio": 0.0, "router": router.save_pretrained(folder)}
+    SelectorConfig(RESERVED, *setup, **(settings | {"model_hash": fingerprint} | selector_config)).save_pretrained(
+        folder
+    )
+    return router
+
+
+def test_a_router_comes_back_as_it_was(tmp_path):
+    model = tiny_model()
+    router = make_router(model, 2, num_top=5, target="differs", min_gain=0.25, metrics={"auc": 0.7, "nan": math.nan})
+    fingerprint = router.save_pretrained(tmp_path / "a")
+    loaded = Router.from_pretrained(tmp_path / "a", model, expected=fingerprint)
+    assert repr(loaded.config) == repr(router.config)
+    assert not loaded.head.training and not any(p.requires_grad for p in loaded.head.parameters())
+    for name, tensor in router.head.state_dict().items():
+        assert torch.equal(loaded.head.state_dict()[name], tensor), name
+    hidden_BD, logits_BV = torch.randn(3, 32), torch.randn(3, 97)
+    assert torch.equal(loaded.logits(hidden_BD, logits_BV), router.logits(hidden_BD, logits_BV))
+    assert loaded.save_pretrained(tmp_path / "b") == router.save_pretrained(tmp_path / "a") == fingerprint
+    assert [file.name for file in (tmp_path / "b").iterdir()] == [ROUTER_WEIGHTS_NAME]
+    with torch.no_grad():
+        loaded.head.out.bias += 1e-3
+    assert loaded.save_pretrained(tmp_path / "b") != fingerprint
+
+
+def write_file(folder, state=None, config=None, metadata=None):
+    """A router's file with some things in it exchanged."""
+    router = make_router(tiny_model(), 1)
+    state = state or router.head.state_dict()
+    data = asdict(router.config) | (config or {})
+    save_file(
+        state, folder / ROUTER_WEIGHTS_NAME, metadata={"router": json.dumps(data)} if metadata is None else metadata
+    )
+
+
+def change_byte(folder):
+    file = folder / ROUTER_WEIGHTS_NAME
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def cut_off(folder):
+    file = folder / ROUTER_WEIGHTS_NAME
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def without_hidden_size(folder):
+    data = asdict(make_router(tiny_model(), 1).config)
+    del data["hidden_size"]
+    write_file(folder, metadata={"router": json.dumps(data)})
+
+
+BROKEN = {
+    "missing": (lambda folder: (folder / ROUTER_WEIGHTS_NAME).unlink(), FileNotFoundError, "train_router"),
+    "cut-off": (cut_off, ValueError, "is no router"),
+    "empty": (lambda folder: (folder / ROUTER_WEIGHTS_NAME).write_bytes(b""), ValueError, "is no router"),
+    "no-config": (lambda folder: write_file(folder, metadata={}), ValueError, "is no router"),
+    "no-json": (lambda folder: write_file(folder, metadata={"router": "{"}), ValueError, "is no router"),
+    "no-hidden-size": (without_hidden_size, ValueError, "is no router.*hidden_size"),
+    "unknown-field": (lambda folder: write_file(folder, config={"depth": 3}), ValueError, "unknown fields.*depth"),
+    "illegal-field": (
+        lambda folder: write_file(folder, config={"target": "x"}),
+        ValueError,
+        "`target` must be one of",
+    ),
+    "other-width": (lambda folder: write_file(folder, config={"width": 8}), ValueError, "is no router"),
+    "weights-missing": (
+        lambda folder: write_file(folder, state={"mean": torch.zeros(42)}),
+        ValueError,
+        "is no router",
+    ),
+    "other-size": (lambda folder: write_other(folder, 64, 1), ValueError, "hidden_size=64"),
+    "too-deep": (lambda folder: write_other(folder, 32, 3), ValueError, "3 or more layers"),
+}
+
+
+def write_other(folder, hidden_size, layer):
+    config = RouterConfig(hidden_size, layer, width=16)
+    write_file(folder, state=RouterHead(config).state_dict(), config={"hidden_size": hidden_size, "layer": layer})
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_router_is_an_error_that_touches_nothing(how, tmp_path):
+    """Whether it is loaded by itself or beside an adapter that names this very file."""
+    destroy, kind, message = BROKEN[how]
+    save_adapter(tmp_path)
+    destroy(tmp_path)
+    model = tiny_model(eos_token_id=None)
+    modules = [(name, id(module)) for name, module in model.named_modules()]
+    with pytest.raises(kind, match=message):
+        Router.from_pretrained(tmp_path, model)
+    file = tmp_path / ROUTER_WEIGHTS_NAME
+    fingerprint = sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "0123456789abcdef"
+    stored = SelectorConfig.from_pretrained(tmp_path)
+    replace(stored, router=fingerprint).save_pretrained(tmp_path)
+    with pytest.raises(kind, match=message):
+        LocalSelector.from_pretrained(tmp_path, model)
+    assert [(name, id(module)) for name, module in model.named_modules()] == modules
+    assert num_hooks(model) == 0 and not hasattr(model, "peft_config")
+
+
+def test_a_file_that_was_changed_is_not_the_one_that_was_calibrated_with(tmp_path):
+    save_adapter(tmp_path)
+    change_byte(tmp_path)
+    model = tiny_model(eos_token_id=None)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="not the router that the adapter was calibrated with"):
+        LocalSelector.from_pretrained(tmp_path, model)
+    assert [name for name, _ in model.named_modules()] == names
+    Router.from_pretrained(tmp_path, model)  # by itself there is nothing to compare it with
+
+
+@pytest.mark.parametrize("folder", ["nothing", "no/such-repository"])
+def test_a_folder_that_is_not_there_holds_no_router(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((FileNotFoundError, OSError), match=folder):
+        Router.from_pretrained(folder, tiny_model())
+
+
+def test_a_router_of_other_weights_is_refused_unless_it_is_wanted(tmp_path):
+    router = save_adapter(tmp_path)
+    with pytest.raises(ValueError, match=f"was trained on weights {router.config.model_hash}"):
+        Router.from_pretrained(tmp_path, tiny_model(seed=3))
+    Router.from_pretrained(tmp_path, tiny_model(seed=3), allow_other_model=True)
+    Router.from_pretrained(tmp_path, lora_model(tiny_model()))  # adapters are not what it was trained on
+    for model, message in (
+        (tiny_model(hidden_size=48, head_dim=12), "hidden_size=32.*`model` has hidden_size=48 and 2"),
+        (tiny_model(num_hidden_layers=1), None),
+    ):
+        if message is None:
+            Router.from_pretrained(tmp_path, model, allow_other_model=True)
+            continue
+        with pytest.raises(ValueError, match=message):
+            Router.from_pretrained(tmp_path, model, allow_other_model=True)
+
+
+@pytest.mark.parametrize("layer", [0, 3, 1.5, True])
+def test_a_layer_that_the_model_does_not_have_cannot_be_tapped(layer):
+    with pytest.raises(ValueError, match=r"`layer` must be an integer in \[1, 2\]"):
+        HiddenTap(tiny_model(), layer)
+
+
+@pytest.mark.parametrize("setup", SCOPES, ids=name_of)
+def test_a_selector_brings_its_router_where_its_config_names_it(setup, batch, tmp_path):
+    case = make_case(setup, 1)
+    config = config_of(case, "router", batch)
+    expected, _ = fast_tokens(case, batch, config)
+    save_adapter(tmp_path, setup)
+    selector = LocalSelector.from_pretrained(tmp_path, tiny_model(eos_token_id=None))
+    assert selector.router.model is selector.model
+    for road in ROADS:
+        trace = S2TTrace()
+        assert generate(road, selector.model, batch, selector, config, trace).tolist() == expected
+        assert "router" not in trace.forwards
+
+
+def test_a_router_that_the_config_does_not_name_is_not_loaded(tmp_path):
+    save_adapter(tmp_path, router="")
+    assert (tmp_path / ROUTER_WEIGHTS_NAME).is_file()
+    assert LocalSelector.from_pretrained(tmp_path, tiny_model()).router is None
+
+
+def test_a_model_that_was_loaded_with_its_adapter_gets_the_router_too(batch, tmp_path):
+    tiny_model(eos_token_id=None).save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "adapter")
+    config_file = tmp_path / "adapter" / "adapter_config.json"
+    adapter_config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(adapter_config | {"base_model_name_or_path": str(tmp_path / "base")}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    selector = LocalSelector.from_pretrained(tmp_path / "adapter", model)
+    case = make_case(SCOPES[0], 1)
+    config = config_of(case, "router", batch)
+    for road in ROADS:
+        got = generate(road, model, batch, selector, config)
+        assert got.tolist() == fast_tokens(case, batch, config)[0]
+
+
+def test_a_merged_selector_reads_the_router_as_before(batch):
+    case = Case(SCOPES[2], 1)
+    config = config_of(case, "router", batch)
+    expected, _ = fast_tokens(case, batch, config)
+    case.selector.merge()
+    for road, settings in (("fast", {}), ("processor", {}), ("processor", {"prefill_chunk_size": 3})):
+        assert generate(road, case.model, batch, case.selector, config, **settings).tolist() == expected

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
@@ -290,7 +290,7 @@ class Router:
 
         Raises:
             FileNotFoundError: where there is none.
-            ValueError: where it is another one than expected, or was trained on another model.
+            ValueError: where it is another one than expected or none at all, or was trained on another model.
         """
         file = cached_file(str(path), ROUTER_WEIGHTS_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
         if file is None:
@@ -303,22 +303,30 @@ class Router:
                 f"{file} is not the router that the adapter was calibrated with ({found}, not {expected}): train it "
                 "again with recipes/train_router.py, then calibrate."
             )
-        with safe_open(file, framework="pt") as weights:
-            data = json.loads((weights.metadata() or {}).get("router", "{}"))
-            state = {name: weights.get_tensor(name) for name in weights.keys()}
-        unknown = set(data) - {f.name for f in fields(RouterConfig)}
-        if not data or unknown:
-            raise ValueError(f"{file} is no router of this version (unknown fields {sorted(unknown)}).")
-        config = RouterConfig(**data)
+        try:
+            config, head = _read(file)
+        except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{file} is no router of this version: {error}") from error
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         if config.model_hash and not allow_other_model and model_hash(base) != config.model_hash:
             raise ValueError(
                 f"The router in {str(path)!r} was trained on weights {config.model_hash}, but `model` has "
                 f"{model_hash(base)}: load the one it was trained on, or pass `allow_other_model=True`."
             )
-        head = RouterHead(config)
-        head.load_state_dict(state)
         return cls(model, head, config)
+
+
+def _read(file: str) -> tuple[RouterConfig, RouterHead]:
+    with safe_open(file, framework="pt") as weights:
+        data = json.loads((weights.metadata() or {}).get("router", "{}"))
+        state = {name: weights.get_tensor(name) for name in weights.keys()}
+    unknown = set(data) - {f.name for f in fields(RouterConfig)}
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(unknown)}")
+    config = RouterConfig(**data)
+    head = RouterHead(config)
+    head.load_state_dict(state)
+    return config, head
 
 
 def _fingerprint(data: bytes) -> str:
