@@ -214,7 +214,7 @@ def fit_head(
         The head, and its loss on `held_out`.
 
     Raises:
-        ValueError: where the positions hold one class only.
+        ValueError: where the positions hold one class only, or are fewer than two.
     """
 
     def tensors(part: RouterData) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,7 +224,7 @@ def fit_head(
 
     (inputs_NX, target_N), (held_NX, held_N) = tensors(data), tensors(held_out)
     for name, values_N in (("labels", target_N), ("eval_labels", held_N)):
-        if len(values_N) == 0 or (config.target != "kl" and len(values_N.unique()) < 2):
+        if len(values_N) < 2 or (config.target != "kl" and len(values_N.unique()) < 2):
             raise ValueError(
                 f"`{name}` hold {len(values_N)} positions for target={config.target!r}, "
                 f"{int(values_N.sum()) if config.target != 'kl' else 0} of them positive: a router needs both kinds."
@@ -296,10 +296,11 @@ def cross_fit(data: RouterData, config: RouterConfig, num_folds: int = 5, **trai
     Raises:
         ValueError: for fewer problems than folds.
     """
-    num_problems = len(data.problem_N.unique())
+    problems, problem_N = data.problem_N.unique(return_inverse=True)  # numbers have holes where no position was kept
+    num_problems = len(problems)
     if num_problems < num_folds or num_folds < 3:
         raise ValueError(f"`num_folds` must be in [3, {num_problems}], the number of problems, got {num_folds}.")
-    fold_N = data.problem_N % num_folds
+    fold_N = problem_N % num_folds
     values_N = torch.empty(len(fold_N))
     for fold in range(num_folds):
         stop_N, out_N = fold_N == (fold + 1) % num_folds, fold_N == fold
