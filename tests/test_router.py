@@ -469,12 +469,26 @@ def test_another_object_of_the_same_model_generates(setup, batch):
     config = config_of(case, "router", batch)
     expected, expected_trace = fast_tokens(case, batch, config)
     trace = S2TTrace()
-    assert generate("processor", other.model, batch, case.selector, config, trace).tolist() == expected
-    assert is_close(trace, expected_trace)
-    assert trace.forwards["router"] == NEW_TOKENS
+    # the criterion runs the router's model once a step: on something else than the text
+    for settings in ({}, {"stopping_criteria": criterion(case.model)}):
+        got = generate("processor", other.model, batch, case.selector, config, trace, **settings)
+        assert got.tolist() == expected
+        assert is_close(trace, expected_trace)
+        assert trace.forwards["router"] == NEW_TOKENS
     with Count(other.model) as count, pytest.raises(ValueError, match="another model object"):
         generate("fast", other.model, batch, case.selector, config)
     assert count.calls == 0
+
+
+@pytest.mark.parametrize("setup", SCOPES, ids=name_of)
+def test_the_router_reads_in_the_state_that_writes_whatever_state_its_model_was_left_in(setup, batch):
+    case, other = Case(setup, 1), make_case(setup, 1)
+    config = config_of(case, "router", batch)
+    expected, expected_trace = fast_tokens(case, batch, config)
+    case.selector.switch.set(not case.selector.writes_adapted)
+    trace = S2TTrace()
+    assert generate("processor", other.model, batch, case.selector, config, trace).tolist() == expected
+    assert is_close(trace, expected_trace)
 
 
 def test_a_router_of_another_model_that_nobody_reads_is_no_error(batch):
