@@ -393,7 +393,7 @@ def test_noise_is_not_learned_and_the_best_epoch_is_kept():
     expected = torch.nn.functional.binary_cross_entropy_with_logits(predict(head, held_out, 1), held_out.gain_N)
     assert loss == pytest.approx(float(expected), rel=1e-5)
     assert loss < 0.8
-    assert fit_head(data, data, CONFIG, **QUICK, num_epochs=100)[1] < 0.1, "so late, it does"
+    assert fit_head(data, data, CONFIG, **QUICK, num_epochs=100)[1] < 0.3, "so late, it does"
 
 
 def test_the_logarithm_of_the_divergence_is_learned():

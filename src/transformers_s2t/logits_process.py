@@ -119,7 +119,7 @@ class S2TLogitsProcessor(LogitsProcessor):
             return None
         if not calls or calls[0].f_locals.get("self") is not self._router.model:
             return None
-        is_clear = self._router.tap.num_forwards == 1
+        is_clear = self._router.tap.saw_one_forward
         hidden_BTD = self._router.tap.take()
         return hidden_BTD[:, -1] if is_clear and len(hidden_BTD) == batch_size else None
 

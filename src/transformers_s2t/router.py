@@ -77,11 +77,12 @@ def proposal_features(logits_BV: torch.Tensor, num_top: int) -> torch.Tensor:
 
     Args:
         logits_BV: as the triggers see them: after the user's processors, with reserved tokens at -inf.
-        num_top: at most so many log-probabilities, nats, best first; -20 where the vocabulary has fewer tokens.
+        num_top: at most so many log-probabilities, nats, best first; -20 where the vocabulary has fewer tokens. Like
+            the entropy they are those of the renormalised 64 best tokens: a sum over a large vocabulary takes longer
+            than all the rest.
     """
-    logits_BV = logits_BV.float()
-    top_BK = torch.topk(logits_BV, min(max(64, num_top), logits_BV.shape[-1]), dim=-1).values
-    logprobs_BK = top_BK[..., :num_top] - torch.logsumexp(logits_BV, dim=-1, keepdim=True)
+    top_BK = torch.topk(logits_BV.float(), min(max(64, num_top), logits_BV.shape[-1]), dim=-1).values
+    logprobs_BK = torch.log_softmax(top_BK, dim=-1)[..., :num_top]
     logprobs_BK = nn.functional.pad(logprobs_BK, (0, num_top - logprobs_BK.shape[-1]), value=_LEAST_LOGPROB)
     own_B2 = torch.stack([triggers.entropy(top_BK), triggers.margin(top_BK)], dim=-1)
     return torch.cat([own_B2, logprobs_BK], dim=-1).clamp_min(_LEAST_LOGPROB)
@@ -105,17 +106,10 @@ class RouterHead(nn.Module):
         return self.out(nn.functional.gelu(self.hidden(inputs_BX)))[..., 0]
 
 
-class _Seen(threading.local):
-    """What the forwards of one thread left: generations in other threads do not count."""
-
-    num_forwards: int = 0
-    last_BTD: torch.Tensor | None = None
-
-
 class HiddenTap:
     """Keeps what one layer of a model last put out, for as long as somebody watches.
 
-    Each thread has its own. A copy of the model, or of the tap, is watched by nobody.
+    A copy of the model, or of the tap, is watched by nobody.
 
     Args:
         model: causal language model.
@@ -134,7 +128,7 @@ class HiddenTap:
     def _watch_anew(self) -> None:
         self._handle = None
         self._num_watchers = 0
-        self._seen = _Seen()
+        self.clear()
 
     def __getstate__(self) -> dict:
         return {"_module": self._module}
@@ -148,6 +142,7 @@ class HiddenTap:
         self._num_watchers += 1
         if self._handle is None:
             self._handle = self._module.register_forward_hook(_Hook(self))
+            self.clear()
 
     def stop(self) -> None:
         """One less."""
@@ -165,21 +160,23 @@ class HiddenTap:
             self.clear()
             self.stop()
 
-    @property
-    def num_forwards(self) -> int:
-        """How many have run since the last time."""
-        return self._seen.num_forwards
-
     def see(self, hidden_BTD: torch.Tensor) -> None:
-        self._seen.num_forwards += 1
-        self._seen.last_BTD = hidden_BTD.detach()
+        self._num_forwards += 1
+        self._last_BTD = hidden_BTD.detach()
 
     def clear(self) -> None:
-        self._seen.num_forwards, self._seen.last_BTD = 0, None
+        self._num_forwards, self._last_BTD = 0, None
+        self._cleared_by = threading.get_ident()
+
+    @property
+    def saw_one_forward(self) -> bool:
+        """Whether exactly one has run since this thread last cleared, and no other thread has cleared in between:
+        then it is this thread's, if it has run one."""
+        return self._num_forwards == 1 and self._cleared_by == threading.get_ident()
 
     def take(self) -> torch.Tensor | None:
         """Hidden states (B, T, D) of the last forward since the last time, `None` where there was none."""
-        last_BTD = self._seen.last_BTD
+        last_BTD = self._last_BTD
         self.clear()
         return last_BTD
 
