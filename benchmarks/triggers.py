@@ -860,8 +860,8 @@ def pairs_of(report: dict[str, Any]) -> list[str]:
     return [pair for pair in PAIRS if any(row["pair"] == pair for row in report["rows"])]
 
 
-def values_of(rows: list[dict], name: str, **where: Any) -> list[float]:
-    return [row[name] for row in rows if all(row[key] == value for key, value in where.items())]
+def values_of(rows: list[dict], column: str, **where: Any) -> list[float]:
+    return [row[column] for row in rows if all(row[key] == value for key, value in where.items())]
 
 
 def auc_table(report: dict[str, Any]) -> Table:
