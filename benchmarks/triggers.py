@@ -74,6 +74,7 @@ from models import load_model  # noqa: E402
 PAIRS = ("embedded", "babyllama")
 TRIGGERS = ("entropy", "margin", "router", "kl", "random")
 CALIBRATED = TRIGGERS[:-1]
+FIRED = ("to_correct", "first_is_best", "no_choice")
 #: babyllama's labels: file, questions to skip, questions.
 BABYLLAMA_PARTS = {
     "train": ("train.jsonl", 0, 1500),
@@ -349,6 +350,21 @@ def threshold_of(trigger: str, calibration: Tokens, rate: float) -> float:
     return calibrate_threshold(values_N.masked_fill(~calibration.late_N, -torch.inf), rate)
 
 
+def fired_rows(pair: str, seed: int, tokens: Tokens, rates: list[float]) -> list[dict[str, Any]]:
+    """What the tokens are at which a trigger fires, at thresholds that give each rate on these very tokens."""
+    rows = []
+    for trigger, values_N in tokens.values.items():
+        values_N = values_N.double().masked_fill(~tokens.late_N, -torch.inf)
+        for rate in rates:
+            fires_N = values_N >= calibrate_threshold(values_N, rate)
+            corrected_N = tokens.gain_N > 0
+            kinds = (corrected_N, tokens.choice_N & ~corrected_N, ~tokens.choice_N)
+            counts = [int((kind_N & fires_N).sum()) for kind_N in kinds]
+            row = {name: round(count / max(1, sum(counts)), 5) for name, count in zip(FIRED, counts)}
+            rows.append({"pair": pair, "trigger": trigger, "seed": seed, "rate": rate, **row})
+    return rows
+
+
 def flip_rows(pair: str, seed: int, points: ScoredPoints, fusion: FusionWeights) -> list[dict[str, Any]]:
     """What a selector changes at the points with a choice, by its score alone and fused."""
     points = points.with_choice()
@@ -582,6 +598,7 @@ def read_pair(
         tokens = read_tokens(labels, config, router_values, seed)
         points = score_labels(selector, labels, router_values=router_values)
         report["flips"] += flip_rows(pair, seed, points, fusion)
+        report["fired"] += fired_rows(pair, seed, tokens, rates)
         found, drawn = tell_apart(tokens)
         figures.append(found)
         resamples.append(drawn)
@@ -819,7 +836,18 @@ def empty_report(args: argparse.Namespace) -> dict[str, Any]:
         "pairs": {},
         "skipped": [],
     }
-    lists = ("rows", "ceilings", "references", "auc_means", "router_gain", "aucs", "flips", "calibration", "cost")
+    lists = (
+        "rows",
+        "ceilings",
+        "references",
+        "auc_means",
+        "router_gain",
+        "aucs",
+        "fired",
+        "flips",
+        "calibration",
+        "cost",
+    )
     return {"meta": meta} | {name: [] for name in (*lists, "precision_recall")}
 
 
@@ -929,6 +957,25 @@ def help_table(report: dict[str, Any]) -> Table:
     return Table("Helped and hurt", head, rows, notes)
 
 
+def fired_table(report: dict[str, Any]) -> Table:
+    rates = report["meta"]["settings"]["rates"]
+    head = ["pair", "trigger", *(f"{100 * rate:g} %" for rate in rates)]
+    rows = []
+    for pair in pairs_of(report):
+        for trigger in TRIGGERS:
+            cells = []
+            for rate in rates:
+                where = {"pair": pair, "trigger": trigger, "rate": rate}
+                kinds = [values_of(report["fired"], name, **where) for name in FIRED]
+                cells.append(" / ".join(f"{100 * statistics.fmean(shares):.0f}" for shares in kinds))
+            rows.append([pair, trigger, *cells])
+    notes = [
+        "Per cent of the tokens at which a trigger fires on the student's own test texts: to correct / a choice, but "
+        "the student's first is the best / no choice: one candidate above the floor. Mean of the seeds."
+    ]
+    return Table("What fires", head, rows, notes)
+
+
 def flip_table(report: dict[str, Any]) -> Table:
     head = ["pair", "decision", "agrees with the teacher, %", "helped", "hurt", "other"]
     rows, notes = [], []
@@ -984,8 +1031,9 @@ def cost_table(report: dict[str, Any]) -> Table:
 
 
 def make_tables(report: dict[str, Any]) -> list[Table]:
-    tables = [auc_table(report), accuracy_table(report), help_table(report), flip_table(report)]
-    return [*tables, calibration_table(report), *([cost_table(report)] if report["cost"] else [])]
+    tables = [auc_table(report), accuracy_table(report), help_table(report), fired_table(report)]
+    tables += [flip_table(report), calibration_table(report)]
+    return [*tables, *([cost_table(report)] if report["cost"] else [])]
 
 
 def format_table(table: Table) -> str:

@@ -171,6 +171,16 @@ def test_agreement_is_counted_token_by_token(tokens):
     assert (row["helped"], row["hurt"]) == (2, 1) and row["accuracy"] == pytest.approx(500 / 7, abs=1e-4)
 
 
+def test_what_fires_is_told_in_three_kinds(tokens):
+    rows = triggers.fired_rows("embedded", 0, tokens, [2 / 7, 5 / 7])
+    assert [row["trigger"] for row in rows] == [name for name in triggers.TRIGGERS for _ in range(2)]
+    kinds = {(row["trigger"], round(row["rate"] * 7)): [row[name] for name in triggers.FIRED] for row in rows}
+    assert kinds["kl", 2] == [1, 0, 0]  # tokens 2 and 5
+    for trigger in triggers.TRIGGERS:
+        assert kinds[trigger, 5] == pytest.approx([2 / 5, 1 / 5, 2 / 5], abs=1e-5)
+    assert kinds["router", 2] == pytest.approx([1 / 3, 0, 2 / 3], abs=1e-5)  # 3, and 2 and 6, which tie
+
+
 def test_points_in_another_order_are_refused():
     with pytest.raises(ValueError, match="not in the order"):
         triggers.decide_everywhere(LABELS, make_points().where(torch.tensor([1, 0, 2, 3, 4])), FusionWeights())
@@ -233,6 +243,7 @@ def make_report(pairs=triggers.PAIRS):
                 for t in triggers.TRIGGERS
                 for rate in (0.1, 0.5)
             ]
+            report["fired"] += triggers.fired_rows(pair, seed, tokens, [0.1, 0.5])
             report["flips"] += triggers.flip_rows(pair, seed, make_points(), FusionWeights(1, 0, 1))
             decisions = triggers.decide_everywhere(LABELS, make_points(), FusionWeights())
             everywhere[seed] = tokens, tokens, {"fused": decisions, "bare": decisions}
@@ -275,7 +286,7 @@ def test_tables_say_what_the_rows_say(report):
     assert "greedy 57.1" in plain and "What one reading" not in plain
     lines = triggers.format_report(report, as_markdown=True).splitlines()
     bars = [line for line in lines if line.startswith("|")]
-    assert len(bars) == 5 * 2 + 2 * (5 + 7 + 5 + 3 + 4)  # heads, then rows of both pairs
+    assert len(bars) == 6 * 2 + 2 * (5 + 7 + 5 + 5 + 3 + 4)  # heads, then rows of both pairs
     (line,) = (line for line in bars if line.startswith("| babyllama | kl | 1.000"))
     assert line == "| babyllama | kl | 1.000 | [1.000, 1.000] | 1.000 | 1.000 | 1.000 | 1.000 |"
     bare = next(line for line in bars if line.startswith("| embedded | bare"))
