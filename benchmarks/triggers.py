@@ -1101,11 +1101,13 @@ def draw_accuracy(axes: Any, report: dict[str, Any], pair: str) -> None:
     for trigger in reversed(TRIGGERS):
         name = "kl (oracle)" if trigger == "kl" else trigger
         line(report["rows"], trigger, name, marker="o", markersize=4.5, linewidth=2.2, zorder=3)
-    line(report["ceilings"], "kl", "kl, teacher selects", linestyle=(0, (4, 2)), linewidth=1.5, zorder=2)
+    for trigger in ("router", "kl"):
+        name = f"{trigger}, teacher selects"
+        line(report["ceilings"], trigger, name, linestyle=(0, (4, 2)), linewidth=1.5, zorder=2)
     greedy = values_of(report["references"], "accuracy", pair=pair, name="greedy")[0]
     axes.axhline(greedy, color=INK, linewidth=1.2, linestyle=":", zorder=1)
     axes.set_xscale("log")
-    left, right = 100 * min(rates) * 0.7, 100 * max(rates) * 1.25
+    left, right = 100 * min(rates) * 0.6, 100 * max(rates) * 1.25
     low, high = axes.get_ylim()
     low, high = low - 0.04 * (high - low), high + 0.01 * (high - low)
     axes.set(xlim=(left, right), ylim=(low, high))
@@ -1113,7 +1115,7 @@ def draw_accuracy(axes: Any, report: dict[str, Any], pair: str) -> None:
     heights = spread_out([end[1] for end in ends], 0.052 * (high - low), low, high - 0.03 * (high - low))
     for (x, y, name, color), height in zip(ends, heights):
         place = {"xytext": (right * 1.1, height), "va": "center", "annotation_clip": False}
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
         axes.annotate(name, (x, y), **place, size=10, color=color, weight="bold", arrowprops=arrow)
     axes.set_xticks([100 * rate for rate in rates], [f"{100 * rate:g}" for rate in rates])
     axes.minorticks_off()
