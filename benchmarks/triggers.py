@@ -911,7 +911,7 @@ def auc_table(report: dict[str, Any]) -> Table:
     notes.append(
         "AUC of a trigger's value for “the teacher's best candidate above the floor is not the student's first”; "
         f"gain: “and gains more than {MIN_GAIN:g} nats”; choices: among tokens with two or more candidates above the "
-        f"floor. Mean of {report['meta']['settings']['num_seeds']} seeds, intervals over problems."
+        f"floor. Mean of the seeds ({report['meta']['settings']['num_seeds']}), intervals over problems."
     )
     return Table("How well a trigger tells where the student should be corrected", head, rows, notes)
 
@@ -1249,6 +1249,8 @@ def main(argv: list[str] | None = None) -> None:
         report = measure(args) if args.from_json is None else read_json(args.from_json)
     except (ValueError, OSError) as error:
         sys.exit(f"triggers.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ntriggers.py: stopped. The same command goes on from here.")
     if args.from_json is None:
         print()
     print(format_report(report, args.markdown))
