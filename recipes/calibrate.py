@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from adapters import check_same_tokenizer, open_adapter
 from commands import run
 from datasets import Dataset
@@ -118,35 +119,36 @@ def choose_triggers(args: CalibrateArguments, config: SelectorConfig) -> list[st
     """
     from_labels = config.proposals == "base"  # labels hold the base model's text
     possible = ["entropy", "margin"] if args.deployed or from_labels else []
-    if config.router and args.deployed:
+    if config.router:
         possible.append("router")
     if from_labels or (args.teacher_model is not None and args.deployed):
         possible.append("kl")
     wrong = [trigger for trigger in args.triggers or () if trigger not in possible]
-    if wrong == ["router"] and args.deployed:
+    if wrong == ["router"]:
         raise ValueError(f"`triggers`: {args.adapter!r} has no router; recipes/train_router.py trains one.")
     if wrong or not possible:
         raise ValueError(
             f"`triggers` can be {', '.join(possible) or 'none'} here, got {', '.join(wrong) or 'none'}: with "
-            "`deployed=false` thresholds come from labels, which know neither a router nor the text of an adapted "
-            "model, and for that 'kl' needs `teacher_model`."
+            "`deployed=false` thresholds come from labels, which do not hold the text of an adapted model, and for "
+            "that 'kl' needs `teacher_model`."
         )
     return args.triggers or possible
 
 
 def fit_weights(
     args: CalibrateArguments, selector: LocalSelector, labels: Dataset
-) -> tuple[FusionWeights | None, ScoredPoints | None, bool]:
-    """Fusion weights, the points that they were fitted on, and whether the router had seen their problems."""
+) -> tuple[FusionWeights | None, ScoredPoints | None, list[torch.Tensor] | None, bool]:
+    """Fusion weights, the points that they were fitted on, the router's logits at every token, and whether these are
+    cross-fitted, because the router had seen the problems."""
     config = selector.selector_config
     if config.proposals == "adapted":  # labels hold the base model's candidates and log-probabilities
-        return None, None, False
+        return None, None, None, False
     values, seen = None, set()
     if selector.router is not None:
         seen = read_seen_problems(args.adapter).get("router", set()) & set(labels["problem_id"])
         values = read_router(selector, labels, args.batch_size, is_new=not seen)
     points = score_labels(selector, labels, args.batch_size, router_values=values).with_choice()
-    return fit_fusion(points), points, bool(seen)
+    return fit_fusion(points), points, values, bool(seen)
 
 
 def divide(labels: Dataset, check_share: float, limit: int | None) -> tuple[list[list[int]], list[list[int]]]:
@@ -205,12 +207,12 @@ def main(argv: list[str] | None = None) -> None:
 
     model = load_model(name, args.dtype, default_device())
     selector = LocalSelector.from_pretrained(args.adapter, model)
-    fusion, points, was_seen = fit_weights(args, selector, labels)
+    fusion, points, values, was_seen = fit_weights(args, selector, labels)
     selector.fusion = fusion  # it decides what is written, and so which values the triggers see
     from_labels = triggers if not args.deployed else ["kl"] if args.teacher_model is None and "kl" in triggers else []
     table: dict[str, dict[float, dict[str, Any]]] = {}
     if from_labels:
-        stored = calibrate_thresholds(labels, args.target_rates, args.warmup_tokens)
+        stored = calibrate_thresholds(labels, args.target_rates, args.warmup_tokens, values)
         table = {t: {rate: {"threshold": value} for rate, value in stored[t].items()} for t in from_labels}
     decoded = [trigger for trigger in triggers if trigger not in from_labels]
     if decoded:

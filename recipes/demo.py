@@ -127,7 +127,7 @@ class Stages:
     def fail(self, command: list[str], code: int) -> None:
         print(
             f"\nStage {self.number} of {self.total} failed (exit status {code}). To run it alone:\n\n"
-            f"    {typed(command)}\n\nThe demo goes on from here when it is started again.",
+            f"    {typed(command)}\n\nWhat is done is kept: started again, the same command goes on from here.",
             file=sys.stderr,
         )
         sys.exit(code if code > 0 else 1)

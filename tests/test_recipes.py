@@ -154,7 +154,7 @@ def test_where_the_router_has_seen_the_problems_its_logits_are_cross_fitted(run,
     run["calibrate"].main(["--adapter", str(adapter), "--labels", labels, "--deployed", "false"])
     assert "cross-fitted" in capsys.readouterr().out
     assert json.loads((adapter / CALIBRATION_NAME).read_text())["router_cross_fitted"]
-    assert set(SelectorConfig.from_pretrained(adapter).thresholds) == {"entropy", "margin", "kl"}
+    assert set(SelectorConfig.from_pretrained(adapter).thresholds) == {"entropy", "margin", "router", "kl"}
 
 
 def test_an_adapted_model_is_calibrated_on_the_text_that_it_writes(run, capsys):

@@ -30,7 +30,10 @@ _COLUMNS = {"kl": "divergence", "entropy": "entropy", "margin": "margin"}
 
 
 def calibrate_thresholds(
-    labels: Dataset, target_rates: Iterable[float] = TARGET_RATES, warmup_tokens: int = 3
+    labels: Dataset,
+    target_rates: Iterable[float] = TARGET_RATES,
+    warmup_tokens: int = 3,
+    router_values: Sequence[torch.Tensor] | None = None,
 ) -> dict[str, dict[float, float]]:
     """Thresholds of the "kl", "entropy" and "margin" triggers for each target rate, on the labelled text.
 
@@ -40,15 +43,19 @@ def calibrate_thresholds(
         labels: trajectories of held-out training problems, with the trigger values at every generated position.
         target_rates: shares of the generated tokens, in (0, 1].
         warmup_tokens: the first new tokens never trigger but count as generated.
+        router_values: of [`read_router`], for thresholds of the "router" trigger too.
 
     Returns:
         trigger -> {target rate: threshold}.
     """
     table = {}
-    for trigger, column in _COLUMNS.items():
+    columns = {trigger: labels[column] for trigger, column in _COLUMNS.items()}
+    if router_values is not None:
+        columns["router"] = router_values
+    for trigger, column in columns.items():
         rows = []
-        for row in labels[column]:
-            values = torch.tensor(row, dtype=torch.float64)
+        for row in column:
+            values = torch.as_tensor(row, dtype=torch.float64).clone()
             values[:warmup_tokens] = float("-inf")
             rows.append(values)
         values = torch.cat(rows)
@@ -135,7 +142,7 @@ def score_labels(
     min_prob_ratio: float | None = None,
     router_values: Sequence[torch.Tensor] | None = None,
 ) -> ScoredPoints:
-    """Scores every labelled point as decoding would, with one packed forward per trajectory.
+    """Scores every labelled point as decoding would, with one packed forward per trajectory, the shortest first.
 
     Args:
         selector: S2T-Local selector.
