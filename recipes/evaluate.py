@@ -10,6 +10,7 @@ A policy is written `name[:trigger[:rate]]`:
     s2t                          the teacher selects among the student's candidates (the ceiling of its trigger)
     s2t-local, s2t-local-bare    an adapter selects; bare: by its score alone, without fusion. Once per adapter
     second, random               controls: the second candidate, any candidate above the floor
+    sft, kd ...                  without a trigger: the small model with an adapter of --tuned, decoding greedily
 
 with the triggers always, entropy, margin, router, kl, random; all but "always" take the share of tokens that should
 fire.
@@ -30,11 +31,13 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -44,6 +47,7 @@ from answers import STYLES, extract_answer, is_correct
 from commands import run
 from controls import RandomCandidateSelector, SecondCandidateSelector
 from models import default_device, load_model
+from peft import PeftModel
 from problems import Problem, encode_prompts, left_pad, load_problems
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -110,6 +114,13 @@ class EvaluateArguments:
     )
     adapters: list[str] = field(
         default_factory=list, metadata={"help": "S2T-Local adapters, one folder (or Hub id) per selector seed."}
+    )
+    tuned: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Adapters that decode by themselves (recipes/train_baseline.py), as name=folder; the same name "
+            "again is another seed."
+        },
     )
     thresholds_from: str | None = field(
         default=None,
@@ -187,26 +198,29 @@ class Policy:
     trigger: str | None = None
     target_rate: float | None = None
     num_votes: int = 0
+    is_tuned: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Policy:
-        """Reads `name[:trigger[:rate]]`.
+    def parse(cls, text: str, tuned: Collection[str] = ()) -> Policy:
+        """Reads `name[:trigger[:rate]]`; `tuned` are the names of adapters that decode by themselves.
 
         Raises:
             ValueError: saying which part is wrong and what is legal.
         """
         name, *rest = text.split(":")
         problem = f"Policy {text!r}: "
-        if name in ("greedy", "teacher") or name.startswith("maj@"):
+        if name in ("greedy", "teacher") or name.startswith("maj@") or name in tuned:
             if rest:
                 raise ValueError(f"{problem}{name!r} takes no trigger.")
+            if name in tuned:
+                return cls(name, is_tuned=True)
             if not name.startswith("maj@"):
                 return cls(name)
             if not name[4:].isdigit() or not 2 <= int(name[4:]) <= 256:
                 raise ValueError(f"{problem}n of maj@n must be an integer in [2, 256], got {name[4:]!r}.")
             return cls(f"maj@{int(name[4:])}", num_votes=int(name[4:]))
         if name not in SELECTING_POLICIES:
-            legal = ", ".join(("greedy", "maj@N", "teacher", *SELECTING_POLICIES))
+            legal = ", ".join(("greedy", "maj@N", "teacher", *SELECTING_POLICIES, *tuned))
             raise ValueError(f"{problem}the name must be one of {legal}, got {name!r}.")
         if not rest or rest[0] not in TRIGGER_CHOICES:
             got = f"got {rest[0]!r}" if rest else "got none"
@@ -256,6 +270,22 @@ class Policy:
         )
 
 
+def parse_tuned(texts: list[str]) -> dict[str, list[str]]:
+    """Name -> folders, one per seed, of `name=folder`.
+
+    Raises:
+        ValueError: for another form, or a name that another policy has.
+    """
+    tuned: dict[str, list[str]] = {}
+    for text in texts:
+        name, _, folder = text.partition("=")
+        taken = name in ("greedy", "teacher", *SELECTING_POLICIES) or name.startswith("maj@")
+        if not folder or not re.fullmatch(r"[\w.+-]+", name) or taken:
+            raise ValueError(f"`tuned` must be name=folder with a name that no other policy has, got {text!r}.")
+        tuned.setdefault(name, []).append(folder)
+    return tuned
+
+
 def choose_policies(args: EvaluateArguments, has_thresholds: bool, has_router: bool = False) -> list[Policy]:
     """The policies asked for, or the default ones that the arguments allow.
 
@@ -275,9 +305,11 @@ def choose_policies(args: EvaluateArguments, has_thresholds: bool, has_router: b
             return "a router in every adapter (recipes/train_router.py)"
         return None
 
+    tuned = parse_tuned(args.tuned)
     if args.policies is None:
-        return [policy for policy in map(Policy.parse, DEFAULT_POLICIES) if missing(policy) is None]
-    policies = [Policy.parse(text) for text in args.policies]
+        policies = [*map(Policy.parse, DEFAULT_POLICIES), *(Policy.parse(name, tuned) for name in tuned)]
+        return [policy for policy in policies if missing(policy) is None]
+    policies = [Policy.parse(text, tuned) for text in args.policies]
     if not policies:
         raise ValueError("`policies` must name at least one policy, got none.")
     for policy in policies:
@@ -749,8 +781,10 @@ def check_folder(name: str, value: str | None) -> None:
 def evaluate(args: EvaluateArguments) -> dict:
     """Runs what is not on disk yet, writes `report.json` and returns it."""
     # 1. everything that can be wrong, before a model is loaded
+    tuned = parse_tuned(args.tuned)
     sources = [("model", args.model), ("teacher_model", args.teacher_model), ("dataset", args.dataset)]
-    for name, value in sources + [("adapters", path) for path in args.adapters]:
+    sources += [("adapters", path) for path in args.adapters]
+    for name, value in sources + [("tuned", path) for paths in tuned.values() for path in paths]:
         check_folder(name, value)
     thresholds_from = args.thresholds_from or (args.adapters[0] if args.adapters else None)
     of_others = SelectorConfig.from_pretrained(thresholds_from) if thresholds_from else None
@@ -777,7 +811,8 @@ def evaluate(args: EvaluateArguments) -> dict:
             f"{args.answer_column!r} (first id {unanswered[0]}): there is nothing to check against."
         )
     check_no_leak(problems, args.label_dirs)
-    for path in dict.fromkeys([*args.adapters, *filter(None, [args.thresholds_from])]):
+    trained = [*args.adapters, *(path for paths in tuned.values() for path in paths)]
+    for path in dict.fromkeys([*trained, *filter(None, [args.thresholds_from])]):
         check_unseen(path, [problem.id for problem in problems], STAGES, "dataset")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if args.teacher_model is not None:
@@ -815,15 +850,20 @@ def evaluate(args: EvaluateArguments) -> dict:
             config = policy.decoding_config(args)
             table = thresholds if seed is None else configs[seed].thresholds
             settings |= asdict(config) | {"threshold": config.resolve_threshold(table)}
-        if seed is not None:
+        if policy.is_tuned:
+            settings["adapter"] = fingerprint(tuned[policy.name][seed])
+        elif seed is not None:
             settings["adapter"] = adapter_prints[seed]
         elif policy.trigger == "router":
             settings["router"] = of_others.router
         return settings
 
-    jobs = [
-        (policy, seed) for policy in policies for seed in (range(len(args.adapters)) if policy.is_local else (None,))
-    ]
+    def seeds_of(policy: Policy) -> Iterable[int | None]:
+        if policy.is_tuned:
+            return range(len(tuned[policy.name]))
+        return range(len(args.adapters)) if policy.is_local else (None,)
+
+    jobs = [(policy, seed) for policy in policies for seed in seeds_of(policy)]
     settings = {job: settings_of(*job) for job in jobs}
     done = {job: read_records(record_file(args, *job), hash_of(settings[job])) for job in jobs}
     todo = [job for job in jobs if done[job] is None]
@@ -835,13 +875,16 @@ def evaluate(args: EvaluateArguments) -> dict:
         if any(policy.needs_teacher for policy, _ in todo):
             teacher = load_model(args.teacher_model, args.dtype, device)
         bar = tqdm(total=len(todo) * len(problems), unit="problem", desc="load model", smoothing=0.05)
-        for seed in (None, *range(len(args.adapters))):
-            batch = [job for job in todo if job[1] == seed]
-            if not batch:
-                continue
+        # (name of a tuned adapter, seed): jobs that share a model in memory
+        families = dict.fromkeys((policy.name if policy.is_tuned else None, seed) for policy, seed in todo)
+        for family in sorted(families, key=lambda family: (family[0] or "", -1 if family[1] is None else family[1])):
+            batch = [job for job in todo if (job[0].name if job[0].is_tuned else None, job[1]) == family]
+            tuned_name, seed = family
             model = load_model(args.model, args.dtype, device)
             local = None
-            if seed is not None:
+            if tuned_name is not None:
+                model = PeftModel.from_pretrained(model, tuned[tuned_name][seed]).merge_and_unload()
+            elif seed is not None:
                 local = LocalSelector.from_pretrained(args.adapters[seed], model, adapter_name=f"s2t_{seed}")
             warm_up(model, bench)
             for job in batch:

@@ -1,0 +1,174 @@
+"""Trains what S2T-Local has to be compared with, on the same problems: a LoRA of the small model that imitates.
+
+    python recipes/train_baseline.py --method sft --model M --teacher_model T --labels runs/demo/labels/label \
+        --output_dir runs/demo/sft-seed0 --learning_rate 1e-3
+    python recipes/train_baseline.py --method kd  --model M --teacher_model T --labels runs/demo/labels/label \
+        --output_dir runs/demo/kd-seed0 --learning_rate 1e-3
+
+"sft": supervised fine-tuning on the large model's own greedy solutions of the labelled problems (TRL's SFTTrainer).
+"kd": distillation of its whole next-token distribution, KL(teacher || student), along the small model's own labelled
+trajectories. Both see the problems of the labels and no others, train the prompt's tokens not at all, and take every
+option of trl.SFTConfig. recipes/evaluate.py measures them (`--tuned sft=FOLDER kd=FOLDER`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from commands import run
+from datasets import Dataset
+from models import default_device, load_model
+from peft import LoraConfig
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from transformers_s2t.config import write_json
+from transformers_s2t.labeling import rollout
+from transformers_s2t.reserved_tokens import check_same_vocabulary
+from transformers_s2t.seen_problems import write_seen_problems
+from transformers_s2t.trajectories import TrajectoryHeader, read_labels
+
+
+METHODS = ("sft", "kd")
+BASELINE_NAME = "baseline.json"
+
+
+@dataclass
+class BaselineArguments:
+    """What is trained, and on what.
+
+    Raises:
+        ValueError: naming the argument, its legal values and the value given.
+    """
+
+    method: str = field(metadata={"help": "'sft' (the teacher's texts) or 'kd' (its distributions)."})
+    model: str = field(metadata={"help": "Name or path of the small model."})
+    teacher_model: str = field(metadata={"help": "Name or path of the large one, with the same tokenizer."})
+    labels: str = field(metadata={"help": "Folder written by recipes/label.py: its problems, and its trajectories."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type: 'auto', 'float32', 'bfloat16'."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in the adapter."})
+    max_problems: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
+    teacher_batch_size: int = field(default=64, metadata={"help": "Texts of the teacher written at a time."})
+    overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}.")
+        for name in ("lora_r", "teacher_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
+
+
+class DistillationTrainer(SFTTrainer):
+    """KL(teacher || student) over the tokens that both have, mean over the trained tokens of the global batch.
+
+    Args:
+        teacher_model: with the student's tokenizer; on its own device, without gradient.
+    """
+
+    def __init__(self, *args, teacher_model: PreTrainedModel, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher_model = teacher_model.eval()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels_BT = inputs.pop("labels")
+        outputs = model(**inputs)
+        with torch.no_grad():
+            teacher_BTV = self.teacher_model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            ).logits
+        trained_BT = labels_BT[:, 1:] != -100
+        shared = min(outputs.logits.shape[-1], teacher_BTV.shape[-1])
+        student_NV = outputs.logits[:, :-1, :shared][trained_BT].float().log_softmax(-1)
+        teacher_NV = teacher_BTV[:, :-1, :shared][trained_BT].float().log_softmax(-1).to(student_NV.device)
+        total = (teacher_NV.exp() * (teacher_NV - student_NV)).sum()
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else trained_BT.sum())
+        return (loss, outputs) if return_outputs else loss
+
+
+def make_texts(args: BaselineArguments, labels: Dataset, header: TrajectoryHeader, teacher: PreTrainedModel, pad: int):
+    """Token ids and where the trained tokens begin, problem by problem."""
+    if args.method == "kd":
+        return list(zip(labels["input_ids"], labels["prompt_length"]))
+    prompts = {row["problem_id"]: row["input_ids"][: row["prompt_length"]] for row in labels}
+    order = sorted(prompts, key=lambda id: len(prompts[id]))
+    texts = {}
+    for start in tqdm(range(0, len(order), args.teacher_batch_size), desc="The teacher's texts", unit="batch"):
+        ids = order[start : start + args.teacher_batch_size]
+        new = rollout(
+            teacher,
+            [prompts[id] for id in ids],
+            header.max_new_tokens,
+            pad,
+            header.eos_token_ids,
+            suppressed_ids=header.excluded_ids,
+        )
+        texts |= {id: [*prompts[id], *tokens] for id, tokens in zip(ids, new)}
+    return [(texts[id], len(prompts[id])) for id in prompts]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, config = TrlParser((BaselineArguments, SFTConfig)).parse_args_and_config(argv)
+    if (Path(config.output_dir) / BASELINE_NAME).is_file() and not args.overwrite:
+        print(f"{config.output_dir} already holds a trained adapter; pass --overwrite true to train it again.")
+        return
+    labels, header = read_labels(args.labels)
+    if header is None:
+        raise ValueError(f"`labels` {args.labels!r} have no header: make them with recipes/label.py.")
+    if args.max_problems is not None:
+        kept = set(list(dict.fromkeys(labels["problem_id"]))[: args.max_problems])
+        labels = labels.select([i for i, id in enumerate(labels["problem_id"]) if id in kept])
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
+    teacher = load_model(args.teacher_model, args.dtype, default_device())
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    texts = make_texts(args, labels, header, teacher, pad)
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [ids for ids, _ in texts],
+            "labels": [[-100] * start + ids[start:] for ids, start in texts],
+        }
+    )
+    dtype = "float32" if args.dtype == "auto" and default_device().type == "cpu" else args.dtype
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    lora = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    config.max_length = None  # texts are as long as they were labelled
+    settings = {"args": config, "train_dataset": dataset, "processing_class": tokenizer, "peft_config": lora}
+    trainer = (
+        SFTTrainer(model, **settings)
+        if args.method == "sft"
+        else DistillationTrainer(model, teacher_model=teacher, **settings)
+    )
+    trainer.train()
+    trainer.save_model(config.output_dir)
+    write_seen_problems(config.output_dir, "training", labels["problem_id"])
+    trained = sum(len(ids) - start for ids, start in texts)
+    write_json(
+        Path(config.output_dir) / BASELINE_NAME,
+        {
+            "method": args.method,
+            "model": args.model,
+            "teacher_model": args.teacher_model,
+            "problems": len(set(labels["problem_id"])),
+            "trained_tokens": trained,
+            "learning_rate": config.learning_rate,
+            "num_train_epochs": config.num_train_epochs,
+            "seed": config.seed,
+        },
+    )
+    print(f"\n{args.method}: {len(texts)} texts, {trained} trained tokens, written to {config.output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)
