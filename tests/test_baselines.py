@@ -1,0 +1,205 @@
+"""recipes/train_baseline.py and `--tuned` of recipes/evaluate.py: what S2T-Local has to be compared with."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import EOS, RESERVED, disagreeing_pair, tiny_model
+from tiny_labels import tiny_tokenizer
+
+from transformers_s2t.seen_problems import read_seen_problems
+from transformers_s2t.trajectories import read_labels
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    sys.path.insert(0, str(RECIPES))
+    try:
+        import evaluate
+        import label
+        import train_baseline
+    finally:
+        sys.path.remove(str(RECIPES))
+    return {"evaluate": evaluate, "label": label, "train_baseline": train_baseline}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, recipes):
+    """A pair, labels of ten problems, and both baselines trained on them."""
+    folder = tmp_path_factory.mktemp("baselines")
+    for name, model in zip(("student", "teacher"), disagreeing_pair()):
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    generator = torch.Generator().manual_seed(0)
+    for part, number in (("train", 10), ("test", 6)):
+        lines = []
+        for _ in range(number):
+            words = torch.randint(3, RESERVED[0], (5,), generator=generator).tolist()
+            lines.append(json.dumps({"prompt": " ".join(f"w{id}" for id in words), "answer": "w7"}))
+        (folder / f"{part}.jsonl").write_text("\n".join(lines))
+    pair = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher"), "--dtype", "float32"]
+    recipes["label"].main(
+        [*pair, "--dataset", str(folder / "train.jsonl"), "--output_dir", str(folder / "labels")]
+        + ["--max_new_tokens", str(NEW_TOKENS), "--num_candidates", "8"]
+    )
+    for method in ("sft", "kd"):
+        recipes["train_baseline"].main(train(folder, method))
+    return folder
+
+
+def train(folder, method, *options):
+    arguments = ["--method", method, "--model", str(folder / "student"), "--teacher_model", str(folder / "teacher")]
+    arguments += ["--labels", str(folder / "labels"), "--output_dir", str(folder / method), "--dtype", "float32"]
+    arguments += ["--max_steps", "12", "--learning_rate", "1e-2", "--per_device_train_batch_size", "5"]
+    arguments += ["--use_cpu", "true", "--bf16", "false", "--save_strategy", "no", "--report_to", "none"]
+    return [*arguments, *options]
+
+
+def texts_of(folder, method, recipes):
+    """What the method trains on, made by the recipe."""
+    labels, header = read_labels(str(folder / "labels"))
+    module = recipes["train_baseline"]
+    args = module.BaselineArguments(
+        method, str(folder / "student"), str(folder / "teacher"), str(folder / "labels"), teacher_batch_size=4
+    )
+    teacher = disagreeing_pair()[1]
+    return module.make_texts(args, labels, header, teacher, 0), teacher, labels
+
+
+def test_fine_tuning_learns_from_the_teachers_own_greedy_texts(folder, recipes):
+    texts, teacher, labels = texts_of(folder, "sft", recipes)
+    assert len(texts) == 10
+    for (ids, start), row in zip(texts, labels):
+        prompt = row["input_ids"][: row["prompt_length"]]
+        expected = teacher.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=EOS,
+            suppress_tokens=list(RESERVED),
+        )
+        assert ids == expected[0].tolist() and start == len(prompt)
+
+
+def test_distillation_goes_along_the_students_own_texts(folder, recipes):
+    texts, _, labels = texts_of(folder, "kd", recipes)
+    assert texts == list(zip(labels["input_ids"], labels["prompt_length"]))
+
+
+def mean_kl(model, teacher, texts):
+    total = count = 0
+    for ids, start in texts:
+        logits_TV, teacher_TV = (m(torch.tensor([ids])).logits[0].log_softmax(-1) for m in (model, teacher))
+        for t in range(start - 1, len(ids) - 1):  # index t decides the token at t + 1
+            total += float((teacher_TV[t].exp() * (teacher_TV[t] - logits_TV[t])).sum())
+            count += 1
+    return total / count
+
+
+@torch.no_grad()
+def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(folder, recipes):
+    texts, teacher, _ = texts_of(folder, "kd", recipes)
+    module = recipes["train_baseline"]
+    model = tiny_model()
+    width = max(len(ids) for ids, _ in texts)
+    inputs = {
+        "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in texts]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in texts]),
+        "labels": torch.tensor([[-100] * s + ids[s:] + [-100] * (width - len(ids)) for ids, s in texts]),
+    }
+    trainer = module.DistillationTrainer.__new__(module.DistillationTrainer)
+    trainer.teacher_model = teacher
+    loss = trainer.compute_loss(model, dict(inputs))
+    assert float(loss) == pytest.approx(mean_kl(model, teacher, texts), rel=1e-4)
+    assert float(trainer.compute_loss(model, dict(inputs), num_items_in_batch=1)) > float(loss)  # a sum, then
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["sft", "kd"])
+def test_training_comes_closer_to_the_teacher_and_says_what_it_has_seen(folder, recipes, method):
+    texts, teacher, labels = texts_of(folder, method, recipes)
+    before, after = tiny_model(), PeftModel.from_pretrained(tiny_model(), str(folder / method))
+    assert mean_kl(after, teacher, texts) < mean_kl(before, teacher, texts)
+    assert read_seen_problems(folder / method)["training"] == set(labels["problem_id"])
+    note = json.loads((folder / method / "baseline.json").read_text())
+    assert note["method"] == method and note["problems"] == 10
+    assert note["trained_tokens"] == sum(len(ids) - start for ids, start in texts)
+    assert not any("embed_tokens" in name for name in load_file(folder / method / "adapter_model.safetensors"))
+
+
+def test_what_is_trained_is_not_trained_again_unless_asked(folder, recipes, capsys):
+    recipes["train_baseline"].main(train(folder, "sft"))
+    assert "already holds a trained adapter" in capsys.readouterr().out
+
+
+def evaluate(recipes, folder, output, *policies, **settings):
+    module = recipes["evaluate"]
+    settings = {"teacher_model": None, "policies": list(policies) or None, "answer_style": "auto"} | settings
+    return module.evaluate(
+        module.EvaluateArguments(
+            model=str(folder / "student"),
+            dataset=str(folder / "test.jsonl"),
+            output_dir=str(output),
+            max_new_tokens=NEW_TOKENS,
+            **settings,
+        )
+    )
+
+
+def test_tuned_adapters_are_measured_beside_greedy_seed_by_seed(folder, recipes, tmp_path):
+    tuned = [f"sft={folder / 'sft'}", f"sft={folder / 'kd'}", f"kd={folder / 'kd'}"]
+    report = evaluate(recipes, folder, tmp_path, "greedy", "sft", "kd", tuned=tuned)
+    assert [(row["policy"], row["num_seeds"]) for row in report["rows"]] == [("greedy", 1), ("sft", 2), ("kd", 1)]
+    files = {file.name for file in (tmp_path / "records").iterdir() if file.suffix == ".jsonl"}
+    assert {"greedy.jsonl", "sft_adapter0.jsonl", "sft_adapter1.jsonl", "kd_adapter0.jsonl"} <= files
+    read = recipes["evaluate"].read_records
+    (_, first), (_, second), (_, kd) = (read(tmp_path / "records" / f"{name}.jsonl") for name in
+                                        ("sft_adapter0", "sft_adapter1", "kd_adapter0"))  # fmt: skip
+    assert [one["text"] for one in second] == [one["text"] for one in kd] != [one["text"] for one in first]
+    model = PeftModel.from_pretrained(tiny_model(), str(folder / "kd"))
+    tokenizer = tiny_tokenizer()
+    line = json.loads((folder / "test.jsonl").read_text().splitlines()[0])
+    ids = tokenizer(line["prompt"], return_tensors="pt")["input_ids"]
+    new = model.generate(input_ids=ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=EOS)[0, ids.shape[1] :]
+    assert kd[0]["text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_problems_that_a_tuned_adapter_has_seen_are_refused(folder, recipes, tmp_path):
+    with pytest.raises(ValueError, match=r"`dataset` shares 10 of its 10 problems .*in training \(10\)"):
+        recipes["evaluate"].evaluate(
+            recipes["evaluate"].EvaluateArguments(
+                model=str(folder / "student"),
+                dataset=str(folder / "train.jsonl"),
+                output_dir=str(tmp_path),
+                policies=["kd"],
+                tuned=[f"kd={folder / 'kd'}"],
+            )
+        )
+
+
+@pytest.mark.parametrize("text", ["kd", "=x", "kd=", "greedy=x", "s2t=x", "maj@8=x", "a:b=x"])
+def test_names_of_tuned_adapters_are_checked(folder, recipes, tmp_path, text):
+    with pytest.raises(ValueError, match="`tuned` must be name=folder with a name that no other policy has, got"):
+        evaluate(recipes, folder, tmp_path, "greedy", tuned=[text])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "dpo"}, "`method` must be one of 'sft', 'kd', got 'dpo'"),
+        ({"lora_r": 0}, "`lora_r` must be at least 1, got 0"),
+        ({"teacher_batch_size": 0}, "`teacher_batch_size` must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(recipes, changes, message):
+    settings = {"method": "sft", "model": "m", "teacher_model": "t", "labels": "l"} | changes
+    with pytest.raises(ValueError, match=message):
+        recipes["train_baseline"].BaselineArguments(**settings)
