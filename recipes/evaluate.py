@@ -5,7 +5,8 @@
 
 A policy is written `name[:trigger[:rate]]`:
 
-    greedy, maj@8, teacher       without a trigger (maj@8: eight samples vote)
+    greedy, maj@8, teacher       without a trigger (maj@8: eight samples vote; best@8, a row beside it, is the oracle
+                                 that takes the right one where there is one)
     takeover                     the teacher's own token replaces the student's
     s2t                          the teacher selects among the student's candidates (the ceiling of its trigger)
     s2t-local, s2t-local-bare    an adapter selects; bare: by its score alone, without fusion. Once per adapter
@@ -37,8 +38,9 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,13 +90,18 @@ KINDS = ".tkf"  # plain, triggered with one candidate only, asked and kept, flip
 DEFINITIONS = {
     "accuracy": "per cent of problems, mean over the seeds",
     "accuracy_ci": f"95 % percentile bootstrap over problems, {NUM_RESAMPLES} resamples, of the mean over seeds",
+    "accuracy_sd": "standard deviation over the seeds, where there are several",
+    "gain, gain_ci": "accuracy minus greedy's, and the same bootstrap over problems of that difference (paired)",
     "helped, hurt": "problems that greedy has wrong and the policy right, and the reverse; mean over seeds",
     "achieved_rate": "triggered steps / generated tokens (end-of-sequence included)",
     "asked_rate": "steps with a trigger and two or more candidates above the floor / generated tokens",
     "flip_rate": "steps where another token than the student's first was taken / generated tokens",
     "mcnemar_p": "exact two-sided McNemar test against greedy; with several seeds the largest of their p-values",
     "seconds_vs_greedy": "time in generate relative to greedy in the same run, at this batch size",
+    "cpu_seconds_vs_greedy": "the same of the process's CPU time, all threads",
     "extra_forwards": "batch forwards beyond those of plain decoding, by kind, mean over seeds",
+    "student_tokens, teacher_tokens": "tokens that went through each model per problem, prompts, padding-free "
+    "decoding, candidates and all samples counted; mean over seeds",
 }
 
 
@@ -163,6 +170,10 @@ class EvaluateArguments:
     )
     eval_labels: str | None = field(
         default=None, metadata={"help": "Held-out label folder for Hit@K and Agree@1 of student and second candidate."}
+    )
+    allow_leaks: bool = field(
+        default=False,
+        metadata={"help": "Evaluate problems that were seen before; the report then says so, in red."},
     )
     num_examples: int = field(
         default=2, metadata={"help": "Examples in the report that greedy has wrong and S2T-Local right."}
@@ -357,18 +368,24 @@ def mcnemar(helped: int, hurt: int) -> float:
 
 
 def summarize(correct_PN: np.ndarray, greedy_N: np.ndarray | None, seed: int = 0) -> dict:
-    """Accuracy, interval and the comparison with greedy of one row of the table; accuracies in per cent."""
+    """Accuracy, interval and the paired comparison with greedy of one row of the table; accuracies in per cent."""
     correct_PN = np.asarray(correct_PN, dtype=bool)
     summary = {
         "accuracy": 100 * float(correct_PN.mean()),
         "accuracy_ci": [100 * edge for edge in bootstrap_interval(correct_PN.mean(0), seed)],
         "accuracy_by_seed": [100 * float(value) for value in correct_PN.mean(1)],
+        "accuracy_sd": 100 * float(correct_PN.mean(1).std(ddof=1)) if len(correct_PN) > 1 else None,
+        "gain": None,
+        "gain_ci": None,
         "helped": None,
         "hurt": None,
         "mcnemar_p": None,
     }
     if greedy_N is not None:
         greedy_N = np.asarray(greedy_N, dtype=bool)
+        gain_N = correct_PN.mean(0) - greedy_N
+        summary["gain"] = 100 * float(gain_N.mean())
+        summary["gain_ci"] = [100 * edge for edge in bootstrap_interval(gain_N, seed)]
         helped_P, hurt_P = (correct_PN & ~greedy_N).sum(1), (~correct_PN & greedy_N).sum(1)
         summary["helped"], summary["hurt"] = (
             int(counts_P[0]) if len(counts_P) == 1 else round(float(counts_P.mean()), 1)
@@ -433,7 +450,18 @@ class Bench:
             }
             if policy.trigger == "kl":
                 kwargs["teacher_model"] = teacher
-        totals = {"seconds": 0.0, "steps": 0, "generated": 0, "triggered": 0, "asked": 0, "flipped": 0, "forwards": {}}
+        totals = {
+            "seconds": 0.0,
+            "cpu_seconds": 0.0,
+            "student_tokens": 0,
+            "teacher_tokens": 0,
+            "steps": 0,
+            "generated": 0,
+            "triggered": 0,
+            "asked": 0,
+            "flipped": 0,
+            "forwards": {},
+        }
         records: list[dict | None] = [None] * len(self.problems)
         per_batch = max(1, args.batch_size // max(1, policy.num_votes))
         for number, start in enumerate(range(0, len(self.order), per_batch)):
@@ -441,13 +469,20 @@ class Bench:
             inputs = left_pad([self.prompt_ids[i] for i in rows], self.pad_token_id)
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
             torch.manual_seed(args.seed * 1_000_003 + number)
-            began = self._clock()
+            began, cpu_began = self._clock(), time.process_time()
             output_BT = model.generate(**inputs, **kwargs)
             totals["seconds"] += self._clock() - began
+            totals["cpu_seconds"] += time.process_time() - cpu_began
             new_ids_BS = output_BT[:, inputs["input_ids"].shape[1] :].cpu()
             num_tokens_B = count_tokens(new_ids_BS, kwargs["eos_token_id"])
             totals["steps"] += new_ids_BS.shape[1]
             totals["generated"] += int(num_tokens_B.sum())
+            read = int(inputs["attention_mask"].sum()) * max(1, policy.num_votes) + int(num_tokens_B.sum())
+            totals["teacher_tokens" if policy.name == "teacher" else "student_tokens"] += read
+            if trace is not None:
+                teacher_tokens = trace.tokens.get("teacher", 0)
+                totals["teacher_tokens"] += teacher_tokens
+                totals["student_tokens"] += sum(trace.tokens.values()) - teacher_tokens
             batch_records = self._grade(policy, rows, new_ids_BS, num_tokens_B)
             if trace is not None:
                 self._read_trace(trace, new_ids_BS, num_tokens_B, totals, batch_records)
@@ -473,6 +508,10 @@ class Bench:
                 mine = slice(place * policy.num_votes, (place + 1) * policy.num_votes)
                 winner = majority_vote(answers[mine])
                 record["votes"] = answers[mine]
+                record["any_correct"] = any(
+                    answer is not None and is_correct(text, problem.answer, style)
+                    for text, answer in zip(texts[mine], answers[mine])
+                )
                 chosen = None if winner is None else mine.start + winner
             else:
                 chosen = place
@@ -692,7 +731,10 @@ def make_row(policy: Policy, runs: list[tuple[dict, list[dict]]], greedy, args, 
             return None
         return sum(header["totals"][name] for header in headers) / generated
 
-    seconds = float(np.mean([header["totals"]["seconds"] for header in headers]))
+    def mean_of(name: str) -> float:
+        return float(np.mean([header["totals"][name] for header in headers]))
+
+    seconds, cpu_seconds = mean_of("seconds"), mean_of("cpu_seconds")
     same_run = greedy is not None and all(header["run_id"] == greedy[0]["run_id"] for header in headers)
     kinds = sorted({kind for header in headers for kind in header["totals"]["forwards"]})
     no_answer = np.mean([[record["answer"] is None for record in records] for _, records in runs])
@@ -711,12 +753,26 @@ def make_row(policy: Policy, runs: list[tuple[dict, list[dict]]], greedy, args, 
         "tokens_per_problem": generated / correct_PN.size / max(1, policy.num_votes),
         "seconds": seconds,
         "seconds_vs_greedy": seconds / greedy[0]["totals"]["seconds"] if same_run else None,
+        "cpu_seconds_vs_greedy": cpu_seconds / greedy[0]["totals"]["cpu_seconds"] if same_run else None,
+        "student_tokens": mean_of("student_tokens") / correct_PN.shape[1],
+        "teacher_tokens": mean_of("teacher_tokens") / correct_PN.shape[1],
         "extra_forwards": {
             kind: float(np.mean([header["totals"]["forwards"].get(kind, 0) for header in headers])) for kind in kinds
         },
         "decoding_steps": float(np.mean([header["totals"]["steps"] for header in headers])),
         "adapter_scope": "/".join(sorted({config.adapter_scope for config in configs})) if policy.is_local else None,
     }
+
+
+def make_rows(policy: Policy, runs: list[tuple[dict, list[dict]]], greedy, args, configs: list[SelectorConfig]):
+    """The row of a policy, and after a vote the oracle on the same samples: is any of them right?"""
+    yield make_row(policy, runs, greedy, args, configs)
+    if policy.num_votes:
+        found = [
+            (header, [record | {"correct": record["any_correct"]} for record in records]) for header, records in runs
+        ]
+        best = replace(policy, name=f"best@{policy.num_votes}")
+        yield make_row(best, found, greedy, args, configs) | {"is_oracle": True}
 
 
 def format_table(report: dict) -> str:
@@ -734,7 +790,7 @@ def format_table(report: dict) -> str:
         p = row["mcnemar_p"]
         lines.append(
             (
-                row["policy"] + seeds,
+                row["policy"] + (" (oracle)" if row.get("is_oracle") else "") + seeds,
                 row["trigger"] or "-",
                 number(row["target_rate"], ".3g", 100),
                 number(row["achieved_rate"], ".1f", 100),
@@ -761,6 +817,9 @@ def format_table(report: dict) -> str:
         f"teacher {meta['teacher_model']}.",
         "rate, fired, flips: per cent of generated tokens. LLM: the teacher runs at inference. (xN): mean of N seeds.",
     ]
+    for leak in meta["leaks"]:
+        red = ("\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "")
+        notes.insert(0, f"{red[0]}LEAK, these figures are not held out: {leak}{red[1]}")
     if report["hit_at_k"]:
         hits = "  ".join(f"Hit@{size} {value:.3f}" for size, value in report["hit_at_k"].items())
         notes.append(f"At the top-KL points of {meta['eval_labels']}: {hits}")
@@ -810,10 +869,22 @@ def evaluate(args: EvaluateArguments) -> dict:
             f"`dataset`: {len(unanswered)} of {len(problems)} problems have no answer in column "
             f"{args.answer_column!r} (first id {unanswered[0]}): there is nothing to check against."
         )
-    check_no_leak(problems, args.label_dirs)
+    leaks: list[str] = []
+
+    def guard(check: Callable[[], None]) -> None:
+        try:
+            check()
+        except ValueError as error:
+            if not args.allow_leaks:
+                raise ValueError(
+                    f"{error} (`--allow_leaks true` measures all the same, and the report says so.)"
+                ) from None
+            leaks.append(str(error))
+
+    guard(lambda: check_no_leak(problems, args.label_dirs))
     trained = [*args.adapters, *(path for paths in tuned.values() for path in paths)]
     for path in dict.fromkeys([*trained, *filter(None, [args.thresholds_from])]):
-        check_unseen(path, [problem.id for problem in problems], STAGES, "dataset")
+        guard(partial(check_unseen, path, [problem.id for problem in problems], STAGES, "dataset"))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if args.teacher_model is not None:
         check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
@@ -933,11 +1004,12 @@ def evaluate(args: EvaluateArguments) -> dict:
             "fusion": [None if config.fusion is None else asdict(config.fusion) for config in configs],
             "selector_metrics": metrics,
             "definitions": DEFINITIONS,
+            "leaks": leaks,
             "device": str(device),
             "versions": versions(),
             "command": shlex.join(["python", *sys.argv]),
         },
-        "rows": [make_row(policy, results[policy], greedy, args, configs) for policy in policies],
+        "rows": [row for policy in policies for row in make_rows(policy, results[policy], greedy, args, configs)],
         "hit_at_k": hit_at_k,
         # student and second at the top-KL points; the selector's figures at all its held-out decision points
         "agree_at_1": agree_at_1 | ({"held_out": metrics} if metrics else {}),

@@ -168,7 +168,9 @@ def test_tuned_adapters_are_measured_beside_greedy_seed_by_seed(folder, recipes,
     tokenizer = tiny_tokenizer()
     line = json.loads((folder / "test.jsonl").read_text().splitlines()[0])
     ids = tokenizer(line["prompt"], return_tensors="pt")["input_ids"]
-    new = model.generate(input_ids=ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=EOS)[0, ids.shape[1] :]
+    new = model.generate(input_ids=ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=EOS)[
+        0, ids.shape[1] :
+    ]
     assert kd[0]["text"] == tokenizer.decode(new, skip_special_tokens=True)
 
 

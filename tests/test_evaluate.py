@@ -215,7 +215,19 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
     result = evaluate.evaluate(args)
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
     rows = {row["label"]: row for row in result["rows"]}
-    assert list(rows) == POLICIES + LOCAL
+    assert list(rows) == ["greedy", "maj@2", "best@2", *POLICIES[2:], *LOCAL]
+    assert rows["best@2"]["is_oracle"] and rows["best@2"]["accuracy"] >= rows["maj@2"]["accuracy"]
+    for label, row in rows.items():  # paired with greedy, problem by problem
+        if label != "greedy":
+            assert row["gain"] == pytest.approx(row["accuracy"] - rows["greedy"]["accuracy"])
+            assert row["gain_ci"][0] <= row["gain"] <= row["gain_ci"][1]
+    prompt_tokens = len(evaluate.AutoTokenizer.from_pretrained(bed / "student")("Tom has 20 nuts.\n")["input_ids"])
+    greedy = rows["greedy"]
+    assert greedy["student_tokens"] == prompt_tokens + greedy["tokens_per_problem"] and greedy["teacher_tokens"] == 0
+    assert rows["maj@2"]["student_tokens"] == 2 * (prompt_tokens + rows["maj@2"]["tokens_per_problem"])
+    assert rows["teacher"]["student_tokens"] == 0 < rows["teacher"]["teacher_tokens"]
+    assert rows["s2t:always"]["teacher_tokens"] > 0 and rows["s2t-local:always"]["teacher_tokens"] == 0
+    assert rows["s2t-local:always"]["student_tokens"] > greedy["student_tokens"]
     assert all(len(row["accuracy_ci"]) == 2 for row in rows.values())
     assert rows["greedy"]["helped"] is None and rows["greedy"]["seconds_vs_greedy"] == 1.0
     assert 0 < rows["s2t:always"]["asked_rate"] <= rows["s2t:always"]["achieved_rate"] <= 0.7  # warm-up: 3 of 10
@@ -285,6 +297,10 @@ def test_labelled_problems_are_refused(bed, tmp_path):
     with pytest.raises(ValueError, match="holds 1 of the 1 problems to evaluate .ids [0-9a-f]{16}.*another split"):
         evaluate.evaluate(args)
     assert not (tmp_path / "records").exists()
+    args.allow_leaks, args.policies = True, ["greedy"]
+    report = evaluate.evaluate(args)
+    assert len(report["meta"]["leaks"]) == 1 and "holds 1 of the 1 problems" in report["meta"]["leaks"][0]
+    assert "LEAK, these figures are not held out" in evaluate.format_table(report)
 
 
 @pytest.mark.parametrize(
