@@ -1,4 +1,4 @@
-"""Tunes and trains what imitates the large model, on the problems of a finished demo, and measures it beside S2T-Local.
+"""Tunes and trains what imitates the large model, on the problems of a finished demo, and measures it by S2T-Local.
 
     python recipes/baselines.py --run runs/demo
 
