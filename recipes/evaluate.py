@@ -51,6 +51,7 @@ from controls import RandomCandidateSelector, SecondCandidateSelector
 from models import default_device, load_model
 from peft import PeftModel
 from problems import Problem, encode_prompts, left_pad, load_problems
+from texts import TEXTS_NAME, collect_texts
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
@@ -541,6 +542,34 @@ class Bench:
             record["tokens"] = ids[row][:end]
             record["kinds"] = "".join(KINDS[code] for code in codes[row][:end])
             record["student_tokens"] = {step: firsts[row][step] for step in range(end) if codes[row][step] == 3}
+            record["asked"] = {}
+        for number, step in enumerate(trace.steps):
+            for row, asked in asked_points(step).items():
+                records[row]["asked"][number] = asked
+
+
+def asked_points(step: dict) -> dict[int, list]:
+    """Row -> `[trigger value, [[id, selector's score, student's log-probability], ...]]` where a step was asked.
+
+    Candidates above the floor alone, best first by the student; none for a takeover. Where fusion decided, its score
+    is the fourth number. Four decimals; what is not finite is `None`.
+    """
+    values = step["value_B"].tolist()
+    points = {row: [_short(values[row]), []] for row in step["asked_B"].nonzero()[:, 0].tolist()}
+    if "rows_A" not in step:
+        return points
+    columns = [step[name] for name in ("candidate_ids_AK", "scores_AK", "logprobs_AK", "fused_AK")]
+    mask_AK = step["mask_AK"]
+    if torch.equal(columns[1][mask_AK].float(), columns[3][mask_AK]):
+        del columns[3]
+    for row, mask_K, *columns_K in zip(*(tensor.tolist() for tensor in (step["rows_A"], mask_AK, *columns))):
+        candidates = [candidate for candidate, offered in zip(zip(*columns_K), mask_K) if offered]
+        points[row][1] = [[id, *map(_short, numbers)] for id, *numbers in candidates]
+    return points
+
+
+def _short(number: float) -> float | None:
+    return round(number, 4) if math.isfinite(number) else None
 
 
 def count_tokens(new_ids_BS: torch.Tensor, eos_token_id: int | list[int]) -> torch.Tensor:
@@ -1015,6 +1044,8 @@ def evaluate(args: EvaluateArguments) -> dict:
         "agree_at_1": agree_at_1 | ({"held_out": metrics} if metrics else {}),
         "examples": pick_examples(tokenizer, problems, results, args.num_examples),
     }
+    texts = collect_texts(problems, tokenizer, [records for _, records in done.values()])
+    write_json(Path(args.output_dir) / TEXTS_NAME, texts)
     write_json(Path(args.output_dir) / "report.json", report)
     return report
 

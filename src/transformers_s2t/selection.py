@@ -31,7 +31,7 @@ from .config import (
     S2TDecodingConfig,
     SelectorConfig,
 )
-from .fusion import decide
+from .fusion import fused_scores
 from .proposals import Proposals, propose
 from .reserved_tokens import check_same_ids, model_hash, resize_for_reserved_tokens, vocab_hash
 from .router import Router
@@ -564,7 +564,9 @@ class S2TTrace:
         prompt_length: columns of the prompt.
         steps: per step a dict with `value_B` (trigger value), `triggered_B`, `asked_B`, `first_B` (the student's first
             token), `token_B` (the selected one; for rows that were asked), `forwards` (how many, by kind), and, where
-            any row was asked, `rows_A`, `candidate_ids_AK`, `scores_AK`, `mask_AK`.
+            any row was asked, `rows_A`, `candidate_ids_AK`, `scores_AK` (the selector's), `mask_AK` (above the floor),
+            `logprobs_AK` (the student's, nats) and `fused_AK` (what decided; -inf below the floor). A takeover has no
+            candidates.
         forwards: forwards of the whole call by kind. "teacher", "scorer" and "router" (where its hidden states were
             not at hand) come on top of plain decoding's own; "tree" takes the place of one of them: it scores and
             decodes (after the last token there is none to take the place of).
@@ -582,8 +584,8 @@ class S2TTrace:
 
     def rows(self) -> list[list[dict]]:
         """The same by row: for each a list of steps with `value`, `triggered`, `asked`, `flipped`, `first`, `token`,
-        `forwards` (of the step, which all rows share), and, where it was asked, `candidate_ids` and `scores`
-        (candidates above the floor)."""
+        `forwards` (of the step, which all rows share), and, where it was asked, `candidate_ids`, `scores` and
+        `logprobs` (candidates above the floor)."""
         if not self.steps:
             return []
         out: list[list[dict]] = [[] for _ in range(len(self.steps[0]["asked_B"]))]
@@ -604,6 +606,7 @@ class S2TTrace:
                     mask_K = step["mask_AK"][where[row]]
                     item["candidate_ids"] = step["candidate_ids_AK"][where[row]][mask_K].tolist()
                     item["scores"] = step["scores_AK"][where[row]][mask_K].tolist()
+                    item["logprobs"] = step["logprobs_AK"][where[row]][mask_K].tolist()
                 items.append(item)
         return out
 
@@ -773,11 +776,12 @@ class S2TSession:
                 scores_AK, advance_from = scores if isinstance(scores, Scores) else Scores(scores)
                 check_not_nan(scores_AK, "selector's scores")
                 router_A = self._router_logits(logits_BV)[rows_A] if self.fusion.router else None
-                choice_A = decide(scores_AK, asked, self.fusion, router_A)
+                fused_AK = fused_scores(scores_AK, asked.logprobs_BK, asked.mask_BK, self.fusion, router_A)
+                choice_A = fused_AK.argmax(-1)  # a tie goes to the candidate that the student ranks higher
                 token_B[rows_A] = asked.ids_BK.gather(-1, choice_A[:, None])[:, 0]
                 advance = None if advance_from is None else functools.partial(advance_from, choice_A)
                 scored = {"rows_A": rows_A, "candidate_ids_AK": asked.ids_BK, "scores_AK": scores_AK}
-                scored |= {"mask_AK": asked.mask_BK}
+                scored |= {"mask_AK": asked.mask_BK, "logprobs_AK": asked.logprobs_BK, "fused_AK": fused_AK}
         self._record(value_B, triggered_B, asked_B, proposals.ids_BK[:, 0], token_B, **scored)
         return StepResult(token_B, asked_B, advance)
 
