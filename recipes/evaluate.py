@@ -18,8 +18,9 @@ fire.
 
 All policies run through `model.generate` with one clean generation config: nothing is inherited from the checkpoints
 but their end-of-sequence tokens. Every finished policy is kept in OUTPUT_DIR/records; running again with the same
-settings only runs what is missing. Problems that an adapter has seen, in training or after (its seen_problems.json),
-are refused, and so are those of --label_dirs. This file does not know how a selector scores or how an answer is read.
+settings only runs what is missing. recipes/report.py makes a page of OUTPUT_DIR. Problems that an adapter has seen, in
+training or after (its seen_problems.json), are refused, and so are those of --label_dirs. This file does not know how
+a selector scores or how an answer is read.
 
 Legend: B rows, S steps, N problems, P seeds (adapters) of a policy.
 """

@@ -1,14 +1,14 @@
-"""One picture of one evaluation: accuracy by policy, Hit@K, and two generations token by token.
+"""One picture of one evaluation: accuracy by policy, Hit@K, and two generations token by token. And a page of it all.
 
-    python recipes/report.py runs/demo/report.json
+    python recipes/report.py runs/demo
 
-Reads the `report.json` that recipes/evaluate.py writes and nothing else; knows no models.
+writes report.png, report.html and a PNG of each chart into the folder that recipes/evaluate.py wrote. The picture
+needs `report.json` and nothing else; the page is html_report.py's. Knows no models.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import matplotlib
 from commands import run
+from html_report import read_report, write_page
+from row_names import GROUPS, group_of, grouped, label_of
 
 
 matplotlib.use("Agg")
@@ -28,25 +30,7 @@ from matplotlib.transforms import blended_transform_factory  # noqa: E402
 
 
 INK, FAINT, GRID = "#1f2430", "#7a8190", "#e4e7ec"
-#: Groups of bars from top to bottom: title and colour.
-GROUPS = {
-    "baseline": ("The small model alone", "#9aa1ad"),
-    "local": ("S2T-Local, no teacher at inference", "#1b9e77"),
-    "local-oracle": ("S2T-Local, triggered by the teacher", "#8fd0bb"),
-    "teacher": ("The teacher runs at inference", "#4878a8"),
-    "control": ("Controls", "#d9a441"),
-}
 KEPT, FLIPPED, FLIPPED_BACK, STUDENT = "#4878a8", "#0b6b4f", "#c9eedf", "#c0392b"
-NAMES = {
-    "greedy": "greedy",
-    "teacher": "teacher, greedy",
-    "takeover": "Takeover",
-    "s2t": "S2T (teacher selects)",
-    "s2t-local": "S2T-Local",
-    "s2t-local-bare": "S2T-Local, no fusion",
-    "second": "second candidate",
-    "random": "random candidate",
-}
 #: The trainer's held-out figures: label and group (for its colour).
 AGREEMENT = {
     "student_first": ("student's first", "baseline"),
@@ -63,26 +47,6 @@ NOTE_SIZE, NOTE_LINE = 9.5, 14.5
 TEXT_SIZE, TEXT_LINE, WAS_SIZE = 13.0, 30.0, 11.0
 
 
-def group_of(row: dict) -> str:
-    name = row["policy"]
-    if name.startswith("s2t-local"):
-        return "local-oracle" if row["trigger"] == "kl" else "local"
-    if name in ("teacher", "takeover", "s2t"):
-        return "teacher"
-    return "control" if name in ("second", "random") else "baseline"
-
-
-def label_of(row: dict) -> str:
-    """ "S2T-Local · margin 10 %" and the like."""
-    name = row["policy"]
-    name = f"majority of {name[4:]} samples" if name.startswith("maj@") else NAMES.get(name, name)
-    if row["trigger"] is None:
-        return name
-    trigger = {"always": "every step", "kl": "KL"}.get(row["trigger"], row["trigger"])
-    rate = "" if row["target_rate"] is None else f" {100 * row['target_rate']:g} %"
-    return f"{name} · {trigger}{rate}"
-
-
 def shorten(text: str | None, length: int) -> str:
     text = text or "none"
     return text if len(text) <= length else "…" + text[-length + 1 :]
@@ -96,12 +60,8 @@ def draw_bars(axes: Axes, rows: list[dict]) -> None:
     """Horizontal bars by group, with the intervals as lines and the figures in a column at the right."""
     y, ticks, labels = 0.0, [], []
     titles = blended_transform_factory(axes.transAxes, axes.transData)
-    for group, (title, color) in GROUPS.items():
-        members = [row for row in rows if group_of(row) == group]
-        first_seen = [row["policy"] for row in members]
-        members.sort(key=lambda row: first_seen.index(row["policy"]))
-        if not members:
-            continue
+    for title, members in grouped(rows):
+        color = GROUPS[group_of(members[0])][1]
         axes.text(-0.005, y, title, transform=titles, ha="right", va="center", color=INK, weight="bold", size=9.5)
         y += 0.95
         for row in members:
@@ -391,14 +351,18 @@ def draw_title(figure: Figure, meta: dict, height: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the report of recipes/evaluate.py.")
-    parser.add_argument("report", type=Path, help="report.json")
-    parser.add_argument("--output", type=Path, help="the picture (default: report.png beside the report)")
+    parser = argparse.ArgumentParser(description="Draw the report of recipes/evaluate.py: a page and pictures.")
+    parser.add_argument("report", type=Path, help="the folder that recipes/evaluate.py wrote, or its report.json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the picture (default: report.png beside the report); the page and the charts go beside it",
+    )
     args = parser.parse_args()
-    if not args.report.is_file():
-        parser.error(f"{args.report} does not exist; recipes/evaluate.py writes it")
-    report = json.loads(args.report.read_text(encoding="utf-8"))
-    print(draw(report, args.output or args.report.with_name("report.png")))
+    file, report = read_report(args.report)
+    picture = draw(report, args.output or file.with_name("report.png"))
+    for path in (picture, *write_page(report, file.parent, picture)):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -82,9 +82,12 @@ def find_texts(folder: Path, meta: dict, runs: list[list[dict]]) -> tuple[dict, 
     file = folder / TEXTS_NAME
     if file.is_file():
         try:
-            return json.loads(file.read_text(encoding="utf-8")), []
+            texts = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"`report`: {file} is not JSON ({error}).") from None
+        if not isinstance(texts, dict) or not {"problems", "tokens", "special", "joined"} <= texts.keys():
+            raise ValueError(f"`report`: {file} does not hold the texts of recipes/evaluate.py.")
+        return texts, []
     from problems import load_problems
     from transformers import AutoTokenizer
 

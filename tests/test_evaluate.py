@@ -246,8 +246,16 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
     for record in records:
         assert len(record["tokens"]) == len(record["kinds"]) == record["num_tokens"]
         assert set(map(int, record["student_tokens"])) == {i for i, kind in enumerate(record["kinds"]) if kind == "f"}
+        assert set(map(int, record["asked"])) == {i for i, kind in enumerate(record["kinds"]) if kind in "kf"}
+        for step, (_, candidates) in record["asked"].items():
+            assert max(candidates, key=lambda candidate: candidate[1])[0] == record["tokens"][int(step)]
+            assert [candidate[2] for candidate in candidates] == sorted((c[2] for c in candidates), reverse=True)
     flips = sum(record["kinds"].count("f") for record in records)
     assert flips == header["totals"]["flipped"]
+    texts = json.loads((tmp_path / "texts.json").read_text(encoding="utf-8"))
+    assert texts["problems"][0] == [records[0]["id"], prompts[0].decode(), "0"]
+    spelled = "".join(texts["tokens"][str(id)] for id in records[0]["tokens"] if id not in texts["special"])
+    assert spelled == records[0]["text"]
 
     # again: nothing is run, the same report; with one more policy only that one runs
     ran = []
