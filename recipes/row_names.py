@@ -6,6 +6,7 @@ from __future__ import annotations
 #: Groups of rows from top to bottom: title and colour.
 GROUPS = {
     "baseline": ("The small model alone", "#9aa1ad"),
+    "tuned": ("The small model, changed by training", "#8e6bb0"),
     "local": ("S2T-Local, no teacher at inference", "#1b9e77"),
     "local-oracle": ("S2T-Local, triggered by the teacher", "#8fd0bb"),
     "teacher": ("The teacher runs at inference", "#4878a8"),
@@ -15,6 +16,8 @@ NAMES = {
     "greedy": "greedy",
     "teacher": "teacher, greedy",
     "takeover": "Takeover",
+    "sft": "LoRA on the teacher's texts",
+    "kd": "LoRA distillation",
     "s2t": "S2T (teacher selects)",
     "s2t-local": "S2T-Local",
     "s2t-local-bare": "S2T-Local, no fusion",
@@ -26,6 +29,8 @@ TRIGGERS = {"always": "every step", "kl": "KL"}
 
 def group_of(row: dict) -> str:
     name = row["policy"]
+    if row.get("is_tuned"):
+        return "tuned"
     if name.startswith("s2t-local"):
         return "local-oracle" if row["trigger"] == "kl" else "local"
     if name in ("teacher", "takeover", "s2t"):
@@ -46,6 +51,8 @@ def grouped(rows: list[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def name_of(policy: str) -> str:
+    if policy.startswith("best@"):
+        return f"any of {policy[5:]} samples (oracle)"
     return f"majority of {policy[4:]} samples" if policy.startswith("maj@") else NAMES.get(policy, policy)
 
 
