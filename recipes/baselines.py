@@ -17,6 +17,10 @@ from pathlib import Path
 
 from commands import run
 from demo import Stages, recipe
+from row_names import label_of
+
+
+BASELINE_NAME = "baseline.json"  # recipes/train_baseline.py writes it
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -64,6 +68,27 @@ def read_run(folder: Path) -> dict:
 def accuracy_of(report: Path, policy: str) -> float:
     rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
     return next(row["accuracy"] for row in rows if row["policy"] == policy)
+
+
+def print_table(report: Path, notes: dict[str, dict]) -> None:
+    """The test table in Markdown: accuracy, the paired gain, what a problem costs, how it was trained."""
+    rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+    print("\n| policy | seeds | accuracy | gain over greedy | helped / hurt | time | student tokens | trained with |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        low, high = row["accuracy_ci"]
+        cells = [label_of(row), str(row["num_seeds"]), f"{row['accuracy']:.1f} [{low:.1f}, {high:.1f}]"]
+        if row["gain"] is None:
+            cells += ["", ""]
+        else:
+            low, high = row["gain_ci"]
+            cells.append(f"{row['gain']:+.1f} [{low:+.1f}, {high:+.1f}]")
+            cells.append(f"{row['helped']:g} / {row['hurt']:g}")
+        cells.append("" if row["seconds_vs_greedy"] is None else f"{row['seconds_vs_greedy']:.1f}x")
+        cells.append(f"{row['student_tokens']:.0f}")
+        note = notes.get(row["policy"])
+        cells.append("" if note is None else f"lr {note['learning_rate']:g}, {note['num_train_epochs']:g} epochs")
+        print("| " + " | ".join(cells) + " |")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,6 +146,10 @@ def main(arguments: list[str] | None = None) -> None:
     stages.start("All of them on the test problems")
     tuned = [f"{method}={out / f'{name}-{rate:g}'}" for name, (method, rate, _) in final.items()]
     stages.run(evaluate("test", out / "test", tuned, [*args.methods, *args.policies], settings["adapters"]))
+    notes = {}
+    for name, (method, rate, _) in final.items():
+        notes[method] = json.loads((out / f"{name}-{rate:g}" / BASELINE_NAME).read_text(encoding="utf-8"))
+    print_table(out / "test" / "report.json", notes)
 
 
 if __name__ == "__main__":

@@ -205,3 +205,95 @@ def test_bad_arguments_are_named(recipes, changes, message):
     settings = {"method": "sft", "model": "m", "teacher_model": "t", "labels": "l"} | changes
     with pytest.raises(ValueError, match=message):
         recipes["train_baseline"].BaselineArguments(**settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recipes/baselines.py: which recipe comes when
+
+
+@pytest.fixture
+def driver(recipes, monkeypatch, tmp_path):
+    """The module, with commands that are noted and leave what a finished one would: nothing is trained."""
+    sys.path.insert(0, str(RECIPES))
+    try:
+        import baselines
+    finally:
+        sys.path.remove(str(RECIPES))
+    ran = []
+    accuracy = {"sft-0.001": 50.0, "sft-0.002": 60.0, "sft-0.004": 55.0, "kd-0.001": 70.0, "kd-0.002": 71.0}
+
+    def row(name, value):
+        label, _, rest = name.partition(":")
+        trigger, _, rate = rest.partition(":")
+        common = {"policy": label, "trigger": trigger or None, "target_rate": float(rate) if rate else None}
+        common |= {"num_seeds": 2, "accuracy": value, "accuracy_ci": [value - 1, value + 1], "student_tokens": 80.2}
+        gain = None if name == "greedy" else value - 30
+        common |= {"gain": gain, "gain_ci": None if gain is None else [gain - 2, gain + 2], "helped": 9, "hurt": 0.5}
+        return common | {"seconds_vs_greedy": 1.0 if name == "greedy" else None}
+
+    def finish(command):
+        ran.append(command)
+        option = {name: command[command.index(name) + 1] for name in ("--output_dir", "--method") if name in command}
+        output = Path(option["--output_dir"])
+        output.mkdir(parents=True, exist_ok=True)
+        if "--method" in option:
+            note = {"learning_rate": float(command[command.index("--learning_rate") + 1]), "num_train_epochs": 8}
+            (output / "baseline.json").write_text(json.dumps(note | {"method": option["--method"]}))
+        else:
+            end = command.index("--adapters") if "--adapters" in command else None
+            policies = command[command.index("--policies") + 1 : end]
+            rows = [row(name, accuracy.get(name, 30.0)) for name in policies]
+            (output / "report.json").write_text(json.dumps({"rows": rows}))
+
+    monkeypatch.setattr(baselines.Stages, "run", lambda self, command: finish(command))
+    monkeypatch.setattr(
+        baselines.Stages, "run_side_by_side", lambda self, commands, number: [finish(c) for c in commands.values()]
+    )
+    settings = {"model": "m", "teacher_model": "t", "seed": 3, "max_new_tokens": 72}
+    (tmp_path / "demo.json").write_text(json.dumps(settings))
+    (tmp_path / "report.json").write_text(json.dumps({"meta": {"adapters": ["a", "b"]}}))
+    return baselines, ran, tmp_path
+
+
+def test_the_best_rate_of_the_tuning_problems_is_trained_for_every_seed(driver, capsys):
+    baselines, ran, folder = driver
+    baselines.main(["--run", str(folder), "--learning_rates", "1e-3", "2e-3", "4e-3"])
+    trained = [c for c in ran if "--method" in c]
+    value = {
+        c[c.index("--output_dir") + 1]: (c[c.index("--learning_rate") + 1], c[c.index("--seed") + 1]) for c in trained
+    }
+    assert len(trained) == 10 and list(value.values())[:3] == [("0.001", "3"), ("0.002", "3"), ("0.004", "3")]
+    assert list(value.values())[6:] == [("0.002", "3"), ("0.002", "4"), ("0.002", "3"), ("0.002", "4")]
+    assert {c[c.index("--labels") + 1] for c in trained} == {str(folder / "labels" / "label")}  # for everybody
+    tuning, test = (c for c in ran if "--policies" in c)
+    assert str(folder / "data" / "tuning.jsonl") in tuning and "--adapters" not in tuning
+    assert str(folder / "data" / "test.jsonl") in test and test[-2:] == ["a", "b"]
+    assert [one for one in test if one.startswith(("sft=", "kd="))] == [
+        f"{method}={folder / 'baselines' / f'{method}-seed{seed}-0.002'}"
+        for method in ("sft", "kd")
+        for seed in (3, 4)
+    ]
+    said = capsys.readouterr().out
+    assert (
+        "sft: 0.001: 50.0, 0.002: 60.0, 0.004: 55.0; 0.002 is taken" in said
+        and "the end of what was tried" not in said
+    )
+    assert "| S2T-Local · router 10 % | 2 | 30.0 [29.0, 31.0] | +0.0 [-2.0, +2.0] | 9 / 0.5 |  | 80 |  |" in said
+    assert "| LoRA distillation | 2 |" in said and "| lr 0.002, 8 epochs |" in said
+
+
+def test_a_best_rate_at_the_end_of_what_was_tried_is_told(driver, capsys):
+    baselines, _, folder = driver
+    baselines.main(["--run", str(folder), "--methods", "kd", "--learning_rates", "1e-3", "2e-3"])
+    assert "the end of what was tried: add rates beyond 0.002" in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_finished_is_refused(driver):
+    baselines, ran, folder = driver
+    (folder / "report.json").unlink()
+    with pytest.raises(ValueError, match="is no folder of a finished `make demo`"):
+        baselines.main(["--run", str(folder)])
+    for bad in (["--methods", "dpo"], ["--learning_rates", "0"]):
+        with pytest.raises(SystemExit):
+            baselines.main(["--run", str(folder), *bad])
+    assert ran == []
