@@ -15,8 +15,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 from commands import run
 from demo import Stages, recipe
+from evaluate import bootstrap_interval, read_records
 from row_names import label_of
 
 
@@ -31,7 +33,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     add("--run", "folder of a finished `make demo`", default="runs/demo")
     add("--methods", "sft, kd", nargs="+", default=["sft", "kd"])
-    add("--learning_rates", "tried on the tuning problems", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3, 4e-3])
+    add(
+        "--learning_rates",
+        "tried on the tuning problems",
+        nargs="+",
+        type=float,
+        default=[1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
+    )
     add("--num_train_epochs", "of every training", type=int, default=8)
     add("--per_device_train_batch_size", "texts per step", type=int, default=8)
     add(
@@ -89,6 +97,21 @@ def print_table(report: Path, notes: dict[str, dict]) -> None:
         note = notes.get(row["policy"])
         cells.append("" if note is None else f"lr {note['learning_rate']:g}, {note['num_train_epochs']:g} epochs")
         print("| " + " | ".join(cells) + " |")
+
+
+def print_differences(folder: Path, methods: list[str], policies: list[str]) -> None:
+    """S2T-Local minus each imitation on the same problems, means over seeds, paired bootstrap over problems."""
+
+    def share_right(label: str) -> np.ndarray:
+        files = sorted((folder / "records").glob(f"{label.replace(':', '_')}_adapter*.jsonl"))
+        return np.mean([[record["correct"] for record in read_records(file)[1]] for file in files], axis=0)
+
+    print()
+    for policy in policies:
+        for method in methods:
+            difference_N = 100 * (share_right(policy) - share_right(method))
+            low, high = bootstrap_interval(difference_N)
+            print(f"{policy} minus {method}: {difference_N.mean():+.1f} [{low:+.1f}, {high:+.1f}] points")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -150,6 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, (method, rate, _) in final.items():
         notes[method] = json.loads((out / f"{name}-{rate:g}" / BASELINE_NAME).read_text(encoding="utf-8"))
     print_table(out / "test" / "report.json", notes)
+    print_differences(out / "test", args.methods, args.policies)
 
 
 if __name__ == "__main__":

@@ -438,6 +438,7 @@ def main() -> None:
 
     elapsed = int(time.monotonic() - stages.began)
     print(f"\nDone in {elapsed // 60}:{elapsed % 60:02d}. Look at")
+    print(f"    {out / 'report.html'}   every problem, token by token, in a browser")
     print(f"    {out / 'report.png'}    the picture")
     print(f"    {out / 'report.json'}   every figure, with its settings")
     print(f"    {out / 'records'}/      every generated text")

@@ -244,6 +244,13 @@ def driver(recipes, monkeypatch, tmp_path):
             policies = command[command.index("--policies") + 1 : end]
             rows = [row(name, accuracy.get(name, 30.0)) for name in policies]
             (output / "report.json").write_text(json.dumps({"rows": rows}))
+            right = {"sft": [1, 0, 0, 0], "kd": [1, 1, 0, 0]}  # S2T-Local: three of four, with both seeds
+            for name in policies[1:]:
+                for seed in range(2):
+                    lines = [{}, *({"correct": bool(one)} for one in right.get(name, [1, 1, 1, 0]))]
+                    file = output / "records" / f"{name.replace(':', '_')}_adapter{seed}.jsonl"
+                    file.parent.mkdir(exist_ok=True)
+                    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     monkeypatch.setattr(baselines.Stages, "run", lambda self, command: finish(command))
     monkeypatch.setattr(
@@ -279,6 +286,7 @@ def test_the_best_rate_of_the_tuning_problems_is_trained_for_every_seed(driver, 
         and "the end of what was tried" not in said
     )
     assert "| S2T-Local · router 10 % | 2 | 30.0 [29.0, 31.0] | +0.0 [-2.0, +2.0] | 9 / 0.5 |  | 80 |  |" in said
+    assert "s2t-local:router:0.1 minus sft: +50.0 [" in said and "s2t-local:always minus kd: +25.0 [" in said
     assert "| LoRA distillation | 2 |" in said and "| lr 0.002, 8 epochs |" in said
 
 
