@@ -11,7 +11,7 @@ from functools import lru_cache
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import RESERVED, SCOPES, prompts, single
+from tiny import RESERVED, ROADS, SCOPES, SETUPS, prompts, single
 from tiny_architectures import FAMILIES, REFUSED, REPEATED, NaiveCausalLM, make_model
 
 from transformers_s2t import (
@@ -28,8 +28,6 @@ from transformers_s2t import (
 NEW_TOKENS, K = 8, 4
 LENGTHS = (7, 4, 5, 6, 3)  # of the prompts of a batch
 THRESHOLDS = {1: 0.5, 5: 0.75}  # of the "random" trigger, by rows: some steps ask rows, some ask none
-SETUPS = ("teacher", *SCOPES)
-ROADS = ("processor", "fast")
 FLATTENED = {"opt"}  # layers that see all tokens in one heap: candidates are scored and decoded in two forwards
 SHARE_THE_CACHE = (("candidate", "base"), ("sequence", "adapted"))
 

@@ -10,7 +10,19 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import PAD, RESERVED, SCOPES, lora_model, make_selector, prompts, tiny_model
+from tiny import (
+    NEVER_FINISHES,
+    PAD,
+    RESERVED,
+    ROADS,
+    SCOPES,
+    SETUPS,
+    lora_model,
+    make_selector,
+    offer_all,
+    prompts,
+    tiny_model,
+)
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
@@ -18,7 +30,6 @@ from transformers.generation import BaseStreamer
 from transformers_s2t import (
     S2T,
     LocalSelector,
-    S2TDecodingConfig,
     S2TTrace,
     SelectorConfig,
     TeacherSelector,
@@ -27,20 +38,13 @@ from transformers_s2t import (
 from transformers_s2t.reserved_tokens import model_hash, resize_for_reserved_tokens, vocab_hash
 
 
-ROADS = ("processor", "fast")
-SETUPS = ("teacher", *SCOPES)
 NEW_TOKENS = 8
-NEVER_FINISHES = {"eos_token_id": None}
 
 
 def name_of(value):
     if isinstance(value, dict):
         return "+".join(map(str, value.values()))
     return str(value).removeprefix("torch.") if not isinstance(value, tuple) else "-".join(map(str, value))
-
-
-def offer_all(**settings):
-    return S2TDecodingConfig(**({"num_candidates": 5, "min_prob_ratio": 0.0} | settings))
 
 
 def set_up(setup, **config):

@@ -12,12 +12,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import (
     EOS,
     FAMILIES,
+    NEVER_FINISHES,
     PAD,
     RESERVED,
+    ROADS,
     SCOPES,
+    SETUPS,
     NaiveModel,
     lora_model,
     make_selector,
+    offer_all,
     prompts,
     single,
     tiny_model,
@@ -37,7 +41,6 @@ from transformers_s2t import (
     S2T,
     FusionWeights,
     LocalSelector,
-    S2TDecodingConfig,
     S2TLogitsProcessor,
     S2TTrace,
     SelectorConfig,
@@ -48,19 +51,12 @@ from transformers_s2t.fusion import decide
 from transformers_s2t.proposals import Proposals
 
 
-ROADS = ("processor", "fast")
 NEW_TOKENS = 12
-SETUPS = ("teacher", *SCOPES)
 LOCAL_SETUPS = SCOPES
-NEVER_FINISHES = {"eos_token_id": None}
 
 
 def name_of(setup):
     return setup if isinstance(setup, str) else "-".join(setup)
-
-
-def offer_all(**settings):
-    return S2TDecodingConfig(**({"num_candidates": 5, "min_prob_ratio": 0.0} | settings))
 
 
 def set_up(setup, family="llama", attn="sdpa", **config):

@@ -11,7 +11,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import EOS, PAD, RESERVED, SCOPES, lora_model, make_selector, prompts, tiny_model
+from tiny import (
+    EOS,
+    NEVER_FINISHES,
+    PAD,
+    RESERVED,
+    ROADS,
+    SCOPES,
+    SETUPS,
+    lora_model,
+    make_selector,
+    offer_all,
+    prompts,
+    tiny_model,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DynamicCache,
@@ -33,7 +46,6 @@ from transformers.generation import BaseStreamer
 from transformers_s2t import (
     S2T,
     LocalSelector,
-    S2TDecodingConfig,
     S2TLogitsProcessor,
     S2TTrace,
     SelectorConfig,
@@ -42,10 +54,7 @@ from transformers_s2t import (
 )
 
 
-ROADS = ("processor", "fast")
-SETUPS = ("teacher", *SCOPES)
 NEW_TOKENS, PROMPT = 12, 7  # the longest of `batch`
-NEVER_FINISHES = {"eos_token_id": None}
 PATIENCE = 30  # seconds after which a reader that waits for ever fails its test
 
 
@@ -53,10 +62,6 @@ def name_of(value):
     if isinstance(value, dict):
         return "+".join(value)
     return str(value).removeprefix("torch.") if not isinstance(value, tuple) else "-".join(value)
-
-
-def offer_all(**settings):
-    return S2TDecodingConfig(**({"num_candidates": 5, "min_prob_ratio": 0.0} | settings))
 
 
 def set_up(setup, attn="sdpa", dtype=torch.float32):

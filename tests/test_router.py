@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_architectures import make_local
-from tiny import RESERVED, SCOPES, lora_model, make_selector, prompts, single, tiny_model
+from tiny import RESERVED, ROADS, SCOPES, SETUPS, lora_model, make_selector, prompts, single, tiny_model
 from tiny_architectures import FAMILIES, NaiveCausalLM, make_model
 from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessor
 
@@ -43,8 +43,6 @@ from transformers_s2t.router import ROUTER_WEIGHTS_NAME, HiddenTap, Router, Rout
 from transformers_s2t.scoring import get_decoder
 
 
-ROADS = ("processor", "fast")
-SETUPS = ("teacher", *SCOPES)
 NEW_TOKENS, K, PROMPT = 8, 4, 7  # the longest of `batch`
 TRIGGERS = ("router", "always", "margin")
 

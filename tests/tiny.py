@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from transformers_s2t import LocalSelector, SelectorConfig
+from transformers_s2t import LocalSelector, S2TDecodingConfig, SelectorConfig
 from transformers_s2t.scoring import ReservedRows
 
 
@@ -16,6 +16,11 @@ RESERVED = tuple(range(81, 97))
 FAMILIES = ("llama", "qwen2", "qwen3")
 #: (adapter_scope, proposals): every form of S2T-Local there is
 SCOPES = (("candidate", "base"), ("sequence", "base"), ("sequence", "adapted"))
+#: Who selects: a teacher, or the model itself.
+SETUPS = ("teacher", *SCOPES)
+#: The two ways into `generate`: the logits processor, and `s2t_generate`.
+ROADS = ("processor", "fast")
+NEVER_FINISHES = {"eos_token_id": None}
 
 
 #: Of every tiny model, where a test says nothing else.
@@ -76,6 +81,11 @@ def make_selector(model, scope="candidate", proposals="base", seed=1, **selector
     settings = {"reserved_token_ids": RESERVED, "min_prob_ratio": 0.0, "num_candidates": 5} | selector_config
     settings |= {"adapter_scope": scope, "proposals": proposals}
     return LocalSelector(lora_model(model, seed), SelectorConfig(**settings), "s2t")
+
+
+def offer_all(**settings):
+    """A decoding config that offers five candidates, without a floor."""
+    return S2TDecodingConfig(**({"num_candidates": 5, "min_prob_ratio": 0.0} | settings))
 
 
 def prompts(lengths=(7, 4, 5), seed=5):
