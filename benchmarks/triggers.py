@@ -37,7 +37,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -939,36 +939,30 @@ def accuracy_table(report: dict[str, Any]) -> Table:
     return Table("Accuracy by trigger and rate", head, rows, notes)
 
 
-def help_table(report: dict[str, Any]) -> Table:
+def by_trigger_and_rate(report: dict[str, Any], rows: list[dict], names: Sequence[str], form: Callable[..., str]):
+    """Head and lines of a table: for each pair, trigger and rate, `form` of the means over seeds of some columns."""
     rates = report["meta"]["settings"]["rates"]
-    head = ["pair", "trigger", *(f"{100 * rate:g} %" for rate in rates)]
-    rows = []
+    lines = []
     for pair in pairs_of(report):
         for trigger in TRIGGERS:
-            cells = []
-            for rate in rates:
-                where = {"pair": pair, "trigger": trigger, "rate": rate}
-                helped, hurt = (
-                    statistics.fmean(values_of(report["rows"], name, **where)) for name in ("helped", "hurt")
-                )
-                cells.append(f"+{helped:.0f} / −{hurt:.0f}")
-            rows.append([pair, trigger, *cells])
+            where = [{"pair": pair, "trigger": trigger, "rate": rate} for rate in rates]
+            cells = [form(*(statistics.fmean(values_of(rows, name, **one)) for name in names)) for one in where]
+            lines.append([pair, trigger, *cells])
+    return ["pair", "trigger", *(f"{100 * rate:g} %" for rate in rates)], lines
+
+
+def help_table(report: dict[str, Any]) -> Table:
+    head, rows = by_trigger_and_rate(
+        report, report["rows"], ("helped", "hurt"), lambda helped, hurt: f"+{helped:.0f} / −{hurt:.0f}"
+    )
     notes = ["embedded: problems, against greedy; babyllama: tokens. Mean of the seeds."]
     return Table("Helped and hurt", head, rows, notes)
 
 
 def fired_table(report: dict[str, Any]) -> Table:
-    rates = report["meta"]["settings"]["rates"]
-    head = ["pair", "trigger", *(f"{100 * rate:g} %" for rate in rates)]
-    rows = []
-    for pair in pairs_of(report):
-        for trigger in TRIGGERS:
-            cells = []
-            for rate in rates:
-                where = {"pair": pair, "trigger": trigger, "rate": rate}
-                kinds = [values_of(report["fired"], name, **where) for name in FIRED]
-                cells.append(" / ".join(f"{100 * statistics.fmean(shares):.0f}" for shares in kinds))
-            rows.append([pair, trigger, *cells])
+    head, rows = by_trigger_and_rate(
+        report, report["fired"], FIRED, lambda *shares: " / ".join(f"{100 * share:.0f}" for share in shares)
+    )
     notes = [
         "Per cent of the tokens at which a trigger fires on the student's own test texts: to correct / a choice, but "
         "the student's first is the best / no choice: one candidate above the floor. Mean of the seeds."

@@ -8,6 +8,10 @@ from transformers_s2t import SelectorConfig
 from transformers_s2t.trajectories import TrajectoryHeader
 
 
+#: What recipes/train_baseline.py notes of a finished training, beside the adapter.
+BASELINE_NAME = "baseline.json"
+
+
 def open_adapter(adapter: str) -> SelectorConfig:
     """The config of an adapter that the recipe writes beside.
 

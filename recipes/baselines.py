@@ -16,13 +16,11 @@ import os
 from pathlib import Path
 
 import numpy as np
+from adapters import BASELINE_NAME
 from commands import run
 from demo import Stages, recipe
 from evaluate import bootstrap_interval, read_records
 from row_names import label_of
-
-
-BASELINE_NAME = "baseline.json"  # recipes/train_baseline.py writes it
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from adapters import check_same_tokenizer, open_adapter
 from commands import run
 from datasets import Dataset
 from huggingface_hub import HfApi
-from models import default_device, load_model
+from models import default_device, load_model, padding_token_id
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 from trl import TrlParser
@@ -225,11 +225,11 @@ def main(argv: list[str] | None = None) -> None:
     write_seen_problems(args.adapter, "calibration", labels["problem_id"])
     thresholds = {t: {rate: entry["threshold"] for rate, entry in by.items()} for t, by in table.items()}
     dataclasses.replace(config, thresholds=thresholds, fusion=fusion).save_pretrained(args.adapter)
-    write_json(
-        Path(args.adapter) / CALIBRATION_NAME, report(args, table, points, fusion, was_seen, len(fit), len(check))
-    )
-    write_card(Path(args.adapter) / "README.md", card_section(table, points, fusion, len(check)))
-    print_report(args, table, points, fusion, was_seen, len(labels), len(fit), len(check))
+    measured = None if points is None else agreement(points, fusion)
+    counts = (len(fit), len(check))
+    write_json(Path(args.adapter) / CALIBRATION_NAME, report(args, table, measured, fusion, was_seen, *counts))
+    write_card(Path(args.adapter) / "README.md", card_section(table, measured, len(check)))
+    print_report(args, table, measured, fusion, was_seen, len(labels), *counts)
     if args.push_to_hub is not None:
         HfApi().create_repo(args.push_to_hub, exist_ok=True)
         HfApi().upload_folder(
@@ -254,15 +254,10 @@ def make_deployment(
     if max_new_tokens is None:
         raise ValueError("`max_new_tokens` must be given, for the labels have no header that says it.")
     eos = list(header.eos_token_ids) if header is not None else [tokenizer.eos_token_id]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad is None:
-        raise ValueError(
-            f"The tokenizer of {model.name_or_path!r} has neither a padding nor an end-of-sequence token."
-        )
     return Deployment(
         model=model,
         selector=selector,
-        pad_token_id=pad,
+        pad_token_id=padding_token_id(tokenizer, model.name_or_path),
         eos_token_ids=[id for id in eos if id is not None],
         max_new_tokens=max_new_tokens,
         batch_size=args.batch_size,
@@ -271,14 +266,15 @@ def make_deployment(
 
 
 def agreement(points: ScoredPoints, fusion: FusionWeights) -> dict[str, Any]:
-    """Agree@1 at points with a choice, and flips, of each decision."""
-    found: dict[str, Any] = {"student_first": {"agree_at_1": float((points.target_N == 0).float().mean())}}
+    """Number of points with a choice, and of each decision Agree@1 there, and flips."""
+    found: dict[str, Any] = {"count": len(points.target_N)}
+    found["student_first"] = {"agree_at_1": float((points.target_N == 0).float().mean())}
     for name, weights in (("selector", FusionWeights()), ("fused", fusion)):
         found[name] = {"agree_at_1": points.agreement(weights), **points.flips(weights)._asdict()}
     return found
 
 
-def report(args, table, points, fusion, was_seen, num_fit: int, num_check: int) -> dict[str, Any]:
+def report(args, table, measured, fusion, was_seen, num_fit: int, num_check: int) -> dict[str, Any]:
     """What goes into calibration.json."""
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -286,12 +282,12 @@ def report(args, table, points, fusion, was_seen, num_fit: int, num_check: int) 
         "warmup_tokens": args.warmup_tokens,
         "fusion": None if fusion is None else dataclasses.asdict(fusion),
         "router_cross_fitted": was_seen,
-        "in_sample_points": None if points is None else {"count": len(points.target_N), **agreement(points, fusion)},
+        "in_sample_points": measured,
         "rates": {trigger: {f"{rate:g}": entry for rate, entry in by.items()} for trigger, by in table.items()},
     }
 
 
-def card_section(table, points, fusion, num_check: int) -> str:
+def card_section(table, measured, num_check: int) -> str:
     """What the model card says of the calibration, in Markdown."""
     text = "Selecting at a share of the tokens: `S2TDecodingConfig(trigger=..., target_rate=...)`.\n\n"
     text += "| trigger | target rate | threshold | rate on other problems |\n|---|---|---|---|\n"
@@ -304,12 +300,12 @@ def card_section(table, points, fusion, num_check: int) -> str:
             text += f"| {trigger} | {rate:.1%} | {entry['threshold']:.4f} | {achieved} |\n"
     if num_check:
         text += f"\nRates on {num_check} problems that the thresholds were not taken from, with 95 % intervals.\n"
-    if points is not None:
-        before, after = points.flips(FusionWeights()), points.flips(fusion)
+    if measured is not None:
+        before, after = measured["selector"], measured["fused"]
         text += (
-            f"\nFusion weights were fitted on {len(points.target_N)} decision points, where the fused decision puts "
-            f"{after.helped} first choices right and {after.hurt} wrong (the bare score: {before.helped} and "
-            f"{before.hurt}).\n"
+            f"\nFusion weights were fitted on {measured['count']} decision points, where the fused decision puts "
+            f"{after['helped']} first choices right and {after['hurt']} wrong (the bare score: {before['helped']} and "
+            f"{before['hurt']}).\n"
         )
     return text
 
@@ -322,13 +318,14 @@ def write_card(file: Path, section: str) -> None:
         out.write(f"{card}\n\n{CARD_TITLE}\n\n{section}".lstrip().encode())
 
 
-def print_report(args, table, points, fusion, was_seen, num_labels: int, num_fit: int, num_check: int) -> None:
-    if points is not None:
-        print(f"\n{len(points.target_N)} decision points with a choice, of {num_labels} trajectories")
+def print_report(args, table, measured, fusion, was_seen, num_labels: int, num_fit: int, num_check: int) -> None:
+    if measured is not None:
+        print(f"\n{measured['count']} decision points with a choice, of {num_labels} trajectories")
         weights = ", ".join(f"{name} {value:.3f}" for name, value in dataclasses.asdict(fusion).items())
         print(f"  fusion: {weights}" + (" (router cross-fitted: it has seen these problems)" if was_seen else ""))
         print(f"\n  {'at these points':<16}{'Agree@1':>9}{'helped':>9}{'hurt':>9}{'other':>9}")
-        for name, figures in agreement(points, fusion).items():
+        for name in ("student_first", "selector", "fused"):
+            figures = measured[name]
             flips = "".join(
                 f"{figures[key]:>9}" if key in figures else f"{'-':>9}" for key in ("helped", "hurt", "other")
             )

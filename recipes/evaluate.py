@@ -49,7 +49,7 @@ import torch
 from answers import STYLES, extract_answer, is_correct
 from commands import run
 from controls import RandomCandidateSelector, SecondCandidateSelector
-from models import default_device, load_model
+from models import default_device, load_model, padding_token_id
 from peft import PeftModel
 from problems import Problem, encode_prompts, left_pad, load_problems
 from texts import TEXTS_NAME, collect_texts
@@ -410,9 +410,7 @@ class Bench:
         self.prompt_ids = encode_prompts(
             tokenizer, prompts, chat_template=args.chat_template, system_prompt=args.system_prompt
         )
-        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        if self.pad_token_id is None:
-            raise ValueError(f"The tokenizer of {args.model!r} has neither a padding nor an end-of-sequence token.")
+        self.pad_token_id = padding_token_id(tokenizer, args.model)
         # long prompts first: a batch that does not fit into memory fails at once
         self.order = sorted(range(len(problems)), key=lambda i: -len(self.prompt_ids[i]))
 

@@ -32,7 +32,7 @@ import transformers
 from accelerate import PartialState
 from data_card import write_data_card
 from huggingface_hub import HfApi
-from models import check_quantization, load_pretrained, make_quantization_config
+from models import check_quantization, load_pretrained, make_quantization_config, padding_token_id
 from problems import encode_prompts, load_problems
 from transformers import (
     AutoConfig,
@@ -356,9 +356,7 @@ def prepare(args: LabelArguments) -> Plan:
     except ValueError:
         excluded_ids = []  # training will resize the head: there is nothing yet that could be proposed
     check_num_candidates(args.num_candidates, num_head_rows, excluded_ids)
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if pad_token_id is None:
-        raise ValueError(f"`model`: the tokenizer of {args.model!r} has neither a padding nor an end-of-text token.")
+    pad_token_id = padding_token_id(tokenizer, args.model)
 
     texts = [problem.prompt for problem in problems]
     encoded = encode_prompts(tokenizer, texts, args.chat_template, args.system_prompt)

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_bitsandbytes_available
 
 
@@ -62,6 +68,21 @@ def make_quantization_config(
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=nested,
     )
+
+
+def padding_token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+    """What fills up short rows: the padding token, or else the end of a sequence.
+
+    Args:
+        name: of the model, for the error.
+
+    Raises:
+        ValueError: where the tokenizer has neither.
+    """
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if pad_token_id is None:
+        raise ValueError(f"`model`: the tokenizer of {name!r} has neither a padding nor an end-of-sequence token.")
+    return pad_token_id
 
 
 def load_pretrained(argument: str, name: str, auto_class: type) -> Any:

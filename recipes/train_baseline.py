@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from adapters import BASELINE_NAME
 from commands import run
 from datasets import Dataset
-from models import default_device, load_model
+from models import default_device, load_model, padding_token_id
 from peft import LoraConfig
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -33,7 +34,6 @@ from transformers_s2t.trajectories import TrajectoryHeader, read_labels
 
 
 METHODS = ("sft", "kd")
-BASELINE_NAME = "baseline.json"
 
 
 @dataclass
@@ -125,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
         labels = labels.select([i for i, id in enumerate(labels["problem_id"]) if id in kept])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
+    pad = padding_token_id(tokenizer, args.model)
     teacher = load_model(args.teacher_model, args.dtype, default_device())
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     texts = make_texts(args, labels, header, teacher, pad)
     dataset = Dataset.from_dict(
         {
