@@ -100,9 +100,11 @@ def print_table(report: Path, notes: dict[str, dict]) -> None:
 def print_differences(folder: Path, methods: list[str], policies: list[str]) -> None:
     """S2T-Local minus each imitation on the same problems, means over seeds, paired bootstrap over problems."""
 
+    rows = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"]
+    files = {row["label"]: [folder / "records" / name for name in row["records"]] for row in rows}
+
     def share_right(label: str) -> np.ndarray:
-        files = sorted((folder / "records").glob(f"{label.replace(':', '_')}_adapter*.jsonl"))
-        return np.mean([[record["correct"] for record in read_records(file)[1]] for file in files], axis=0)
+        return np.mean([[record["correct"] for record in read_records(file)[1]] for file in files[label]], axis=0)
 
     print()
     for policy in policies:

@@ -88,6 +88,7 @@ DEFAULT_POLICIES = (
 )
 HIT_SIZES = (1, 2, 4, 8, 16)
 NUM_RESAMPLES = 2000
+RECORDS_FORMAT = 2  # of records/: those of another format are run again
 KINDS = ".tkf"  # plain, triggered with one candidate only, asked and kept, flipped
 DEFINITIONS = {
     "accuracy": "per cent of problems, mean over the seeds",
@@ -750,6 +751,7 @@ def pick_examples(tokenizer, problems: list[Problem], results: dict, num_example
 def make_row(policy: Policy, runs: list[tuple[dict, list[dict]]], greedy, args, configs: list[SelectorConfig]) -> dict:
     """One row of the table from the runs of its seeds."""
     headers = [header for header, _ in runs]
+    seeds = range(len(runs)) if policy.is_local or policy.is_tuned else (None,)
     correct_PN = np.array([[record["correct"] for record in records] for _, records in runs])
     greedy_N = None if greedy is None else np.array([record["correct"] for record in greedy[1]])
     generated = sum(header["totals"]["generated"] for header in headers)
@@ -769,6 +771,7 @@ def make_row(policy: Policy, runs: list[tuple[dict, list[dict]]], greedy, args, 
     return {
         "policy": policy.name,
         "label": policy.label,
+        "records": [record_file(args, policy, seed).name for seed in seeds],
         "trigger": policy.trigger,
         "target_rate": policy.target_rate,
         "achieved_rate": share("triggered"),
@@ -801,7 +804,7 @@ def make_rows(policy: Policy, runs: list[tuple[dict, list[dict]]], greedy, args,
             (header, [record | {"correct": record["any_correct"]} for record in records]) for header, records in runs
         ]
         best = replace(policy, name=f"best@{policy.num_votes}")
-        yield make_row(best, found, greedy, args, configs) | {"is_oracle": True}
+        yield make_row(best, found, greedy, args, configs) | {"is_oracle": True, "records": []}  # the vote has them
 
 
 def format_table(report: dict) -> str:
@@ -927,6 +930,7 @@ def evaluate(args: EvaluateArguments) -> dict:
     # 2. what is on disk already
     common = {
         "version": __version__,
+        "records": RECORDS_FORMAT,
         "model": fingerprint(args.model),
         "problems": hash_of([asdict(problem) for problem in problems]),
         "answer_style": args.answer_style,

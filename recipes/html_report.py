@@ -86,10 +86,8 @@ def read_runs(folder: Path, rows: list[dict]) -> tuple[list[Run], list[str]]:
     """
     runs, notes = [], []
     for row in rows:
-        local = row["policy"].startswith("s2t-local")
-        for seed in range(row["num_seeds"]) if local else (None,):
-            name = row["label"].replace(":", "_") + ("" if seed is None else f"_adapter{seed}")
-            file = folder / "records" / f"{name}.jsonl"
+        for seed, name in record_names(row):
+            file = folder / "records" / name
             if not file.is_file():
                 notes.append(f"records/{file.name} is not there.")
                 continue
@@ -102,6 +100,19 @@ def read_runs(folder: Path, rows: list[dict]) -> tuple[list[Run], list[str]]:
             else:
                 runs.append(Run(row, seed, header, records))
     return runs, notes
+
+
+def record_names(row: dict) -> list[tuple[int | None, str]]:
+    """Seed and file of each run of a row; reports that do not name the files are from before there were others."""
+    local = row["policy"].startswith("s2t-local")
+    if "records" not in row:
+        stem = row["label"].replace(":", "_")
+        return (
+            [(seed, f"{stem}_adapter{seed}.jsonl") for seed in range(row["num_seeds"])]
+            if local
+            else [(None, f"{stem}.jsonl")]
+        )
+    return list(zip(range(row["num_seeds"]) if local or row.get("is_tuned") else (None,), row["records"]))
 
 
 def read_record_file(file: Path) -> tuple[dict, list[dict]]:

@@ -24,11 +24,13 @@ def recipes():
     sys.path.insert(0, str(RECIPES))
     try:
         import evaluate
+        import html_report
         import label
         import train_baseline
     finally:
         sys.path.remove(str(RECIPES))
-    return {"evaluate": evaluate, "label": label, "train_baseline": train_baseline}
+    modules = {"evaluate": evaluate, "html_report": html_report, "label": label}
+    return modules | {"train_baseline": train_baseline}
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,10 @@ def test_tuned_adapters_are_measured_beside_greedy_seed_by_seed(folder, recipes,
     assert [(row["policy"], row["num_seeds"]) for row in report["rows"]] == [("greedy", 1), ("sft", 2), ("kd", 1)]
     files = {file.name for file in (tmp_path / "records").iterdir() if file.suffix == ".jsonl"}
     assert {"greedy.jsonl", "sft_adapter0.jsonl", "sft_adapter1.jsonl", "kd_adapter0.jsonl"} <= files
+    assert [len(row["records"]) for row in report["rows"]] == [1, 2, 1]
+    runs, notes = recipes["html_report"].read_runs(tmp_path, report["rows"])
+    assert [(run.row["policy"], run.seed) for run in runs] == [("greedy", None), ("sft", 0), ("sft", 1), ("kd", 0)]
+    assert notes == []
     read = recipes["evaluate"].read_records
     (_, first), (_, second), (_, kd) = (read(tmp_path / "records" / f"{name}.jsonl") for name in
                                         ("sft_adapter0", "sft_adapter1", "kd_adapter0"))  # fmt: skip
@@ -225,7 +231,14 @@ def driver(recipes, monkeypatch, tmp_path):
     def row(name, value):
         label, _, rest = name.partition(":")
         trigger, _, rate = rest.partition(":")
-        common = {"policy": label, "trigger": trigger or None, "target_rate": float(rate) if rate else None}
+        records = [f"{name.replace(':', '_')}_adapter{seed}.jsonl" for seed in range(2)]
+        common = {
+            "label": name,
+            "records": records,
+            "policy": label,
+            "trigger": trigger or None,
+            "target_rate": float(rate) if rate else None,
+        }
         common |= {"num_seeds": 2, "accuracy": value, "accuracy_ci": [value - 1, value + 1], "student_tokens": 80.2}
         gain = None if name == "greedy" else value - 30
         common |= {"gain": gain, "gain_ci": None if gain is None else [gain - 2, gain + 2], "helped": 9, "hurt": 0.5}
