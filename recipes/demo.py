@@ -14,15 +14,15 @@ import argparse
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs import typed
 from models import load_pretrained
-from problems import SUFFIXES, Problem, load_problems, split_by_id
+from splits import is_bed, split_command
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
@@ -32,8 +32,6 @@ from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserve
 
 RECIPES = Path(__file__).resolve().parent
 PARTS = ("label", "tuning", "calibration", "test")
-PROMPT_COLUMNS = ("prompt", "question", "problem")
-ANSWER_COLUMNS = ("answer", "solution")
 #: Tuning and calibration problems for each label problem, as in the embedded bed.
 HELD_OUT_SHARE = 0.6
 _PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
@@ -137,11 +135,6 @@ def executable(command: list[str]) -> list[str]:
     return [sys.executable, *command]
 
 
-def typed(command: list[str]) -> str:
-    """The command as a user would type it."""
-    return shlex.join(["python", *command])
-
-
 def recipe(name: str) -> str:
     """A recipe's path, relative to where the user stands if that is shorter."""
     path = RECIPES / name
@@ -162,96 +155,20 @@ def read_progress(log: Path) -> float:
 # Data
 
 
-def guess_columns(source: str, split: str | None) -> tuple[str, str]:
-    """Names of the prompt and the answer column.
-
-    Raises:
-        ValueError: where no known name is there.
-    """
-
-    def first_that_fits(names: tuple[str, ...], as_prompt: str | None) -> str:
-        for name in names:
-            prompt, answer = (name, None) if as_prompt is None else (as_prompt, name)
-            try:
-                load_problems(source, split, prompt_column=prompt, answer_column=answer, limit=1)
-            except ValueError as error:
-                reason = error
-            else:
-                return name
-        what = "prompt" if as_prompt is None else "answer"
-        raise ValueError(f"`dataset`: no {what} column named {' or '.join(names)}: {reason}")
-
-    prompt = first_that_fits(PROMPT_COLUMNS, None)
-    return prompt, first_that_fits(ANSWER_COLUMNS, prompt)
-
-
-def load_split(source: str, split: str | None) -> list[Problem]:
-    prompt, answer = guess_columns(source, split)
-    return load_problems(source, split, prompt_column=prompt, answer_column=answer)
-
-
-def divide(source: str, num_train: int, num_test: int, seed: int) -> dict[str, list[Problem]]:
-    """Disjoint parts of a data set: label, tuning and calibration from its training split, test from its test split.
-
-    A single file, or a data set without a test split, gives a fourth part of itself.
-    """
-    folder = Path(source)
-    files = [file for file in folder.glob("*") if file.suffix in SUFFIXES]
-    only = str(files[0]) if len(files) == 1 else source if folder.is_file() else None
-    if only is not None:
-        train, test = load_split(only, None), None
-    else:
-        train = load_split(source, "train")
-        try:
-            test = load_split(source, "test")
-        except FileNotFoundError:
-            test = None
-    if test is None:
-        parts = split_by_id(train, {"label": 0.45, "tuning": 0.15, "calibration": 0.15, "test": 0.25}, seed)
-    else:
-        tested = {problem.id for problem in test}
-        train = [problem for problem in train if problem.id not in tested]
-        parts = split_by_id(train, {"label": 0.6, "tuning": 0.2, "calibration": 0.2}, seed) | {"test": test}
-    limits = part_sizes(num_train, num_test)
-    parts = {name: parts[name][: limits[name]] for name in PARTS}
-    empty = [name for name in PARTS if not parts[name]]
-    if empty:
-        raise ValueError(
-            f"`dataset`: {source!r} is too small to be divided: no problem is left for {', '.join(empty)} "
-            f"({len(train)} problems to divide)."
-        )
-    return parts
-
-
 def part_sizes(num_train: int, num_test: int) -> dict[str, int]:
     held_out = max(1, round(HELD_OUT_SHARE * num_train))
     return {"label": num_train, "tuning": held_out, "calibration": held_out, "test": num_test}
-
-
-def write_problems(file: Path, problems: list[Problem]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    lines = [json.dumps({"id": p.id, "prompt": p.prompt, "answer": p.answer}, ensure_ascii=False) for p in problems]
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(file)
 
 
 def make_data(args: argparse.Namespace, data: Path, stages: Stages) -> None:
     """Writes label, tuning, calibration and test .jsonl into `data`; keeps them where they are there already."""
     stamp = data / "made-from.json"
     wanted = {"dataset": args.dataset, "sizes": part_sizes(args.limit_train, args.limit_test), "seed": args.seed}
-    there = all((data / f"{name}.jsonl").is_file() for name in PARTS)
+    there = all((data / f"{name}.jsonl").is_file() for name in wanted["sizes"])
     if there and stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
         print(f"{data} is there already.")
         return
-    if is_bed(args.dataset):
-        sizes = [text for name, size in wanted["sizes"].items() for text in (f"--num-{name}", str(size))]
-        corpus = str(Path(args.dataset) / "corpus.py")
-        stages.run([corpus, "--output", str(data), "--seed", str(args.seed), *sizes])
-    else:
-        for name, problems in divide(args.dataset, args.limit_train, args.limit_test, args.seed).items():
-            write_problems(data / f"{name}.jsonl", problems)
-            print(f"{data / f'{name}.jsonl'}: {len(problems)} problems")
+    stages.run(split_command(recipe("splits.py"), args.dataset, str(data), wanted["sizes"], args.seed))
     stamp.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
 
 
@@ -274,11 +191,6 @@ def check_same_run(file: Path, settings: dict) -> None:
                 f"`output_dir` {str(file.parent)!r} was made with {name}={before.get(name)!r}, now {name}={value!r}: "
                 "choose another --output_dir, or remove that folder."
             )
-
-
-def is_bed(dataset: str) -> bool:
-    """Whether a data set is a folder that writes its own problems (recipes/embedded)."""
-    return (Path(dataset) / "corpus.py").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

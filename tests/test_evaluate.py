@@ -36,6 +36,7 @@ evaluate = load_recipe("evaluate")
 controls = sys.modules["controls"]
 report = load_recipe("report")
 demo = load_recipe("demo")
+splits = load_recipe("splits")
 Policy = evaluate.Policy
 
 
@@ -391,26 +392,26 @@ def test_text_is_laid_out_on_lines():
     ]
 
 
-def test_demo_divides_a_data_set_into_disjoint_parts(tmp_path):
+def test_a_data_set_is_divided_into_disjoint_parts(tmp_path):
     def write(name, start, number):
         rows = [{"question": f"How many is {i}?", "answer": f"#### {i}"} for i in range(start, start + number)]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     write("train.jsonl", 0, 200)
     write("test.jsonl", 190, 30)  # ten of them are in the training file too
-    parts = demo.divide(str(tmp_path), num_train=50, num_test=20, seed=0)
+    parts = splits.divide(str(tmp_path), demo.part_sizes(50, 20), seed=0)
     assert {name: len(parts[name]) for name in ("label", "test")} == {"label": 50, "test": 20}
     assert 20 < len(parts["tuning"]) <= 30 and 20 < len(parts["calibration"]) <= 30
     ids = [problem.id for part in parts.values() for problem in part]
     assert len(ids) == len(set(ids))
 
     (tmp_path / "test.jsonl").unlink()
-    alone = demo.divide(str(tmp_path), num_train=1000, num_test=1000, seed=0)
+    alone = splits.divide(str(tmp_path), demo.part_sizes(1000, 1000), seed=0)
     assert sum(map(len, alone.values())) == 200
     with pytest.raises(ValueError, match="no prompt column named prompt or question or problem"):
         write_bad = tmp_path / "bad.jsonl"
         write_bad.write_text('{"text": "x"}\n', encoding="utf-8")
-        demo.divide(str(write_bad), 10, 10, 0)
+        splits.divide(str(write_bad), demo.part_sizes(10, 10), 0)
 
 
 def test_demo_refuses_a_folder_of_other_settings(tmp_path):

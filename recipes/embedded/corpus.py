@@ -360,12 +360,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the splits of the embedded bed as JSON lines.")
     parser.add_argument("--output", type=Path, required=True, help="directory for the .jsonl files")
     parser.add_argument("--seed", type=int, default=0, help="which problems of each split (default: 0)")
-    for name, number in {"label": 500, "tuning": 300, "calibration": 300, "test": 500}.items():
+    sizes = {"label": 500, "tuning": 300, "calibration": 300, "test": 500, "fresh": 0}
+    for name, number in sizes.items():
         parser.add_argument(
-            f"--num-{name}", type=int, default=number, help=f"problems of {name}.jsonl (default: {number})"
+            f"--num-{name}", type=int, default=number, help=f"problems of {name}.jsonl, 0 for none (default: {number})"
         )
+    parser.add_argument("--only", choices=sizes, help="write this split alone (default: all)")
     args = parser.parse_args()
-    for name in ("label", "tuning", "calibration", "test"):
+    for name in sizes if args.only is None else [args.only]:
+        if getattr(args, f"num_{name}") == 0:
+            continue
         rows = build_split(name, getattr(args, f"num_{name}"), args.seed)
         write_jsonl(rows, args.output / f"{name}.jsonl")
         print(f"{args.output / f'{name}.jsonl'}: {len(rows)} problems")

@@ -1,0 +1,215 @@
+"""Runs many recipes, each after those whose output it reads, several side by side, and none twice.
+
+A job is one command, as a user would type it. Where it finished, a stamp says so, and it is not run again; a job whose
+command changed, or whose inputs were made anew, is. Commands run in processes that are forked from one that has
+imported the libraries already: with hundreds of short jobs the imports would cost more than the work. Knows nothing of
+what a recipe does.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from transformers_s2t.config import write_json
+
+
+#: Imported once, before the first job.
+PRELOAD = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "transformers_s2t")
+
+
+@dataclass(eq=False)
+class Job:
+    """One command.
+
+    Args:
+        name: of the job, unique, fit for a file name.
+        output: the folder or file that it writes last.
+        command: a recipe's path and its arguments; a function where they depend on what earlier jobs found.
+        needs: jobs that must be finished before.
+        folder: what others read, where that is not `output` itself.
+    """
+
+    name: str
+    output: Path
+    command: list[str] | Callable[[], list[str]]
+    needs: tuple[Job, ...] = ()
+    folder: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """What others read."""
+        return self.output if self.folder is None else self.folder
+
+    def arguments(self) -> list[str]:
+        return self.command() if callable(self.command) else self.command
+
+
+class JobFailed(RuntimeError):
+    """A command ended with an error; the message holds the command and the end of its output."""
+
+
+@dataclass
+class Jobs:
+    """The jobs of a run.
+
+    Args:
+        folder: where stamps and logs go.
+        num_parallel: jobs side by side.
+        env: environment variables of the jobs' processes.
+    """
+
+    folder: Path
+    num_parallel: int = 1
+    env: dict[str, str] = field(default_factory=dict)
+    all: dict[str, Job] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        output: Path,
+        command: list[str] | Callable[[], list[str]],
+        needs: tuple[Job, ...] = (),
+        folder: Path | None = None,
+    ) -> Job:
+        """The job of that name; asked for twice it is one job.
+
+        Raises:
+            ValueError: where another command has the name.
+        """
+        if name in self.all:
+            job = self.all[name]
+            if not callable(command) and job.command != command:
+                raise ValueError(f"Two jobs are named {name!r}: {typed(job.arguments())} and {typed(command)}.")
+            return job
+        self.all[name] = Job(name, output, command, needs, folder)
+        return self.all[name]
+
+    def is_done(self, job: Job) -> bool:
+        """Whether it and all that it reads are finished and as they were then."""
+        stamp = self._read_stamp(job)
+        return (
+            stamp is not None
+            and job.output.exists()
+            and all(self.is_done(need) for need in job.needs)
+            and stamp["command"] == typed(job.arguments())
+            and stamp["inputs"] == {need.name: self._read_stamp(need)["finished"] for need in job.needs}
+        )
+
+    def run(self) -> None:
+        """Runs what is missing, in the order in which it was added where inputs allow.
+
+        Raises:
+            JobFailed: for the first command that fails; what runs beside it is stopped.
+        """
+        todo = [job for job in self.all.values() if not self.is_done(job)]
+        waiting, running = list(todo), {}
+        if not todo:
+            return
+        os.environ.update(self.env)  # of the process that all are forked from, so before it starts
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOAD))
+        with tqdm(total=len(todo), unit="job", smoothing=0.05) as bar:
+            try:
+                while waiting or running:
+                    pending = {*waiting, *running}
+                    for job in [job for job in waiting if not pending.intersection(job.needs)]:
+                        if len(running) == self.num_parallel:
+                            break
+                        waiting.remove(job)
+                        running[job] = (self._start(context, job), time.monotonic())
+                    time.sleep(0.05)
+                    for job, (process, began) in list(running.items()):
+                        if process.exitcode is None:
+                            continue
+                        del running[job]
+                        self._finish(job, process.exitcode, time.monotonic() - began)
+                        bar.update()
+                    bar.set_postfix_str(", ".join(job.name for job in running), refresh=False)
+            finally:
+                for process, _ in running.values():
+                    process.terminate()
+                    process.join()
+
+    def seconds(self, job: Job) -> float:
+        """What the job took when it ran."""
+        return self._read_stamp(job)["seconds"]
+
+    def log_of(self, job: Job) -> Path:
+        return self.folder / "logs" / f"{job.name}.log"
+
+    def _stamp_of(self, job: Job) -> Path:
+        return self.folder / "done" / f"{job.name}.json"
+
+    def _read_stamp(self, job: Job) -> dict | None:
+        file = self._stamp_of(job)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def _start(self, context, job: Job):
+        if self._stamp_of(job).is_file():  # what is there was made in another way: nothing of it may be kept
+            remove(job.output)
+            self._stamp_of(job).unlink()
+        self.log_of(job).parent.mkdir(parents=True, exist_ok=True)
+        command = job.arguments()
+        self.log_of(job).write_text(f"$ {typed(command)}\n", encoding="utf-8")
+        process = context.Process(target=run_command, args=(command, str(self.log_of(job))))
+        process.start()
+        return process
+
+    def _finish(self, job: Job, code: int, seconds: float) -> None:
+        if code or not job.output.exists():
+            end = self.log_of(job).read_bytes().decode(errors="replace")[-3000:]
+            why = f"exit status {code}" if code else f"it wrote no {job.output}"
+            raise JobFailed(f"{end}\n\nFailed ({why}): {typed(job.arguments())}\nLog: {self.log_of(job)}")
+        stamp = {
+            "command": typed(job.arguments()),
+            "inputs": {need.name: self._read_stamp(need)["finished"] for need in job.needs},
+            "finished": time.time(),
+            "seconds": round(seconds, 1),
+        }
+        write_json(self._stamp_of(job), stamp)
+
+
+def run_command(command: list[str], log: str) -> None:
+    """Runs a recipe in this process as `python` would, with its output appended to a file."""
+    import runpy
+
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).resolve().parent))
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def typed(command: list[str]) -> str:
+    """The command as a user would type it."""
+    return shlex.join(["python", *command])

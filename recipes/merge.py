@@ -1,0 +1,36 @@
+"""Merges a LoRA adapter into its model, so that a selector can be trained on top of the tuned model.
+
+python recipes/merge.py --model M --adapter runs/sft --output_dir runs/sft-merged
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from commands import run
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Merge a LoRA adapter into its model.")
+    parser.add_argument("--model", required=True, help="Hub id or folder of the model that the adapter was trained on")
+    parser.add_argument("--adapter", required=True, help="Hub id or folder of the adapter")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the merged model")
+    parser.add_argument("--dtype", default="auto", help="weights' type (default: the checkpoint's own)")
+    args = parser.parse_args()
+    if (args.output_dir / "config.json").is_file():
+        raise ValueError(f"`output_dir`: {str(args.output_dir)!r} holds a model already.")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    merged = PeftModel.from_pretrained(model, args.adapter).merge_and_unload()
+    temporary = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}.tmp")
+    merged.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(args.model).save_pretrained(temporary)
+    temporary.replace(args.output_dir)
+    print(f"{args.output_dir}: {args.model} with {args.adapter} merged")
+
+
+if __name__ == "__main__":
+    run(main)

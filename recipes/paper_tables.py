@@ -1,0 +1,435 @@
+"""The kinds of tables: which jobs each needs, and what it reads from their reports.
+
+A kind is a function of a [`Pipeline`] and the table's own settings. It adds jobs and returns a function that, once
+they have run, gives a [`Result`]. The YAMLs of recipes/paper name a kind; recipes/paper.py runs everything. Nothing
+here measures: every number comes from a report that a recipe wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from evaluate import bootstrap_interval, mcnemar, read_records
+from jobs import Job
+from pipeline import METHODS, Pipeline, Sweep, tag
+from row_names import label_of
+
+from transformers_s2t.trajectories import read_labels
+
+
+@dataclass
+class Result:
+    """What a table says of one pair.
+
+    Args:
+        columns: (title, key of the rows, form: see recipes/results.py).
+        rows: values by key; a key may be missing.
+        notes: sentences below the table, made of figures.
+        commands: the jobs behind it, as a user would type them.
+        cost: per-run figures that differ from machine to machine, kept apart from what must be the same again.
+    """
+
+    columns: list[tuple[str, str, str]]
+    rows: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    cost: dict[str, Any] = field(default_factory=dict)
+
+
+Collect = Callable[[], Result]
+ACCURACY = [
+    ("accuracy", "accuracy", "interval"),
+    ("SD over seeds", "accuracy_sd", "1f"),
+    ("gain over greedy", "gain", "signed interval"),
+    ("helped / hurt", "flips", "text"),
+    ("p", "mcnemar_p", "p"),
+]
+COST = [
+    ("student tokens", "student_tokens", "0f"),
+    ("teacher tokens", "teacher_tokens", "0f"),
+    ("forwards", "forwards", "2f"),
+]
+
+
+def read_report(job: Job) -> dict:
+    return json.loads(job.output.read_text(encoding="utf-8"))
+
+
+def row_of(row: dict, **more) -> dict:
+    """What tables show of a row of evaluate.py. Forwards: batch forwards in units of greedy's decoding steps."""
+    kept = ("accuracy", "accuracy_ci", "accuracy_sd", "gain", "gain_ci", "mcnemar_p", "num_seeds")
+    kept += ("helped", "hurt", "achieved_rate", "asked_rate", "flip_rate", "student_tokens", "teacher_tokens")
+    values = {name: row[name] for name in kept}
+    if row["helped"] is not None:
+        values["flips"] = f"{row['helped']:g} / {row['hurt']:g}"
+    extra = sum(row["extra_forwards"].values()) / row["decoding_steps"]
+    return {"policy": label_of(row), **values, "forwards": 1.0 + extra, **more}
+
+
+def correct_by_seed(job: Job, label: str) -> np.ndarray:
+    """Whether each problem was answered right (seeds, problems), of one row of a report."""
+    rows = {row["label"]: row for row in read_report(job)["rows"]}
+    files = [job.output.parent / "records" / name for name in rows[label]["records"]]
+    return np.array([[record["correct"] for record in read_records(file)[1]] for file in files], dtype=float)
+
+
+def difference(job: Job, label: str, other_job: Job, other: str) -> dict[str, Any]:
+    """Accuracy of one row minus another's on the same problems, in points, means over seeds; paired bootstrap."""
+    right_N = correct_by_seed(job, label).mean(0)
+    difference_N = 100 * (right_N - correct_by_seed(other_job, other).mean(0))
+    low, high = bootstrap_interval(difference_N)
+    return {"difference": float(difference_N.mean()), "difference_ci": [low, high]}
+
+
+def sentence(name: str, other: str, found: Mapping[str, Any]) -> str:
+    low, high = found["difference_ci"]
+    return f"{name} minus {other}: {found['difference']:+.1f} [{low:+.1f}, {high:+.1f}] points"
+
+
+def teacher_tokens_of(labels: Job) -> int:
+    """Tokens that went through the teacher to make labels: every trajectory, once, and what it corrected."""
+    data, _ = read_labels(labels.path, split="all")
+    return int(sum(map(len, data["input_ids"])))
+
+
+def training_rate_note(method: str, sweep: Sweep) -> str:
+    found = sweep.accuracies()
+    tried = ", ".join(f"{value:g}: {accuracy:.1f}" for value, accuracy in found.items())
+    best = sweep.best_rate()
+    edge = " (the end of what was tried)" if best in (min(found), max(found)) else ""
+    return f"{method}: accuracy on the tuning problems by learning rate {tried}; {best:g} taken{edge}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all share: labels and selectors of a pair
+
+
+@dataclass
+class Base:
+    """The labels and calibrated selectors that several tables read, trained at the pair's best learning rate."""
+
+    pipeline: Pipeline
+    labels: Job
+    calibration: Job
+    sweep: Sweep | None
+    adapters: list[Job]
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, thresholds: bool = True) -> Base:
+        """`thresholds`: calibrated for triggers too, which decodes; else fusion weights only."""
+        labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
+        sweep = None
+        if pipeline.pair.has_answers and len(pipeline.pair.learning_rates.get("s2t-local", ())) > 1:
+            sweep = pipeline.sweep("s2t-local", labels, calibration=calibration)
+        if sweep is not None and not thresholds:
+            return cls(pipeline, labels, calibration, sweep, pipeline.best(sweep, labels, calibration=calibration))
+        tuning = pipeline.labels("tuning") if "tuning" in pipeline.pair.sizes else None
+        adapters = [
+            pipeline.selector(labels, seed, calibration=calibration, tuning=tuning, decode=thresholds, rate=sweep)
+            for seed in pipeline.seeds
+        ]
+        return cls(pipeline, labels, calibration, sweep, adapters)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kinds
+
+
+def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
+    """Hit@K by divergence bucket. `buckets`: upper edges as shares of the tokens; `hits`: values of K."""
+    labels = pipeline.labels("test")
+
+    def collect() -> Result:
+        data, _ = read_labels(labels.path, split="all")
+        divergence_T = np.concatenate([np.asarray(row) for row in data["divergence"]])
+        starts = np.cumsum([0, *map(len, data["divergence"])])
+        found = []  # (divergence, rank of the teacher's token), of every stored point
+        for start, row in zip(starts, data):
+            for position, ids, top in zip(row["positions"], row["candidate_ids"], row["teacher_top_id"]):
+                rank = ids.index(top) if top in ids else len(ids)
+                found.append((divergence_T[start + position - row["prompt_length"]], rank))
+        divergence_N, rank_N = np.array(found).T
+        rows, low = [], 0.0
+        for high in spec["buckets"]:
+            upper = np.inf if low == 0 else np.quantile(divergence_T, 1 - low)
+            lower = np.quantile(divergence_T, 1 - high)
+            inside_N = (divergence_N >= lower) & (divergence_N < upper)
+            row = {"bucket": f"top {100 * low:g} to {100 * high:g} %", "points": int(inside_N.sum())}
+            row |= {f"hit{k}": 100 * float((rank_N[inside_N] < k).mean()) for k in spec["hits"]}
+            rows.append(row | {"divergence": float(lower)})
+            low = high
+        columns = [("tokens by KL(teacher ‖ student)", "bucket", "text"), ("KL from, nats", "divergence", "2f")]
+        columns += [("points", "points", "count"), *((f"Hit@{k}", f"hit{k}", "1f") for k in spec["hits"])]
+        notes = [f"{len(data)} greedy texts of the small model, {len(divergence_T)} tokens."]
+        return Result(columns, rows, notes, [job_text(labels)])
+
+    return collect
+
+
+def policies(pipeline: Pipeline, spec: dict) -> Collect:
+    """Accuracy of policies on the same problems.
+
+    `policies`: as of evaluate.py. `num_candidates`: values of K to run them with. `baselines`: also the tuned
+    imitations ("sft", "kd"), each with the best of the pair's learning rates and one training for each seed.
+    `compare`: pairs of labels whose difference is told.
+    """
+    base = Base.of(pipeline, thresholds=any(re.search(r":(?!always)", policy) for policy in spec["policies"]))
+    sweeps = {} if base.sweep is None else {"s2t-local": base.sweep}
+    tuned = []
+    for method in spec.get("baselines", ()):
+        sweeps[method] = pipeline.sweep(method, base.labels, calibration=base.calibration)
+        trained = pipeline.best(sweeps[method], base.labels, calibration=base.calibration)
+        tuned += [(method, job) for job in trained]
+    wanted = list(spec["policies"]) + list(spec.get("baselines", ()))
+    options = {}
+    if any(policy.startswith("prior") for policy in wanted):
+        options["prior_labels"] = str(base.labels.path)
+    sizes = spec.get("num_candidates", [8])
+    evaluations = {
+        size: pipeline.evaluation(
+            spec["name"] + ("" if sizes == [8] else f"-{size}"),
+            policies=wanted,
+            adapters=base.adapters,
+            tuned=tuned,
+            needs=[base.labels],
+            **options,
+            **({} if size == 8 else {"num_candidates": size}),
+        )
+        for size in sizes
+    }
+
+    def collect() -> Result:
+        rows, cost = [], {}
+        for size, job in evaluations.items():
+            report = read_report(job)
+            more = {} if sizes == [8] else {"num_candidates": size}
+            shown = [row for row in report["rows"] if size == sizes[0] or row["trigger"] is not None]
+            rows += [row_of(row, llm="yes" if row["uses_teacher"] else "no", **more) for row in shown]
+            cost |= {
+                f"{row['label']}" + ("" if sizes == [8] else f" K={size}"): {
+                    "seconds_vs_greedy": row["seconds_vs_greedy"],
+                    "cpu_seconds_vs_greedy": row["cpu_seconds_vs_greedy"],
+                }
+                for row in shown
+            }
+        columns = [("policy", "policy", "text")]
+        columns += [] if sizes == [8] else [("K", "num_candidates", "count")]
+        columns += [("teacher at inference", "llm", "text"), *ACCURACY]
+        columns += [("fired, %", "achieved_rate", "share"), ("flipped, %", "flip_rate", "share"), *COST]
+        notes = [training_rate_note(method, sweep) for method, sweep in sweeps.items()]
+        first = evaluations[sizes[0]]
+        labels = {row["label"]: label_of(row) for row in read_report(first)["rows"]}
+        for one, other in spec.get("compare", ()):
+            notes.append(sentence(labels[one], labels[other], difference(first, one, first, other)))
+        return Result(columns, rows, notes, [job_text(job) for job in evaluations.values()], cost)
+
+    return collect
+
+
+def variants(pipeline: Pipeline, spec: dict) -> Collect:
+    """S2T-Local with one thing changed at a time.
+
+    `label_problems`: how many. `variants`: list of `name` and what differs: `train`, `label` (arguments of the
+    recipes), `router: false`, `rounds: 2`, `decoding` (arguments of evaluate.py). `policy`: what is compared.
+    """
+    limit, calibration = spec.get("label_problems"), pipeline.labels("calibration")
+    seeds = range(spec.get("seeds", pipeline.pair.num_seeds))
+    rate = None
+    evaluations = {}
+    for variant in spec["variants"]:
+        name = variant["name"]
+        labels = pipeline.labels("label", limit, **variant.get("label", {}))
+        settings = {"calibration": calibration, "decode": False, "rate": rate, "route": variant.get("router", True)}
+        settings |= variant.get("train", {})
+        if variant.get("rounds", 1) == 2:  # the first round's selector writes what the second one learns from
+            adapters = [
+                pipeline.selector(
+                    pipeline.labels(
+                        "label",
+                        limit,
+                        rollout_policy="s2t-local",
+                        adapter=pipeline.selector(labels, seed, **settings),
+                    ),
+                    seed,
+                    **settings,
+                )
+                for seed in seeds
+            ]
+        else:
+            adapters = [pipeline.selector(labels, seed, **settings) for seed in seeds]
+        policy = variant.get("policy", spec["policy"])
+        evaluations[name] = (
+            policy,
+            pipeline.evaluation(
+                f"{spec['name']}{tag({'variant': name.replace(' ', '_')})}",
+                policies=["greedy", policy],
+                adapters=adapters,
+                **variant.get("decoding", {}),
+            ),
+            adapters,
+        )
+
+    def collect() -> Result:
+        rows, cost = [], {}
+        base_name = spec["variants"][0]["name"]
+        base_policy, base_job, _ = evaluations[base_name]
+        for name, (policy, job, adapters) in evaluations.items():
+            row = next(row for row in read_report(job)["rows"] if row["label"] == policy)
+            more = {} if name == base_name else difference(job, policy, base_job, base_policy)
+            agree = [
+                json.loads((adapter.path / "calibration.json").read_text(encoding="utf-8"))["in_sample_points"]
+                for adapter in adapters
+            ]
+            if all(agree):
+                more["agree"] = 100 * float(np.mean([points["fused"]["agree_at_1"] for points in agree]))
+                more["bare_agree"] = 100 * float(np.mean([points["selector"]["agree_at_1"] for points in agree]))
+            rows.append(row_of(row, variant=name, **more))
+            cost[name] = {"seconds_vs_greedy": row["seconds_vs_greedy"]}
+        columns = [("changed", "variant", "text"), *ACCURACY[:2]]
+        columns += [(f"minus {base_name}", "difference", "signed interval"), ACCURACY[3]]
+        columns += [
+            ("Agree@1, score alone", "bare_agree", "1f"),
+            ("Agree@1, fused", "agree", "1f"),
+            *COST[:1],
+            COST[2],
+        ]
+        number = limit or pipeline.pair.label_problems or pipeline.pair.sizes["label"]
+        notes = [
+            f"{number} label problems, {len(seeds)} seeds each; policy {base_policy} unless the row says otherwise. "
+            "Agree@1 with the teacher at points with a choice, on the calibration problems, on which the weights of "
+            "the fused score were fitted."
+        ]
+        return Result(columns, rows, notes, [job_text(job) for _, job, _ in evaluations.values()], cost)
+
+    return collect
+
+
+def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
+    """Accuracy by number of label problems, for S2T-Local and both imitations; each with its best learning rate.
+
+    `problems`: numbers. `rates`: method -> learning rates tried. `epochs`: number -> epochs, the same for all.
+    """
+    runs: dict[tuple[int, str], tuple] = {}
+    for number in spec["problems"]:
+        held_out = max(spec.get("min_calibration", 30), round(0.6 * number))
+        held_out = None if held_out >= pipeline.pair.sizes["calibration"] else held_out
+        labels, calibration = pipeline.labels("label", number), pipeline.labels("calibration", held_out)
+        epochs = spec["epochs"][number]
+        for method in METHODS:
+            options = {"num_train_epochs": epochs}
+            rates = spec["rates"][method]
+            sweep = pipeline.sweep(method, labels, calibration=calibration, rates=rates, **options)
+            trained = pipeline.best(sweep, labels, calibration=calibration, **options)
+            if method == "s2t-local":
+                label, more = spec["policy"], {"adapters": trained}
+            else:
+                label, more = method, {"tuned": [(method, job) for job in trained]}
+            name = f"{spec['name']}-{method}-{number}"
+            job = pipeline.evaluation(name, policies=["greedy", label], **more)
+            runs[number, method] = (label, job, sweep, labels, calibration)
+
+    def collect() -> Result:
+        rows, commands = [], []
+        for number in spec["problems"]:
+            row: dict[str, Any] = {"problems": number}
+            for method in METHODS:
+                label, job, sweep, labels, calibration = runs[number, method]
+                found = next(found for found in read_report(job)["rows"] if found["label"] == label)
+                row |= {method: found["accuracy"], f"{method}_ci": found["accuracy_ci"]}
+                row[f"{method}_sd"], row[f"{method}_rate"] = found["accuracy_sd"], sweep.best_rate()
+                commands.append(job_text(job))
+                if method == "s2t-local":
+                    row["label_tokens"] = teacher_tokens_of(labels)
+                    row["calibration_tokens"] = teacher_tokens_of(calibration)
+            ours, ours_job = runs[number, "s2t-local"][:2]
+            for method in ("sft", "kd"):
+                label, job = runs[number, method][:2]
+                found = difference(ours_job, ours, job, label)
+                row |= {f"over_{method}": found["difference"], f"over_{method}_ci": found["difference_ci"]}
+            rows.append(row)
+        columns = [("label problems", "problems", "count"), ("teacher tokens, labels", "label_tokens", "count")]
+        columns += [("and calibration (S2T-Local alone)", "calibration_tokens", "count")]
+        columns += [("S2T-Local", "s2t-local", "interval"), ("LoRA on the teacher's texts", "sft", "interval")]
+        columns += [("LoRA distillation", "kd", "interval"), ("S2T-Local − texts", "over_sft", "signed interval")]
+        columns += [("S2T-Local − distillation", "over_kd", "signed interval")]
+        return Result(columns, rows, [], commands)
+
+    return collect
+
+
+def stacking(pipeline: Pipeline, spec: dict) -> Collect:
+    """A selector on top of a student that imitates already, trained on fresh problems.
+
+    `methods`: "sft", "kd". The tuned student is merged into a model; labels of it, a selector for it.
+    """
+    base = Base.of(pipeline)
+    runs = {}
+    for method in spec["methods"]:
+        sweep = pipeline.sweep(method, base.labels, calibration=base.calibration)
+        for seed, imitation in enumerate(pipeline.best(sweep, base.labels, calibration=base.calibration)):
+            on_top = pipeline.on_top_of(imitation, f"{method}{seed}")
+            calibration = on_top.labels("calibration")
+            adapter = on_top.selector(on_top.labels("fresh"), seed, calibration=calibration, decode=False)
+            more = {}
+            wanted = ["greedy", "s2t-local:always", "s2t-local-bare:always", "s2t:always"]
+            more["teacher_model"] = pipeline.teacher_model
+            job = on_top.evaluation(f"{spec['name']}-{method}", policies=wanted, adapters=[adapter], **more)
+            runs[method, seed] = job
+    name = f"{spec['name']}-alone"
+    alone = pipeline.evaluation(name, policies=["greedy", "s2t-local:always"], adapters=base.adapters)
+
+    def collect() -> Result:
+        rows = [
+            row_of(row, student="as it was") for row in read_report(alone)["rows"]
+        ]  # what the parts reach by themselves
+        notes = []
+        for method in spec["methods"]:
+            jobs = [job for (found, _), job in runs.items() if found == method]
+            reports = [read_report(job) for job in jobs]
+            correct = {}
+            for label in [row["label"] for row in reports[0]["rows"]]:
+                right_SN = np.concatenate([correct_by_seed(job, label) for job in jobs])
+                correct[label] = right_SN
+                greedy_SN = correct["greedy"]
+                by_seed = 100 * right_SN.mean(1)
+                row = {
+                    "student": f"after {method}",
+                    "policy": label_of(next(row for row in reports[0]["rows"] if row["label"] == label)),
+                    "accuracy": float(by_seed.mean()),
+                    "accuracy_ci": [100 * edge for edge in bootstrap_interval(right_SN.mean(0))],
+                    "accuracy_sd": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
+                }
+                if label != "greedy":
+                    gain_N = 100 * (right_SN - greedy_SN).mean(0)
+                    row |= {"gain": float(gain_N.mean()), "gain_ci": bootstrap_interval(gain_N)}
+                    helped = ((right_SN > greedy_SN).sum(1), (right_SN < greedy_SN).sum(1))
+                    row["flips"] = " / ".join(f"{values.mean():g}" for values in helped)
+                    row["mcnemar_p"] = max(mcnemar(int(good), int(bad)) for good, bad in zip(*helped))
+                rows.append(row)
+            ours_N = 100 * correct_by_seed(alone, "s2t-local:always").mean(0)
+            gap_N = 100 * correct["s2t-local:always"].mean(0) - ours_N
+            found = {"difference": float(gap_N.mean()), "difference_ci": bootstrap_interval(gap_N)}
+            notes.append(sentence(f"S2T-Local on top of {method}", "S2T-Local alone", found))
+        columns = [("student", "student", "text"), ("policy", "policy", "text"), *ACCURACY]
+        return Result(columns, rows, notes, [job_text(job) for job in (alone, *runs.values())])
+
+    return collect
+
+
+KINDS: dict[str, Callable[[Pipeline, dict], Collect]] = {
+    "sufficiency": sufficiency,
+    "policies": policies,
+    "variants": variants,
+    "efficiency": efficiency,
+    "stacking": stacking,
+}
+
+
+def job_text(job: Job) -> str:
+    return shlex.join(["python", *job.arguments()])

@@ -1,0 +1,443 @@
+"""From a pair of models to labels, selectors, baselines and evaluations, as jobs: who reads what of whom.
+
+A pair is a YAML of recipes/paper/pairs: two models, their data, and the settings that every method shares. Knows which
+recipe makes what and with which arguments; knows nothing of tables, and runs nothing itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from demo import recipe
+from jobs import Job, Jobs
+from splits import PARTS, split_command
+
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, write_json
+
+
+METHODS = ("s2t-local", "sft", "kd")
+#: What a sweep is judged by: the policy whose accuracy on the tuning problems counts.
+JUDGED_BY = {"s2t-local": "s2t-local:always", "sft": "sft", "kd": "kd"}
+
+
+@dataclass
+class Pair:
+    """Two models, their data and the settings that every method shares.
+
+    Args:
+        name: of the YAML file.
+        title: for tables.
+        model, teacher_model, dataset: Hub ids or local paths; `{data}` in them is the folder of `--data`.
+        sizes: part -> problems.
+        part_options: part -> further arguments of a bed's corpus.py.
+        label_problems: how many of the part `label`, its first ones, everything trains on; all by default.
+        num_seeds: selectors, and trainings of each baseline.
+        data_seed: of the division into parts.
+        pretrain: arguments of recipes/embedded/pretrain.py where the models are made here; `model` and
+            `teacher_model` are then role names.
+        has_answers: whether answers can be checked; where not, only agreement can be measured.
+        label, train, router, calibrate, evaluate, baseline: further arguments of the recipes.
+        learning_rates: method -> rates tried on the tuning problems, the first of which is the default.
+        system_prompt: with one, prompts go through the tokenizer's chat template.
+        zero_shot_text: see recipes/evaluate.py.
+    """
+
+    name: str
+    title: str
+    model: str
+    teacher_model: str
+    dataset: str
+    sizes: dict[str, int]
+    part_options: dict[str, list[str]] = field(default_factory=dict)
+    label_problems: int | None = None
+    num_seeds: int = 3
+    data_seed: int = 0
+    pretrain: dict[str, Any] | None = None
+    has_answers: bool = True
+    max_new_tokens: int = 256
+    batch_size: int = 64
+    dtype: str = "auto"
+    system_prompt: str | None = None
+    label: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    router: dict[str, Any] = field(default_factory=dict)
+    calibrate: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    baseline: dict[str, Any] = field(default_factory=dict)
+    learning_rates: dict[str, list[float]] = field(default_factory=dict)
+    zero_shot_text: str | None = None
+
+    @classmethod
+    def load(cls, file: Path, data: str | None = None) -> Pair:
+        """Reads a YAML. `like: NAME` in it takes what it does not say from the pair of that name.
+
+        Args:
+            file: of the pair.
+            data: what `{data}` stands for.
+
+        Raises:
+            ValueError: for a key that there is not, or one that is missing.
+            FileNotFoundError: where the pair wants `{data}` and there is none, or it lacks a file.
+        """
+        values = read_yaml(file)
+        if like := values.pop("like", None):  # another pair, but for what this one says
+            values = read_yaml(file.with_name(f"{like}.yaml")) | values
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"{file} has unknown keys {sorted(unknown)}; legal: {[f.name for f in fields(cls)]}.")
+        for name in ("model", "teacher_model", "dataset"):
+            if "{data}" in values.get(name, ""):
+                path = Path(values[name].replace("{data}", data or ""))
+                if data is None or not path.exists():
+                    raise FileNotFoundError(f"{file} wants {values[name]}: pass its folder as --data.")
+                values[name] = str(path)
+        try:
+            pair = cls(name=file.stem, **values)
+        except TypeError as error:
+            raise ValueError(f"{file}: {error}") from None
+        for name in [*pair.sizes, *pair.part_options]:
+            if name not in PARTS:
+                raise ValueError(f"{file}: parts must be among {', '.join(PARTS)}, got {name!r}.")
+        return pair
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    with open(file, encoding="utf-8") as text:
+        return yaml.safe_load(text)
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """`{"lora_r": 4, "policies": ["a", "b"], "x": True}` as a command line; `None` leaves an argument out."""
+    arguments = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, (list, tuple)) else [value]
+        texts = [str(item).lower() if isinstance(item, bool) else str(item) for item in values]
+        arguments += [f"--{name}", *texts]
+    return arguments
+
+
+def tag(options: Mapping[str, Any]) -> str:
+    """What a file's name says of options that differ from the usual ones; empty for none."""
+    texts = [f"{name}={value}" for name, value in options.items()]
+    text = re.sub(r"[^\w.=+-]+", "_", "".join(f"-{text}" for text in texts))
+    return text if len(text) < 80 else f"{text[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def accuracy_of(report: Path, label: str) -> float:
+    """Accuracy in per cent of the policy with this label."""
+    rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+    return next(row["accuracy"] for row in rows if row["label"] == label)
+
+
+class Pipeline:
+    """The jobs of one pair. Every method returns a job; asked twice for the same, it is the same job.
+
+    Args:
+        pair: models, data, settings.
+        jobs: where they are added.
+        folder: for what they write.
+        model: a student other than the pair's, as a job that makes it (a tuned one, for a selector on top of it).
+        prefix: of the names of everything that depends on that student.
+    """
+
+    def __init__(self, pair: Pair, jobs: Jobs, folder: Path, model: Job | None = None, prefix: str = ""):
+        self.pair, self.jobs, self.folder, self.prefix = pair, jobs, folder, prefix
+        self.made_model = model
+        self.seeds = range(pair.num_seeds)
+
+    def on_top_of(self, adapter: Job | Sweep, name: str) -> Pipeline:
+        """The same pair with another student: this one, with an adapter merged into it."""
+        output = self.folder / "merged" / name
+        command = [recipe("merge.py"), "--model", self.model, "--output_dir", str(output), "--dtype", self.pair.dtype]
+        merged = self.add(
+            f"merge-{name}", output, lambda: [*command, "--adapter", str(adapter.path)], [adapter, *self.models]
+        )
+        return Pipeline(self.pair, self.jobs, self.folder, merged, f"{name}-")
+
+    # models and data
+
+    def _pretrained(self) -> tuple[Job, ...]:
+        if self.pair.pretrain is None:
+            return ()
+        options = dict(self.pair.pretrain)
+        return tuple(
+            self.add(
+                f"pretrain-{role}",
+                self.folder / "models" / role,
+                ["recipes/embedded/pretrain.py", "--output", str(self.folder / "models"), "--role", role]
+                + as_arguments(options),
+            )
+            for role in (self.pair.model, self.pair.teacher_model)
+        )
+
+    @property
+    def models(self) -> tuple[Job, ...]:
+        """Jobs that make models."""
+        return self._pretrained() + (() if self.made_model is None else (self.made_model,))
+
+    @property
+    def model(self) -> str:
+        if self.made_model is not None:
+            return str(self.made_model.path)
+        return self.pair.model if self.pair.pretrain is None else str(self.folder / "models" / self.pair.model)
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """How prompts are formatted, for every recipe that reads problems."""
+        prompt = self.pair.system_prompt
+        return {} if prompt is None else {"chat_template": True, "system_prompt": prompt}
+
+    @property
+    def teacher_model(self) -> str:
+        made = self.folder / "models" / self.pair.teacher_model
+        return self.pair.teacher_model if self.pair.pretrain is None else str(made)
+
+    def add(
+        self, name: str, output: Path, command, needs: Sequence[Job | Sweep] = (), folder: Path | None = None
+    ) -> Job:
+        """A job of this pair. A command that reads a sweep is a function: which training is best, it tells later."""
+        flat = tuple(dict.fromkeys(job for need in needs for job in jobs_behind(need)))
+        return self.jobs.add(f"{self.pair.name}-{name}", output, command, flat, folder)
+
+    def data(self, part: str) -> Job:
+        """The problems of a part, a .jsonl file."""
+        pair, folder = self.pair, self.folder / "data"
+        if part not in pair.sizes:
+            raise ValueError(f"The pair {pair.name!r} has no part {part!r}: name its size under `sizes`.")
+        sizes, options = pair.sizes, ["--only", part, *pair.part_options.get(part, [])]
+        command = split_command(recipe("splits.py"), pair.dataset, str(folder), sizes, pair.data_seed, options)
+        return self.add(f"data-{part}", folder / f"{part}.jsonl", command)
+
+    # the stages
+
+    def labels(self, part: str, limit: int | None = None, **options) -> Job:
+        """Labels of a part, of its first `limit` problems.
+
+        Args:
+            part: "label", of which the pair's `label_problems` are taken by default, or another one, which is whole.
+            limit: problems.
+            options: of recipes/label.py; `adapter` may be a job.
+        """
+        if part == "label" and limit is None:
+            limit = self.pair.label_problems
+        data = self.data(part)
+        needs = [data, *self.models]
+        if isinstance(options.get("adapter"), Job):
+            needs.append(options["adapter"])
+            options = options | {"adapter": str(options["adapter"].path)}
+        shown = {name: Path(value).name if name == "adapter" else value for name, value in options.items()}
+        name = f"{self.prefix}{part}" + ("" if limit is None else str(limit)) + tag(shown)
+        output = self.folder / "labels" / name
+        command = [recipe("label.py"), "--model", self.model, "--teacher_model", self.teacher_model]
+        command += ["--dataset", str(data.path), "--output_dir", str(output)]
+        shared = {"max_new_tokens": self.pair.max_new_tokens, "batch_size": self.pair.batch_size}
+        shared |= {"dtype": self.pair.dtype, "limit": limit} | self.chat
+        return self.add(f"labels-{name}", output, command + as_arguments(shared | self.pair.label | options), needs)
+
+    def selector(
+        self,
+        labels: Job,
+        seed: int = 0,
+        *,
+        calibration: Job,
+        tuning: Job | None = None,
+        route: bool = True,
+        decode: bool = True,
+        rate: float | Sweep | None = None,
+        **options,
+    ) -> Job:
+        """An adapter: trained, with a router, calibrated.
+
+        Args:
+            labels: to train on.
+            seed: of the training.
+            calibration: labels to calibrate on.
+            tuning: labels to measure the router on.
+            route: train a router.
+            decode: calibrate thresholds by decoding; otherwise fusion weights only, which is enough without a trigger.
+            rate: learning rate, or where to find it.
+            options: of recipes/train.py.
+        """
+        pair = self.pair
+        shown = options if isinstance(rate, Sweep) or rate is None else {"learning_rate": f"{rate:g}"} | options
+        best = "-best" if isinstance(rate, Sweep) else ""
+        extra = ("" if route else "-unrouted") + ("" if decode else "-undecoded")
+        calibrated_on = "" if calibration.path.name == f"{self.prefix}calibration" else f"-{calibration.path.name}"
+        name = f"{labels.path.name}{calibrated_on}{tag(shown)}{best}{extra}-seed{seed}"
+        output = self.folder / "selectors" / name
+        command = [recipe("train.py"), "--model", self.model, "--labels", str(labels.path)]
+        command += ["--output_dir", str(output), "--seed", str(seed)]
+        settings = {"dtype": pair.dtype} | pair.train | options
+        needs = [labels, *self.models, *([rate] if isinstance(rate, Sweep) else [])]
+        job = self.add(f"train-{name}", output / "trainer_state.json", with_rate(command, settings, rate), needs)
+        if route:
+            command = [recipe("train_router.py"), "--adapter", str(output), "--model", self.model]
+            command += ["--labels", str(labels.path), "--seed", str(seed)]
+            if tuning is not None:
+                command += ["--eval_labels", str(tuning.path)]
+            command += as_arguments({"dtype": pair.dtype} | pair.router)
+            needs = [job, labels, *([] if tuning is None else [tuning])]
+            job = self.add(f"router-{name}", output / ROUTER_WEIGHTS_NAME, command, needs)
+        command = [recipe("calibrate.py"), "--adapter", str(output), "--model", self.model]
+        command += ["--labels", str(calibration.path)]
+        settings = {"batch_size": pair.batch_size, "dtype": pair.dtype} | pair.calibrate
+        if decode:
+            command += ["--teacher_model", self.teacher_model]
+        elif options.get("proposals") == "adapted":
+            settings |= {"triggers": ["margin"], "target_rates": [0.1], "check_share": 0, "limit": 20}
+        else:
+            settings |= {"triggers": ["margin"], "target_rates": [0.1], "deployed": False}
+        return self.add(
+            f"calibrate-{name}",
+            output / CALIBRATION_NAME,
+            command + as_arguments(settings),
+            (job, calibration),
+            output,
+        )
+
+    def baseline(self, method: str, labels: Job, seed: int = 0, *, rate: float | Sweep, **options) -> Job:
+        """A LoRA that imitates ("sft", "kd"); `options`: of recipes/train_baseline.py."""
+        shown = options if isinstance(rate, Sweep) else {"learning_rate": f"{rate:g}"} | options
+        best = "-best" if isinstance(rate, Sweep) else ""
+        name = f"{method}-{labels.path.name}{tag(shown)}{best}-seed{seed}"
+        output = self.folder / "baselines" / name
+        command = [recipe("train_baseline.py"), "--method", method, "--model", self.model]
+        command += ["--teacher_model", self.teacher_model, "--labels", str(labels.path)]
+        command += ["--output_dir", str(output), "--seed", str(seed)]
+        settings = {"dtype": self.pair.dtype} | self.pair.baseline | options
+        needs = [labels, *self.models, *([rate] if isinstance(rate, Sweep) else [])]
+        return self.add(f"train-{name}", output, with_rate(command, settings, rate), needs)
+
+    def evaluation(
+        self,
+        name: str,
+        *,
+        policies: Sequence[str],
+        part: str = "test",
+        adapters: Sequence[Job | Sweep] = (),
+        tuned: Sequence[tuple[str, Job | Sweep]] = (),
+        needs: Sequence[Job] = (),
+        **options,
+    ) -> Job:
+        """A report.json. `options`: of recipes/evaluate.py."""
+        data = self.data(part)
+        output = self.folder / "evaluations" / f"{self.prefix}{name}"
+        command = [recipe("evaluate.py"), "--model", self.model, "--dataset", str(data.path)]
+        command += ["--output_dir", str(output)]
+        teacher = any(re.match(r"teacher|takeover|s2t:|.*:kl:", policy) for policy in policies)
+        pair = self.pair
+        settings = {
+            "teacher_model": self.teacher_model if teacher else None,
+            "max_new_tokens": pair.max_new_tokens,
+            "batch_size": pair.batch_size,
+            "dtype": pair.dtype,
+            **self.chat,
+            "zero_shot_text": pair.zero_shot_text if any("zero-shot" in policy for policy in policies) else None,
+            "policies": list(policies),
+        }
+        settings |= pair.evaluate | options
+
+        def whole_command() -> list[str]:
+            trained = {
+                "adapters": [str(job.path) for job in adapters] or None,
+                "tuned": [f"{label}={job.path}" for label, job in tuned] or None,
+            }
+            return command + as_arguments(settings | trained)
+
+        trained = [*adapters, *(job for _, job in tuned)]
+        is_known = not any(isinstance(job, Sweep) for job in trained)
+        needs = [data, *self.models, *trained, *needs]
+        name, output = f"evaluate-{self.prefix}{name}", output / "report.json"
+        return self.add(name, output, whole_command() if is_known else whole_command, needs)
+
+    # learning rates
+
+    def train(self, method: str, labels: Job, seed: int, rate: float | Sweep, *, calibration: Job, **options) -> Job:
+        """A selector without thresholds, or a baseline: what sweeps and curves compare."""
+        if method != "s2t-local":
+            return self.baseline(method, labels, seed, rate=rate, **options)
+        return self.selector(labels, seed, calibration=calibration, decode=False, rate=rate, **options)
+
+    def sweep(
+        self, method: str, labels: Job, *, calibration: Job, rates: Sequence[float] | None = None, **options
+    ) -> Sweep:
+        """Trains with seed 0 at each learning rate and measures the accuracy on the tuning problems."""
+        rates = list(rates or self.pair.learning_rates[method])
+        trained = {rate: self.train(method, labels, 0, rate, calibration=calibration, **options) for rate in rates}
+        name = f"sweep-{method}-{labels.path.name}{tag(options)}"
+        policies = [JUDGED_BY[method]]
+        if method == "s2t-local":
+            reports = {
+                rate: self.evaluation(f"{name}-{rate:g}", policies=policies, part="tuning", adapters=[job])
+                for rate, job in trained.items()
+            }
+        else:
+            tuned = [(f"{method}-{rate:g}", job) for rate, job in trained.items()]
+            policies = [label for label, _ in tuned]
+            reports = dict.fromkeys(rates, self.evaluation(name, policies=policies, part="tuning", tuned=tuned))
+        return Sweep(method, trained, reports)
+
+    def best(self, sweep: Sweep, labels: Job, *, calibration: Job, seeds: Sequence[int] = (), **options) -> list:
+        """One training for each seed at the sweep's best learning rate; that of seed 0 is the sweep's own."""
+        return [
+            sweep if seed == 0 else self.train(sweep.method, labels, seed, sweep, calibration=calibration, **options)
+            for seed in seeds or self.seeds
+        ]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Trainings at several learning rates. Read as a job, it is the one with the best accuracy on the tuning problems.
+
+    Attributes:
+        method: of METHODS.
+        trained: rate -> the job that trains with it.
+        reports: rate -> its evaluation on the tuning problems.
+    """
+
+    method: str
+    trained: dict[float, Job]
+    reports: dict[float, Job]
+
+    def accuracies(self) -> dict[float, float]:
+        """Rate -> accuracy in per cent on the tuning problems."""
+        label = JUDGED_BY[self.method]
+        return {
+            rate: accuracy_of(job.output, label if self.method == "s2t-local" else f"{label}-{rate:g}")
+            for rate, job in self.reports.items()
+        }
+
+    def best_rate(self) -> float:
+        """The best rate; of equally good ones the first. Known once the reports are there."""
+        found = self.accuracies()
+        return max(found, key=found.get)
+
+    @property
+    def path(self) -> Path:
+        return self.trained[self.best_rate()].path
+
+
+def jobs_behind(made: Job | Sweep) -> list[Job]:
+    """What must have run before its path is known and written."""
+    return [*made.trained.values(), *dict.fromkeys(made.reports.values())] if isinstance(made, Sweep) else [made]
+
+
+def with_rate(command: list[str], settings: Mapping[str, Any], rate: float | Sweep | None):
+    """A training's command; a function where a sweep has yet to find the learning rate."""
+    if isinstance(rate, Sweep):
+        return lambda: command + as_arguments({**settings, "learning_rate": f"{rate.best_rate():g}"})
+    return command + as_arguments(settings if rate is None else {**settings, "learning_rate": f"{rate:g}"})
+
+
+def note_pair(pair: Pair, folder: Path) -> None:
+    """Writes down what a pair's folder was made with."""
+    write_json(folder / "pair.json", {f.name: getattr(pair, f.name) for f in fields(pair)})

@@ -1,0 +1,348 @@
+"""The jobs behind the tables of docs/results, and the tables: what runs when, what is made again, what is printed."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
+sys.path.insert(0, str(RECIPES))
+jobs_module = importlib.import_module("jobs")
+pipeline_module = importlib.import_module("pipeline")
+paper = importlib.import_module("paper")
+results = importlib.import_module("results")
+splits = importlib.import_module("splits")
+sys.path.remove(str(RECIPES))
+Jobs, Pair, Pipeline, Sweep = jobs_module.Jobs, pipeline_module.Pair, pipeline_module.Pipeline, pipeline_module.Sweep
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    """Paths of the recipes are relative to the repository; nothing heavy is imported before a job."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(RECIPES))  # the processes of jobs inherit it
+    monkeypatch.setattr(jobs_module, "PRELOAD", ())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+output, *inputs = sys.argv[1:]
+if "fail" in inputs:
+    print("no good")
+    sys.exit(3)
+Path(output).write_text(output[-1] + "".join(Path(file).read_text() for file in inputs if "/" in file))
+with open(Path(output).parent / "order", "a") as order:
+    order.write(output[-1])
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Adds a job of a script that joins its inputs and notes the order in which it ran."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def add(jobs, name, *needs, more=()):
+        command = [str(script), str(tmp_path / name), *(str(need.path) for need in needs), *more]
+        return jobs.add(name, tmp_path / name, command, needs)
+
+    return add
+
+
+def test_jobs_run_after_what_they_read_and_once(tmp_path, make):
+    jobs = Jobs(tmp_path, 2)
+    a, b = make(jobs, "a"), make(jobs, "b")
+    c = make(jobs, "c", a, b)
+    assert make(jobs, "a") is a
+    make(jobs, "d", c)
+    jobs.run()
+    assert (tmp_path / "d").read_text() == "dcab"
+    assert (tmp_path / "order").read_text() in ("abcd", "bacd")
+    jobs.run()  # nothing is left to do
+    assert len((tmp_path / "order").read_text()) == 4
+    assert jobs.seconds(a) > 0
+
+
+def test_a_changed_command_is_run_again_with_all_that_reads_it(tmp_path, make):
+    jobs = Jobs(tmp_path, 1)
+    make(jobs, "b", make(jobs, "a"))
+    make(jobs, "c")
+    jobs.run()
+    again = Jobs(tmp_path, 1)
+    make(again, "b", make(again, "a", more=["other"]))
+    make(again, "c")
+    assert [job.name for job in again.all.values() if not again.is_done(job)] == ["a", "b"]
+    again.run()
+    assert (tmp_path / "order").read_text() == "abcab"
+    (tmp_path / "c").unlink()  # what it wrote is gone
+    assert not again.is_done(again.all["c"])
+
+
+def test_a_failed_job_tells_its_command_and_the_end_of_its_output(tmp_path, make):
+    jobs = Jobs(tmp_path, 2)
+    bad = make(jobs, "a", more=["fail"])
+    make(jobs, "b", bad)
+    with pytest.raises(jobs_module.JobFailed, match=r"no good\n\n+Failed \(exit status 3\): python .*script.py"):
+        jobs.run()
+    assert not (tmp_path / "order").exists()
+    with pytest.raises(ValueError, match="Two jobs are named 'a'"):
+        make(jobs, "a")
+
+
+def test_a_command_may_wait_for_what_earlier_jobs_found(tmp_path, make):
+    jobs = Jobs(tmp_path, 1)
+    a = make(jobs, "a")
+    script = str(tmp_path / "script.py")
+    jobs.add("b", tmp_path / "b", lambda: [script, str(tmp_path / "b"), str(tmp_path / a.path.read_text())], (a,))
+    jobs.run()
+    assert (tmp_path / "b").read_text() == "ba"
+
+
+def test_what_ended_half_way_is_not_done(tmp_path, make):
+    jobs = Jobs(tmp_path, 1)
+    job = make(jobs, "a")
+    (tmp_path / "a").write_text("half")  # an output without a stamp: the recipe itself knows how to go on
+    assert not jobs.is_done(job)
+    jobs.run()
+    assert (tmp_path / "a").read_text() == "a"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs and pipelines
+
+
+def pair_of(**more) -> Pair:
+    sizes = {"label": 100, "tuning": 10, "calibration": 20, "test": 30}
+    return Pair("p", "P", "M", "T", "recipes/embedded", **({"sizes": sizes} | more))
+
+
+def test_command_lines_of_options():
+    assert pipeline_module.as_arguments({"a": 1, "b": True, "c": None, "d": ["x", 2.5], "e": "no"}) == (
+        ["--a", "1", "--b", "true", "--d", "x", "2.5", "--e", "no"]
+    )
+    assert pipeline_module.tag({}) == ""
+    assert pipeline_module.tag({"lora_r": 4, "points": "floor kl"}) == "-lora_r=4-points=floor_kl"
+    long = [pipeline_module.tag({"name": letter * 200}) for letter in "ab"]
+    assert long[0] != long[1] and len(long[0]) < 80
+
+
+def test_pairs_are_read_and_refused(tmp_path):
+    def write(name, **values):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        return file
+
+    base = {"title": "P", "model": "m", "teacher_model": "t", "dataset": "d", "sizes": {"label": 5}}
+    write("base", **base)
+    pair = Pair.load(write("other", like="base", title="Q", num_seeds=2))
+    assert (pair.name, pair.title, pair.model, pair.num_seeds) == ("other", "Q", "m", 2)
+    with pytest.raises(ValueError, match="unknown keys .'modle'.; legal: .*'teacher_model'"):
+        Pair.load(write("bad", **base, modle="x"))
+    with pytest.raises(ValueError, match="missing .*'sizes'"):
+        Pair.load(write("bad", **{name: value for name, value in base.items() if name != "sizes"}))
+    with pytest.raises(ValueError, match="parts must be among label, .*, got 'tset'"):
+        Pair.load(write("bad", **base | {"sizes": {"tset": 3}}))
+    data = write("data", **base | {"dataset": "{data}/gsm8k"})
+    with pytest.raises(FileNotFoundError, match="pass its folder as --data"):
+        Pair.load(data)
+    (tmp_path / "gsm8k").mkdir()
+    assert Pair.load(data, str(tmp_path)).dataset == f"{tmp_path}/gsm8k"
+
+
+def test_a_sweep_is_the_training_with_the_best_tuning_accuracy(tmp_path):
+    rates = {"s2t-local": [0.1, 0.2], "sft": [0.3, 0.4]}
+    pipeline = Pipeline(pair_of(learning_rates=rates), Jobs(tmp_path), tmp_path)
+    labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
+    sweep = pipeline.sweep("sft", labels, calibration=calibration)
+    trained = pipeline.best(sweep, labels, calibration=calibration)
+    assert trained[0] is sweep and len(trained) == 3
+    job = pipeline.evaluation("x", policies=["greedy", "sft"], tuned=[("sft", job) for job in trained])
+    assert set(job.needs) >= {*sweep.trained.values(), *sweep.reports.values(), *trained[1:]}
+
+    report = sweep.reports[0.3].output
+    report.parent.mkdir(parents=True)
+    rows = [{"label": "sft-0.3", "accuracy": 50.0}, {"label": "sft-0.4", "accuracy": 60.0}]
+    report.write_text(json.dumps({"rows": rows}))
+    assert sweep.accuracies() == {0.3: 50.0, 0.4: 60.0} and sweep.best_rate() == 0.4
+    assert sweep.path == sweep.trained[0.4].path
+    arguments = trained[1].arguments()
+    assert arguments[arguments.index("--learning_rate") + 1] == "0.4"
+    given = [text for text in job.arguments() if text.startswith("sft=")]
+    assert given == [f"sft={job.path}" for job in trained]
+    assert not any(text.startswith("sft=") for text in sweep.reports[0.3].arguments())
+
+    ours = pipeline.sweep("s2t-local", labels, calibration=calibration)
+    for rate, accuracy in ((0.1, 70.0), (0.2, 70.0)):  # a tie goes to the first
+        report = ours.reports[rate].output
+        report.parent.mkdir(parents=True)
+        report.write_text(json.dumps({"rows": [{"label": "s2t-local:always", "accuracy": accuracy}]}))
+    assert ours.best_rate() == 0.1
+
+
+def test_only_what_reads_the_teacher_is_given_one(tmp_path):
+    pipeline = Pipeline(pair_of(), Jobs(tmp_path), tmp_path)
+    cases = {"s2t-local:always": False, "s2t:always": True, "second:kl:0.1": True, "greedy": False, "teacher": True}
+    for policy, wanted in cases.items():
+        job = pipeline.evaluation(policy.replace(":", "_"), policies=[policy])
+        assert ("--teacher_model" in job.arguments()) == wanted, policy
+
+
+def options_of(script: str) -> set[str]:
+    """Names of the command-line options of a recipe."""
+    import dataclasses
+
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    name = Path(script).stem
+    if name in ("splits", "corpus", "pretrain", "merge"):
+        import re
+
+        return set(re.findall(r'"--([\w-]+)"', Path(script).read_text())) | {
+            text for part in splits.PARTS for text in (part, f"num-{part}")
+        }
+    sys.path.insert(0, str(RECIPES))
+    try:
+        module = importlib.import_module(name)
+    finally:
+        sys.path.remove(str(RECIPES))
+    found = [value for value in vars(module).values() if dataclasses.is_dataclass(value)]
+    found += [SFTConfig] if name == "train_baseline" else []
+    found = [one for one in found if one is not TrainingArguments]
+    return {f.name for one in found for f in dataclasses.fields(one)}
+
+
+def test_every_checked_in_table_can_be_planned(tmp_path):
+    """For every pair that it names, and every option of every command exists."""
+    (tmp_path / "models" / "babyllama-weak").mkdir(parents=True)
+    (tmp_path / "models" / "babyllama-strong").mkdir()
+    (tmp_path / "gsm8k").mkdir()
+    tables = sorted((RECIPES / "paper").glob("*.yaml"))
+    assert tables
+    known: dict[str, set[str]] = {}
+    for file in tables:
+        spec = paper.read_table(file)
+        for name in [*spec["pairs"], "qwen2.5-0.5b", "qwen2.5-1.5b"]:
+            pair = Pair.load(RECIPES / "paper" / "pairs" / f"{name}.yaml", str(tmp_path))
+            if not pair.has_answers and spec["kind"] not in paper.WITHOUT_ANSWERS:
+                continue
+            planned = Jobs(tmp_path / name)
+            paper.KINDS[spec["kind"]](Pipeline(pair, planned, tmp_path / name), spec)
+            assert planned.all, (file, name)
+            for job in planned.all.values():
+                if callable(job.command):
+                    continue  # it waits for a sweep; its form is that of the others
+                script, *arguments = job.arguments()
+                assert Path(script).is_file(), script
+                if script not in known:
+                    known[script] = options_of(script)
+                used = {text[2:] for text in arguments if text.startswith("--")}
+                assert used <= known[script], (script, used - known[script])
+
+
+def test_the_command_refuses_what_there_is_not(tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="`tables` must be among .*comparison.*, got 'comparsion'"):
+        paper.main(["--tables", "comparsion"])
+    with pytest.raises(ValueError, match="`pairs` must be among .*embedded.*, got 'x'"):
+        paper.main(["--pairs", "x"])
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("title: a\ntext: b\nkind: c\npairs: []\n")
+    with pytest.raises(ValueError, match="`kind` must be one of .*, got 'c'"):
+        paper.main(["--tables", str(bad)])
+    with pytest.raises(SystemExit):
+        paper.main(["--num_parallel", "0"])
+    paper.main(["--tables", "local_sufficiency", "--dry_run", "--output_dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "embedded-labels-test" in printed and "babyllama" in printed  # left out, and it says so
+    assert not (tmp_path / "embedded").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def test_cells():
+    row = {"a": 12.345, "a_ci": [1.0, 20.06], "b": None, "n": 1234567.2, "p": 0.0004, "s": 0.1234, "t": "x|y"}
+    assert results.cell(row, "a", "interval") == "12.3 [1.0, 20.1]"
+    assert results.cell(row, "a", "signed interval") == "+12.3 [+1.0, +20.1]"
+    assert results.cell(row, "b", "1f") == "" and results.cell(row, "missing", "text") == ""
+    assert results.cell(row, "n", "count") == "1 234 567"
+    assert results.cell(row, "p", "p") == "<.001" and results.cell({"p": 0.25}, "p", "p") == ".250"
+    assert results.cell({"p": 1.0}, "p", "p") == "1"
+    assert results.cell(row, "s", "share") == "12.3" and results.cell(row, "a", "0f") == "12"
+    columns = [["T", "t", "text"], ["B", "b", "1f"], ["A", "a", "2f"]]
+    assert results.table(columns, [row]) == "| T | A |\n|---|---:|\n| x\\|y | 12.35 |"
+
+
+def test_a_text_is_filled_with_tables():
+    found = {
+        "f": {"pairs": {"p": {"columns": [["A", "a", "text"], ["B", "b", "0f"]], "rows": [{"a": 1, "b": 2}] * 2}}}
+    }
+    text = "x\n<!-- results: f p a rows 1 -->\nold\nrows\n<!-- end -->\ny"
+    filled = results.fill(text, found)
+    assert filled == "x\n<!-- results: f p a rows 1 -->\n\n| A |\n|---|\n| 1 |\n\n<!-- end -->\ny"
+    assert results.fill(filled, found) == filled
+    with pytest.raises(ValueError, match="names results that there are not"):
+        results.fill("<!-- results: g p -->\n<!-- end -->", found)
+    with pytest.raises(ValueError, match="has no <!-- end --> behind it"):
+        results.fill("<!-- results: f p -->\n", found)
+
+
+def test_published_tables_are_what_their_files_say():
+    """docs/results/*.md and the README's tables: regenerated, they come out as they are."""
+    for file, text in results.pages().items():
+        assert file.read_text(encoding="utf-8") == text, f"{file}: run python recipes/results.py"
+
+
+def test_figures_of_one_pair_leave_those_of_others(tmp_path):
+    from paper_tables import Result
+
+    spec = {"title": "T", "text": "t", "pairs": ["embedded", "q"], "kind": "policies"}
+    file = tmp_path / "x.json"
+    for name in ("q", "embedded"):
+        result = Result([("A", "a", "1f")], [{"a": float(len(name))}])
+        paper.write_table(file, spec, "c", pair_of() if name == "q" else pair_of(num_seeds=2), result)
+    content = json.loads(file.read_text())
+    assert list(content["pairs"]) == ["p"]  # both were called p: the later one stays
+    assert content["pairs"]["p"]["rows"] == [{"a": 8.0}] and content["pairs"]["p"]["seeds"] == "0 to 1"
+    assert "| 8.0 |" in results.page(content)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def test_one_part_is_what_it_is_among_all(tmp_path, monkeypatch):
+    rows = [{"question": f"How many is {i}?", "answer": f"#### {i}"} for i in range(300)]
+    source = tmp_path / "all.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = {"label": 100, "tuning": 20, "test": 40}
+    for only in (None, "tuning"):
+        folder = tmp_path / str(only)
+        options = [] if only is None else ["--only", only]
+        command = splits.split_command("recipes/splits.py", str(source), str(folder), sizes, 3, options)
+        monkeypatch.setattr(sys, "argv", command)
+        splits.main()
+    assert [file.name for file in (tmp_path / "tuning").iterdir()] == ["tuning.jsonl"]
+    assert (tmp_path / "tuning" / "tuning.jsonl").read_bytes() == (tmp_path / "None" / "tuning.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["splits.py", "--dataset", str(source), "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        splits.main()
+
+
+def test_times_are_not_in_the_tables():
+    """Two runs must agree on a table, and no two runs take the same time."""
+    content = {"title": "T", "text": "t", "command": "c", "pairs": {}}
+    entry = {"title": "P", "columns": [["A", "a", "text"]], "rows": [{"a": "b"}], "notes": [], "versions": {}}
+    content["pairs"]["p"] = entry | {"seeds": "0", "device": "d", "cost": {"x": {"seconds_vs_greedy": 98765.4321}}}
+    assert "98765" not in results.page(content)
