@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from commands import run
-from datasets import Dataset
+from controls import prior_scores, token_prior
 from models import default_device, load_model
 from trl import TrlParser
 
@@ -43,14 +43,6 @@ class AgreementArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file to write."})
     batch_size: int = field(default=32, metadata={"help": "Trajectories per forward."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type."})
-
-
-def token_prior(labels: Dataset) -> Counter:
-    """How often each token is the teacher's choice in the training labels: a choice without any context."""
-    counts: Counter = Counter()
-    for row in labels:
-        counts.update(row["teacher_top_id"])
-    return counts
 
 
 def interval(hits_SN: np.ndarray, groups_N: np.ndarray, seed: int = 0, num_resamples: int = 2000) -> list[float]:
@@ -80,7 +72,7 @@ def compare(runs: list[ScoredPoints], fusions: list[FusionWeights], prior: Count
         "random candidate": [noise_NK.argmax(-1)],
     }
     if prior is not None:
-        counts_NK = torch.tensor([[prior[int(id)] for id in row] for row in first.candidate_ids_NK]).float()
+        counts_NK = prior_scores(prior, first.candidate_ids_NK)
         picks["token prior"] = [counts_NK.masked_fill(~first.mask_NK, -1.0).argmax(-1)]
     selected = [run.where(keep_N) for run in runs]
     picks["s2t-local"] = [points.choice(FusionWeights()) for points in selected]

@@ -1,4 +1,4 @@
-"""recipes/evaluate.py, controls.py and report.py: policies, votes, intervals, and one run on tiny random models."""
+"""recipes/evaluate.py and report.py: policies, votes, intervals, and one run on tiny random models."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import torch
 from tiny import lora_model, tiny_model
 from transformers import AutoTokenizer
 
-from transformers_s2t import S2TDecodingConfig, S2TTrace, SelectorConfig, s2t_generate
+from transformers_s2t import SelectorConfig
 from transformers_s2t.reserved_tokens import find_reserved_token_ids, vocab_hash
 from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
@@ -33,7 +33,6 @@ def load_recipe(name):
 
 
 evaluate = load_recipe("evaluate")
-controls = sys.modules["controls"]
 report = load_recipe("report")
 demo = load_recipe("demo")
 splits = load_recipe("splits")
@@ -123,43 +122,6 @@ def test_tokens_are_counted_up_to_the_first_end():
     new_ids_BS = torch.tensor([[5, 1, 1, 1], [5, 6, 7, 8], [5, 6, 3, 1], [1, 1, 1, 1]])
     assert evaluate.count_tokens(new_ids_BS, 1).tolist() == [2, 4, 4, 1]
     assert evaluate.count_tokens(new_ids_BS, [1, 3]).tolist() == [2, 4, 3, 1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Controls
-
-
-def run_control(model, inputs, selector, **config):
-    trace = S2TTrace()
-    model.generate(
-        **inputs,
-        custom_generate=s2t_generate,
-        selector=selector,
-        decoding_config=S2TDecodingConfig(**config),
-        trace=trace,
-        max_new_tokens=12,
-        do_sample=False,
-    )
-    return [step for row in trace.rows() for step in row if step["asked"]]
-
-
-def test_second_candidate_control_takes_the_second(batch):
-    steps = run_control(tiny_model(), batch, controls.SecondCandidateSelector(), min_prob_ratio=0.01)
-    assert steps
-    assert all(step["token"] == step["candidate_ids"][1] for step in steps)
-
-
-def test_random_candidate_control_stays_above_the_floor(batch):
-    model = tiny_model()
-
-    def run(seed):
-        return run_control(model, batch, controls.RandomCandidateSelector(seed), min_prob_ratio=0.05)
-
-    steps = run(0)
-    places = [step["candidate_ids"].index(step["token"]) for step in steps]  # only candidates above the floor
-    assert len(set(places)) > 1
-    assert [step["token"] for step in steps] == [step["token"] for step in run(0)]
-    assert [step["token"] for step in steps] != [step["token"] for step in run(1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
