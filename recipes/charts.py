@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 
 from canvas import Box, Canvas, place_labels, spread, text_width
-from row_names import TRIGGERS, label_of, name_of
+from row_names import TRIGGERS, group_of, label_of, name_of
 
 
 WIDE, HALF, NARROW = 1120, 556, 340  # pixels
@@ -264,7 +264,7 @@ def plot_cost(canvas: Canvas, box: Box, rows, labelled, names, x, y, frame) -> N
             canvas.line([point, end], "faint", 1, opacity=0.75)
     for row in rows:
         px, py = anchors[id(row)]
-        control = row["policy"] in ("second", "random")
+        control = group_of(row) == "control"
         low, high = row["accuracy_ci"]
         tip = f"{label_of(row)}: {row['accuracy']:.1f} % ({low:.1f} to {high:.1f}), {row['seconds_vs_greedy']:.2f}×"
         canvas.mark("square" if row["uses_teacher"] else "circle", px, py, 6, color_of(row), control, tip)

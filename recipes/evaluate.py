@@ -11,6 +11,12 @@ A policy is written `name[:trigger[:rate]]`:
     s2t                          the teacher selects among the student's candidates (the ceiling of its trigger)
     s2t-local, s2t-local-bare    an adapter selects; bare: by its score alone, without fusion. Once per adapter
     second, random               controls: the second candidate, any candidate above the floor
+    prior                        control: the candidate that the teacher chose most often in --prior_labels, whatever
+                                 the text; a tie goes to the candidate that the student ranks higher
+    zero-shot                    control: the small model as it is reads the text with each candidate behind it, and
+                                 takes the one after which it is the least likely to write --zero_shot_text (a "?",
+                                 say), or without that argument the most certain of its next token: score -log P(first
+                                 token of the text), or minus the entropy of the next token
     sft, kd ...                  without a trigger: the small model with an adapter of --tuned, decoding greedily
 
 with the triggers always, entropy, margin, router, kl, random; all but "always" take the share of tokens that should
@@ -19,8 +25,8 @@ fire.
 All policies run through `model.generate` with one clean generation config: nothing is inherited from the checkpoints
 but their end-of-sequence tokens. Every finished policy is kept in OUTPUT_DIR/records; running again with the same
 settings only runs what is missing. recipes/report.py makes a page of OUTPUT_DIR. Problems that an adapter has seen, in
-training or after (its seen_problems.json), are refused, and so are those of --label_dirs. This file does not know how
-a selector scores or how an answer is read.
+training or after (its seen_problems.json), are refused, and so are those of --label_dirs and --prior_labels. This
+file does not know how a selector scores or how an answer is read.
 
 Legend: B rows, S steps, N problems, P seeds (adapters) of a policy.
 """
@@ -48,7 +54,13 @@ import numpy as np
 import torch
 from answers import STYLES, extract_answer, is_correct
 from commands import run
-from controls import RandomCandidateSelector, SecondCandidateSelector
+from controls import (
+    PriorSelector,
+    RandomCandidateSelector,
+    SecondCandidateSelector,
+    ZeroShotSelector,
+    token_prior,
+)
 from models import default_device, load_model, padding_token_id
 from peft import PeftModel
 from problems import Problem, encode_prompts, left_pad, load_problems
@@ -68,7 +80,7 @@ from transformers_s2t import (
     s2t_generate,
 )
 from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
-from transformers_s2t.reserved_tokens import check_same_vocabulary
+from transformers_s2t.reserved_tokens import check_same_vocabulary, vocab_hash
 from transformers_s2t.router import Router
 from transformers_s2t.seen_problems import STAGES, check_unseen
 from transformers_s2t.trajectories import read_held_out_labels, read_labels
@@ -76,7 +88,7 @@ from transformers_s2t.trajectories import read_held_out_labels, read_labels
 
 LOCAL_POLICIES = ("s2t-local", "s2t-local-bare")
 TEACHER_POLICIES = ("teacher", "takeover", "s2t")
-SELECTING_POLICIES = ("takeover", "s2t", *LOCAL_POLICIES, "second", "random")
+SELECTING_POLICIES = ("takeover", "s2t", *LOCAL_POLICIES, "second", "random", "prior", "zero-shot")
 TRIGGER_CHOICES = ("always", *THRESHOLD_TRIGGERS)
 DEFAULT_POLICIES = (
     ("greedy", "maj@8", "teacher")
@@ -84,7 +96,7 @@ DEFAULT_POLICIES = (
     + ("second:kl:0.1", "random:kl:0.1")
     + ("s2t:entropy:0.05", "s2t-local:entropy:0.05", "s2t:margin:0.05", "s2t-local:margin:0.05")
     + ("s2t:router:0.05", "s2t-local:router:0.05", "s2t:router:0.1", "s2t-local:router:0.1")
-    + ("s2t:always", "s2t-local:always", "second:always")
+    + ("s2t:always", "s2t-local:always", "second:always", "prior:always", "zero-shot:always")
 )
 HIT_SIZES = (1, 2, 4, 8, 16)
 NUM_RESAMPLES = 2000
@@ -150,7 +162,22 @@ class EvaluateArguments:
         default=None,
         metadata={
             "help": "Policies `name[:trigger[:rate]]`, e.g. greedy maj@8 s2t-local:margin:0.1 s2t-local:always. "
-            "Default: the standard table, as far as teacher, adapters and thresholds are given."
+            "Default: the standard table, as far as teacher, adapters, thresholds and labels are given."
+        },
+    )
+    prior_labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training labels of the adapters, for the control `prior`: the token prior counts the teacher's "
+            "choices in them. Sharing a problem with the evaluated ones is an error."
+        },
+    )
+    zero_shot_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the control `zero-shot`: it takes the candidate after which the small model is least likely "
+            "to write the first token of this text, e.g. '?' (default: the candidate after which it is the most "
+            "certain of its next token)."
         },
     )
     batch_size: int = field(default=128, metadata={"help": "Sequences per generate call."})
@@ -304,8 +331,8 @@ def choose_policies(args: EvaluateArguments, has_thresholds: bool, has_router: b
     """The policies asked for, or the default ones that the arguments allow.
 
     Raises:
-        ValueError: for a policy asked for without the teacher, adapters, thresholds or router that it needs, or asked
-            twice.
+        ValueError: for a policy asked for without the teacher, adapters, labels, thresholds or router that it needs,
+            or asked twice.
     """
 
     def missing(policy: Policy) -> str | None:
@@ -313,6 +340,8 @@ def choose_policies(args: EvaluateArguments, has_thresholds: bool, has_router: b
             return "`teacher_model`"
         if policy.is_local and not args.adapters:
             return "`adapters`"
+        if policy.name == "prior" and args.prior_labels is None:
+            return "`prior_labels`"
         if policy.needs_thresholds and not policy.is_local and not has_thresholds:
             return "`thresholds_from` (or `adapters`)"
         if policy.trigger == "router" and not has_router:
@@ -580,7 +609,13 @@ def count_tokens(new_ids_BS: torch.Tensor, eos_token_id: int | list[int]) -> tor
 
 
 def make_selector(
-    policy: Policy, args: EvaluateArguments, thresholds: dict, teacher: PreTrainedModel | None
+    policy: Policy,
+    args: EvaluateArguments,
+    thresholds: dict,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    prior: Counter | None,
+    zero_shot_id: int | None,
 ) -> Selector | None:
     """The selector of a policy that needs no adapter."""
     if policy.name in ("takeover", "s2t"):
@@ -589,6 +624,10 @@ def make_selector(
         return SecondCandidateSelector(thresholds)
     if policy.name == "random":
         return RandomCandidateSelector(args.seed, thresholds)
+    if policy.name == "prior":
+        return PriorSelector(prior, thresholds)
+    if policy.name == "zero-shot":
+        return ZeroShotSelector(model, zero_shot_id, thresholds)
     return None
 
 
@@ -644,20 +683,47 @@ def hash_of(data: object) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Labels: the leak guard, Hit@K
+# Labels: the leak guard, the token prior, Hit@K
 
 
-def check_no_leak(problems: list[Problem], label_dirs: list[str]) -> None:
+def check_no_leak(problems: list[Problem], label_dirs: list[str], argument: str = "label_dirs") -> None:
     """Raises a ValueError where a problem under evaluation was labelled for training or calibration."""
     ids = {str(problem.id) for problem in problems}
     for folder in label_dirs:
         shared = sorted(ids & set(read_labels(folder, split="all")[0]["problem_id"]))
         if shared:
             raise ValueError(
-                f"`label_dirs`: {folder!r} holds {len(shared)} of the {len(ids)} problems to evaluate (ids "
+                f"`{argument}`: {folder!r} holds {len(shared)} of the {len(ids)} problems to evaluate (ids "
                 f"{', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}). A selector must not have seen them: "
                 "evaluate on another split, or label one."
             )
+
+
+def read_prior(folder: str, tokenizer) -> Counter:
+    """The token prior of a label folder.
+
+    Raises:
+        ValueError: where its ids are of another tokenizer.
+    """
+    labels, header = read_labels(folder)
+    if header is not None and header.vocab_hash != vocab_hash(tokenizer):
+        raise ValueError(
+            f"`prior_labels`: {folder!r} was made with another tokenizer ({header.vocab_hash}) than that of `model` "
+            f"({vocab_hash(tokenizer)}): its token ids mean something else."
+        )
+    return token_prior(labels)
+
+
+def first_token(text: str, tokenizer) -> int:
+    """The first token of `zero_shot_text`.
+
+    Raises:
+        ValueError: where there is none that the tokenizer knows.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids or ids[0] == tokenizer.unk_token_id:
+        raise ValueError(f"`zero_shot_text` must begin with a token that the model knows, got {text!r}.")
+    return ids[0]
 
 
 def measure_hits(folder: str, num_candidates: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -874,7 +940,7 @@ def evaluate(args: EvaluateArguments) -> dict:
     # 1. everything that can be wrong, before a model is loaded
     tuned = parse_tuned(args.tuned)
     sources = [("model", args.model), ("teacher_model", args.teacher_model), ("dataset", args.dataset)]
-    sources += [("adapters", path) for path in args.adapters]
+    sources += [("prior_labels", args.prior_labels), *(("adapters", path) for path in args.adapters)]
     for name, value in sources + [("tuned", path) for paths in tuned.values() for path in paths]:
         check_folder(name, value)
     thresholds_from = args.thresholds_from or (args.adapters[0] if args.adapters else None)
@@ -914,12 +980,16 @@ def evaluate(args: EvaluateArguments) -> dict:
             leaks.append(str(error))
 
     guard(lambda: check_no_leak(problems, args.label_dirs))
+    if args.prior_labels is not None:
+        guard(lambda: check_no_leak(problems, [args.prior_labels], "prior_labels"))
     trained = [*args.adapters, *(path for paths in tuned.values() for path in paths)]
     for path in dict.fromkeys([*trained, *filter(None, [args.thresholds_from])]):
         guard(partial(check_unseen, path, [problem.id for problem in problems], STAGES, "dataset"))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if args.teacher_model is not None:
         check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
+    prior = None if args.prior_labels is None else read_prior(args.prior_labels, tokenizer)
+    zero_shot_id = None if args.zero_shot_text is None else first_token(args.zero_shot_text, tokenizer)
     device = default_device()
     bench = Bench(args, problems, tokenizer, device)
     for name in filter(None, (args.model, args.teacher_model)):
@@ -950,6 +1020,10 @@ def evaluate(args: EvaluateArguments) -> dict:
             settings["teacher_model"] = teacher_print
         if policy.num_votes:
             settings |= {"temperature": args.temperature, "seed": args.seed}
+        if policy.name == "prior":
+            settings["prior"] = hash_of(sorted(prior.items()))
+        if policy.name == "zero-shot":
+            settings["zero_shot_text"] = args.zero_shot_text
         if policy.trigger is not None:
             config = policy.decoding_config(args)
             table = thresholds if seed is None else configs[seed].thresholds
@@ -994,7 +1068,9 @@ def evaluate(args: EvaluateArguments) -> dict:
             for job in batch:
                 policy = job[0]
                 bar.set_description(policy.label + ("" if seed is None else f" adapter {seed}"))
-                selector = local if policy.is_local else make_selector(policy, args, thresholds, teacher)
+                selector = local
+                if not policy.is_local:
+                    selector = make_selector(policy, args, thresholds, model, teacher, prior, zero_shot_id)
                 if policy.trigger == "router" and not policy.is_local:
                     selector.router = Router.from_pretrained(thresholds_from, model, expected=of_others.router)
                 runner = teacher if policy.name == "teacher" else model

@@ -23,7 +23,10 @@ NAMES = {
     "s2t-local-bare": "S2T-Local, no fusion",
     "second": "second candidate",
     "random": "random candidate",
+    "prior": "token prior",
+    "zero-shot": "zero-shot scorer",
 }
+CONTROLS = ("second", "random", "prior", "zero-shot")
 TRIGGERS = {"always": "every step", "kl": "KL"}
 
 
@@ -35,7 +38,7 @@ def group_of(row: dict) -> str:
         return "local-oracle" if row["trigger"] == "kl" else "local"
     if name in ("teacher", "takeover", "s2t"):
         return "teacher"
-    return "control" if name in ("second", "random") else "baseline"
+    return "control" if name in CONTROLS else "baseline"
 
 
 def grouped(rows: list[dict]) -> list[tuple[str, list[dict]]]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 
 from transformers_s2t import SelectorConfig
 from transformers_s2t.reserved_tokens import find_reserved_token_ids, vocab_hash
-from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
+from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_labels, write_header, write_shard
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -36,6 +37,7 @@ evaluate = load_recipe("evaluate")
 report = load_recipe("report")
 demo = load_recipe("demo")
 splits = load_recipe("splits")
+row_names = sys.modules["row_names"]
 Policy = evaluate.Policy
 
 
@@ -237,6 +239,78 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
     assert ran == ["s2t:random:0.5", "greedy"]
 
 
+def make_labels(bed, folder, ids, top_ids):
+    """A folder of labels of problems `ids`: the teacher's choices at each of them are `top_ids`."""
+    row = read_labels(bed / "labels")[0][0]
+    width = len(top_ids)
+    row |= {"input_ids": list(range(30, 34 + width)), "positions": list(range(4, 4 + width))}
+    row |= {name: [row[name][0]] * width for name in ("divergence", "entropy", "margin")}
+    row |= {name: [row[name][0]] * width for name in ("candidate_ids", "student_logprobs", "teacher_logprobs")}
+    write_shard(folder, 0, [row | {"problem_id": id, "teacher_top_id": top_ids} for id in ids])
+    header = read_header(bed / "labels")
+    write_header(folder, replace(header, num_problems=len(ids)))
+    return str(folder)
+
+
+def test_prior_and_zero_shot_are_controls_that_know_what_they_were_made_with(bed, tmp_path, monkeypatch):
+    choices = [*range(3, 100), *range(60, 100, 3)]
+    labels = make_labels(bed, tmp_path / "labels", ["a", "b"], choices)
+    again = make_labels(bed, tmp_path / "again", ["c", "d"], choices)
+    other = make_labels(bed, tmp_path / "other", ["a", "b"], [*choices, 60])
+    args = arguments(
+        bed, tmp_path / "out", policies=["greedy", "prior:always", "zero-shot:entropy:0.1"], prior_labels=labels
+    )
+    ran = []
+    run = evaluate.Bench.run
+    monkeypatch.setattr(
+        evaluate.Bench, "run", lambda self, policy, *rest: ran.append(policy.name) or run(self, policy, *rest)
+    )
+
+    def evaluate_with(**changes):
+        ran.clear()
+        return evaluate.evaluate(replace(args, **changes))
+
+    rows = evaluate_with()["rows"]
+    assert ran == ["greedy", "prior", "zero-shot"]
+    names = ["greedy", "token prior · every step", "zero-shot scorer · entropy 10 %"]
+    assert [row_names.label_of(row) for row in rows] == names
+    assert [row_names.group_of(row) for row in rows] == ["baseline", "control", "control"]
+    assert not any(row["uses_teacher"] for row in rows)
+    beside_text = [row["student_tokens"] - row["tokens_per_problem"] for row in rows]  # prompts, and candidates
+    assert beside_text[1] == pytest.approx(beside_text[0]) and beside_text[2] > beside_text[0] + 1
+    assert rows[1]["extra_forwards"] == {} and rows[2]["extra_forwards"]["scorer"] > 0
+    asked = [
+        (record["tokens"][int(step)], candidates)
+        for record in evaluate.read_records(tmp_path / "out" / "records" / "prior_always.jsonl")[1]
+        for step, (_, candidates) in record["asked"].items()
+    ]
+    for token, candidates in asked:
+        counts = [2 * choices.count(id) for id, *_ in candidates]  # two problems
+        assert [candidate[1] for candidate in candidates] == counts
+        assert token == candidates[counts.index(max(counts))][0]
+    assert any(token != candidates[0][0] for token, candidates in asked)
+
+    evaluate_with(prior_labels=again)  # of other problems, with the same prior
+    assert ran == []
+    evaluate_with(prior_labels=other)
+    assert ran == ["prior"]
+    scored = {None: evaluate.read_records(tmp_path / "out" / "records" / rows[2]["records"][0])[1]}
+    for text in ("?", "+"):
+        evaluate_with(prior_labels=other, zero_shot_text=text)
+        assert ran == ["zero-shot"]
+        scored[text] = evaluate.read_records(tmp_path / "out" / "records" / rows[2]["records"][0])[1]
+        evaluate_with(prior_labels=other, zero_shot_text=text)
+        assert ran == []
+    assert scored[None] != scored["?"] != scored["+"]
+
+
+def test_labels_of_another_tokenizer_are_no_prior(bed, tmp_path):
+    labels = make_labels(bed, tmp_path / "labels", ["a"], [40])
+    write_header(tmp_path / "labels", replace(read_header(labels), vocab_hash="0" * 16))
+    with pytest.raises(ValueError, match="`prior_labels`: .* was made with another tokenizer"):
+        evaluate.evaluate(arguments(bed, tmp_path / "out", policies=["prior:always"], prior_labels=labels))
+
+
 def test_greedy_inherits_nothing_from_the_checkpoint(bed, tmp_path):
     """The authors' greedy baseline took the checkpoint's repetition penalty and their own loop did not."""
     evaluate.evaluate(arguments(bed, tmp_path, policies=["greedy", "s2t:random:0.001"]))
@@ -268,6 +342,9 @@ def test_labelled_problems_are_refused(bed, tmp_path):
     with pytest.raises(ValueError, match="holds 1 of the 1 problems to evaluate .ids [0-9a-f]{16}.*another split"):
         evaluate.evaluate(args)
     assert not (tmp_path / "records").exists()
+    prior = arguments(bed, tmp_path, dataset=str(tmp_path / "leak.jsonl"), prior_labels=str(bed / "labels"))
+    with pytest.raises(ValueError, match="`prior_labels`: .*labels' holds 1 of the 1 problems to evaluate"):
+        evaluate.evaluate(prior)
     args.allow_leaks, args.policies = True, ["greedy"]
     report = evaluate.evaluate(args)
     assert len(report["meta"]["leaks"]) == 1 and "holds 1 of the 1 problems" in report["meta"]["leaks"][0]
@@ -282,6 +359,10 @@ def test_labelled_problems_are_refused(bed, tmp_path):
         ({"policies": ["second:margin:0.1"], "adapters": []}, "needs `thresholds_from`"),
         ({"policies": ["s2t:kl:0.3"]}, "no calibrated threshold for target_rate=0.3"),
         ({"policies": ["greedy", "greedy"]}, "greedy more than once"),
+        ({"policies": ["prior:always"]}, "'prior:always' needs `prior_labels`, got none"),
+        ({"zero_shot_text": ""}, "`zero_shot_text` must begin with a token that the model knows, got ''"),
+        ({"zero_shot_text": "é"}, "`zero_shot_text` must begin with a token that the model knows, got 'é'"),
+        ({"prior_labels": "./nowhere"}, "`prior_labels`: './nowhere' does not exist"),
         ({"max_new_tokens": 1000}, r"`max_new_tokens` must be at most \d+ \(context of 128 tokens"),
         ({"model": "./nowhere"}, "`model`: './nowhere' does not exist"),
         ({"adapters": ["./nowhere"]}, "`adapters`: './nowhere' does not exist"),
@@ -309,12 +390,17 @@ def test_bad_values(bed, tmp_path, changes, message):
 
 
 def test_default_policies_are_those_that_can_run(bed, tmp_path):
-    args = arguments(bed, tmp_path, teacher_model=None, adapters=[])
-    assert [policy.label for policy in evaluate.choose_policies(args, False)] == ["greedy", "maj@8", "second:always"]
-    args = arguments(bed, tmp_path)
-    without = [label for label in evaluate.DEFAULT_POLICIES if "router" not in label]
-    assert [policy.label for policy in evaluate.choose_policies(args, True)] == without
-    assert [policy.label for policy in evaluate.choose_policies(args, True, True)] == list(evaluate.DEFAULT_POLICIES)
+    def labels_of(has_thresholds=False, has_router=False, **changes):
+        policies = evaluate.choose_policies(arguments(bed, tmp_path, **changes), has_thresholds, has_router)
+        return [policy.label for policy in policies]
+
+    alone = ["greedy", "maj@8", "second:always", "zero-shot:always"]
+    assert labels_of(teacher_model=None, adapters=[]) == alone
+    every = list(evaluate.DEFAULT_POLICIES)
+    assert labels_of(True, True, prior_labels="labels") == every
+    assert labels_of(True, True) == [label for label in every if label != "prior:always"]
+    without = [label for label in every if "router" not in label]
+    assert labels_of(True, prior_labels="labels") == without
 
 
 # ---------------------------------------------------------------------------------------------------------------------
