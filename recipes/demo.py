@@ -341,6 +341,7 @@ def main() -> None:
         + ["--adapters", *adapters.values(), "--dataset", str(out / "data" / "test.jsonl")]
         + ["--answer_style", "hash" if bed else "auto", "--max_new_tokens", max_new_tokens]
         + ["--batch_size", batch_size, "--label_dirs", *fitted, "--eval_labels", labels["test"]]
+        + ["--prior_labels", labels["label"], *(["--zero_shot_text", "?"] if bed else [])]
         + (["--policies", *args.policies] if args.policies else [])
         + [*chat, "--output_dir", str(out)]
     )
