@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo evidence test lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the method end to end; options: MODEL= TEACHER= DATASET= RUN= SEEDS=
 	$(BIN)/python recipes/demo.py --model $(MODEL) --teacher_model $(TEACHER) --dataset $(DATASET) \
 		--output_dir $(RUN) --num_seeds $(SEEDS)
+
+evidence: $(STAMP)  ## every table of docs/results; options: TABLES= PAIRS= DATA= (see recipes/paper.py --help)
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/paper.py --output_dir runs/paper $(if $(TABLES),--tables $(TABLES)) \
+		$(if $(PAIRS),--pairs $(PAIRS)) $(if $(DATA),--data $(DATA))
 
 test: $(STAMP)  ## the CPU test suite
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

@@ -39,6 +39,7 @@ class Job:
         command: a recipe's path and its arguments; a function where they depend on what earlier jobs found.
         needs: jobs that must be finished before.
         folder: what others read, where that is not `output` itself.
+        alone: runs with no other job beside it, because it measures time.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Job:
     command: list[str] | Callable[[], list[str]]
     needs: tuple[Job, ...] = ()
     folder: Path | None = None
+    alone: bool = False
 
     @property
     def path(self) -> Path:
@@ -125,8 +127,10 @@ class Jobs:
                 while waiting or running:
                     pending = {*waiting, *running}
                     for job in [job for job in waiting if not pending.intersection(job.needs)]:
-                        if len(running) == self.num_parallel:
+                        if len(running) == self.num_parallel or any(other.alone for other in running):
                             break
+                        if job.alone and running:
+                            continue
                         waiting.remove(job)
                         running[job] = (self._start(context, job), time.monotonic())
                     time.sleep(0.05)

@@ -113,6 +113,7 @@ def write_table(file: Path, spec: dict[str, Any], command: str, pair: Pair, resu
         "rows": result.rows,
         "notes": result.notes,
         "cost": result.cost,
+        "holds_times": result.holds_times,
         "commands": result.commands,
     }
     order = list(dict.fromkeys([*spec["pairs"], *content["pairs"], pair.name]))

@@ -32,7 +32,8 @@ class Result:
         rows: values by key; a key may be missing.
         notes: sentences below the table, made of figures.
         commands: the jobs behind it, as a user would type them.
-        cost: per-run figures that differ from machine to machine, kept apart from what must be the same again.
+        cost: times of this run, kept apart from what must come out the same again.
+        holds_times: whether the rows hold times themselves.
     """
 
     columns: list[tuple[str, str, str]]
@@ -40,6 +41,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     cost: dict[str, Any] = field(default_factory=dict)
+    holds_times: bool = False
 
 
 Collect = Callable[[], Result]
@@ -422,12 +424,43 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
     return collect
 
 
+def latency(pipeline: Pipeline, spec: dict) -> Collect:
+    """What selecting costs, by benchmarks/decode.py, which runs alone. `arguments`: its command line."""
+    output = pipeline.folder / f"{spec['name']}.json"
+    job = pipeline.add(spec["name"], output, ["benchmarks/decode.py", *spec["arguments"], "--json", str(output)])
+    job.alone = True
+
+    def collect() -> Result:
+        found = json.loads(output.read_text(encoding="utf-8"))
+        rows = [
+            row
+            | {
+                "way": row["name"] + (f", {row['scope']} scope, {row['proposals']} proposals" if row["scope"] else ""),
+                "ratio_text": "{:.2f}x [{:.2f}, {:.2f}]".format(row["ratio"], *row["ratio_range"]),
+            }
+            for row in found["rows"]
+        ]
+        columns = [("way", "way", "text"), ("asked, %", "asked_rate", "share"), ("batch", "batch", "count")]
+        columns += [("prompt", "prefix", "count"), ("time [lowest, highest turn]", "ratio_text", "text")]
+        columns += [("processor time", "cpu_ratio", "times"), ("forwards per token", "forwards_per_token", "2f")]
+        meta = found["meta"]
+        notes = [
+            f"Random weights of the shape {meta['shape']}, {meta['layers']} layers, vocabulary {meta['vocab']}, "
+            f"{meta['new_tokens']} new tokens, K = {meta['num_candidates']}, {meta['threads']} threads, "
+            f"{meta['device']}. Times differ from run to run."
+        ]
+        return Result(columns, rows, notes, [job_text(job)], holds_times=True)
+
+    return collect
+
+
 KINDS: dict[str, Callable[[Pipeline, dict], Collect]] = {
     "sufficiency": sufficiency,
     "policies": policies,
     "variants": variants,
     "efficiency": efficiency,
     "stacking": stacking,
+    "latency": latency,
 }
 
 

@@ -2,6 +2,7 @@
 
     python recipes/results.py            # rewrites docs/results/*.md and the README's table
     python recipes/results.py --check    # says what is out of date, and changes nothing
+    python recipes/results.py --same runs/again/results    # do two runs agree, in all but times?
 
 Every number in a table comes from a JSON that recipes/paper.py wrote. Knows forms of numbers, nothing of models.
 """
@@ -25,7 +26,7 @@ def cell(row: dict[str, Any], key: str, form: str) -> str:
     """A value as a table shows it; empty where there is none.
 
     Forms: "text", "count" (thousands apart), "0f" "1f" "2f" (decimals), "share" (of 1, shown in per cent), "p",
-    "interval" and "signed interval" (one decimal, with the interval under `key`_ci).
+    "times", "interval" and "signed interval" (one decimal, with the interval under `key`_ci).
     """
     value = row.get(key)
     if value is None:
@@ -36,6 +37,8 @@ def cell(row: dict[str, Any], key: str, form: str) -> str:
         return f"{round(value):,}".replace(",", " ")
     if form == "share":
         return f"{100 * value:.1f}"
+    if form == "times":
+        return f"{value:.2f}x"
     if form == "p":
         return "<.001" if value < 0.001 else f"{value:.3f}".lstrip("0") if value < 1 else "1"
     if form.endswith("interval"):
@@ -115,10 +118,37 @@ def pages(folder: Path = RESULTS, readme: Path = README) -> dict[Path, str]:
     return wanted
 
 
+def differences(results: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> list[str]:
+    """What two runs do not agree on: rows and notes of every table that both have, but for those that hold times."""
+    found = []
+    for name in sorted(results.keys() & others.keys()):
+        for pair in results[name]["pairs"].keys() & others[name]["pairs"].keys():
+            one, other = results[name]["pairs"][pair], others[name]["pairs"][pair]
+            if one["holds_times"]:
+                continue
+            if len(one["rows"]) != len(other["rows"]):
+                found.append(f"{name}, {pair}: {len(one['rows'])} and {len(other['rows'])} rows")
+            for number, (row, other_row) in enumerate(zip(one["rows"], other["rows"])):
+                keys = [key for key in row.keys() | other_row.keys() if row.get(key) != other_row.get(key)]
+                found += [f"{name}, {pair}, row {number}: {k} {row.get(k)} and {other_row.get(k)}" for k in keys]
+            if one["notes"] != other["notes"]:
+                found.append(f"{name}, {pair}: other notes")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write docs/results/*.md and the README's tables from the JSONs.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where something differs")
+    parser.add_argument("--same", type=Path, metavar="FOLDER", help="compare with another run's results, and stop")
     args = parser.parse_args()
+    if args.same is not None:
+        ours, others = read_results(RESULTS), read_results(args.same)
+        shared = sorted(ours.keys() & others.keys())
+        if not shared:
+            raise ValueError(f"`same`: {str(args.same)!r} has no table of docs/results.")
+        found = differences(ours, others)
+        print("\n".join(found) or f"the same: {', '.join(shared)}")
+        sys.exit(1 if found else 0)
     stale = [
         (file, text)
         for file, text in pages().items()
