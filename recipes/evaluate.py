@@ -34,10 +34,7 @@ Legend: B rows, S steps, N problems, P seeds (adapters) of a policy.
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import math
-import os
 import platform
 import re
 import shlex
@@ -61,9 +58,11 @@ from controls import (
     ZeroShotSelector,
     token_prior,
 )
+from estimates import NUM_RESAMPLES, bootstrap_interval
 from models import default_device, load_model, padding_token_id
 from peft import PeftModel
 from problems import Problem, encode_prompts, left_pad, load_problems
+from records import fingerprint, hash_of, read_records, write_records
 from texts import TEXTS_NAME, collect_texts
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -99,7 +98,6 @@ DEFAULT_POLICIES = (
     + ("s2t:always", "s2t-local:always", "second:always", "prior:always", "zero-shot:always")
 )
 HIT_SIZES = (1, 2, 4, 8, 16)
-NUM_RESAMPLES = 2000
 RECORDS_FORMAT = 2  # of records/: those of another format are run again
 KINDS = ".tkf"  # plain, triggered with one candidate only, asked and kept, flipped
 DEFINITIONS = {
@@ -377,18 +375,6 @@ def majority_vote(answers: list[str | None]) -> int | None:
 # Statistics
 
 
-def bootstrap_interval(values_N: np.ndarray, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> list[float]:
-    """95 % percentile interval of the mean over problems, from resampled problems."""
-    random = np.random.default_rng(seed)
-    values_N = np.asarray(values_N, dtype=np.float64)
-    means, chunk = [], max(1, 4_000_000 // len(values_N))
-    for start in range(0, num_resamples, chunk):
-        index = random.integers(0, len(values_N), (min(chunk, num_resamples - start), len(values_N)))
-        means.append(values_N[index].mean(-1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return [float(low), float(high)]
-
-
 def mcnemar(helped: int, hurt: int) -> float:
     """Exact two-sided p-value that `helped` and `hurt` are equally likely."""
     total = helped + hurt
@@ -635,51 +621,9 @@ def make_selector(
 # Records: finished policies on disk
 
 
-def fingerprint(source: str) -> str:
-    """Name of a model, adapter or data set, and for a local folder a digest of its files: retraining changes it."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return source
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin")):
-        digest.update(file.name.encode())
-        stat = file.stat()
-        small = stat.st_size < 64_000_000
-        digest.update(file.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    return f"{source} {digest.hexdigest()[:16]}"
-
-
 def record_file(args: EvaluateArguments, policy: Policy, seed: int | None) -> Path:
     name = policy.label.replace(":", "_") + ("" if seed is None else f"_adapter{seed}")
     return Path(args.output_dir) / "records" / f"{name}.jsonl"
-
-
-def write_records(file: Path, header: dict, records: list[dict]) -> None:
-    """One JSON line for the header and one per problem, all or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as out:
-            for line in (header, *records):
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_records(file: Path, settings_hash: str | None = None) -> tuple[dict, list[dict]] | None:
-    """Header and records of a finished policy; `None` where there are none, or of other settings."""
-    if not file.is_file():
-        return None
-    with open(file, encoding="utf-8") as lines:
-        header = json.loads(next(lines, "{}"))
-        if settings_hash is not None and header.get("settings_hash") != settings_hash:
-            return None
-        return header, [json.loads(line) for line in lines]
-
-
-def hash_of(data: object) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+"""Means with intervals, and shares by divergence. Numbers in, numbers out.
+
+Legend: N problems, documents or points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+NUM_RESAMPLES = 2000
+NUM_BUCKETS = 8
+
+
+def bootstrap_interval(
+    values_N: np.ndarray, seed: int = 0, num_resamples: int = NUM_RESAMPLES, weights_N: np.ndarray | None = None
+) -> list[float]:
+    """95 % percentile interval of the mean over problems, from resampled problems.
+
+    Args:
+        values_N: of each problem.
+        seed: of the resampling.
+        num_resamples: how often all of them are drawn.
+        weights_N: of each problem in the mean, its number of tokens for example; all alike where not given.
+    """
+    random = np.random.default_rng(seed)
+    values_N = np.asarray(values_N, dtype=np.float64)
+    weights_N = np.ones_like(values_N) if weights_N is None else np.asarray(weights_N, dtype=np.float64)
+    sums_N = values_N * weights_N
+    means, chunk = [], max(1, 4_000_000 // len(values_N))
+    for start in range(0, num_resamples, chunk):
+        index = random.integers(0, len(values_N), (min(chunk, num_resamples - start), len(values_N)))
+        means.append(sums_N[index].sum(-1) / weights_N[index].sum(-1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def divergence_buckets(
+    divergence_N: Sequence[float], hits: Mapping[str, Sequence[float]], num_buckets: int = NUM_BUCKETS
+) -> dict | None:
+    """Shares of hits by divergence, in buckets with about as many points each.
+
+    Args:
+        divergence_N: of each point.
+        hits: name -> whether it holds at each point (or how often, a mean over seeds).
+        num_buckets: how many.
+
+    Returns:
+        `edges` (one more than there are buckets), `num_points` of each and `rates`, name -> share in each; `None` for
+        fewer than two points a bucket.
+    """
+    if len(divergence_N) < 2 * num_buckets:
+        return None
+    order_N = np.argsort(divergence_N, kind="stable")
+    parts = [
+        order_N[round(k * len(order_N) / num_buckets) : round((k + 1) * len(order_N) / num_buckets)]
+        for k in range(num_buckets)
+    ]
+    starts = [part[0] for part in parts]
+    return {
+        "edges": [float(divergence_N[n]) for n in (*starts, order_N[-1])],
+        "num_points": [len(part) for part in parts],
+        "rates": {
+            name: [float(np.asarray(values_N, dtype=np.float64)[part].mean()) for part in parts]
+            for name, values_N in hits.items()
+        },
+    }

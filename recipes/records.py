@@ -1,0 +1,56 @@
+"""Finished work on disk: records under a header that says of which settings they are. Knows no policies.
+
+What was made with the same settings is not made again: `read_records` gives it back for the same hash of the settings
+and for no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def fingerprint(source: str) -> str:
+    """Name of a model, adapter, data set or labels, and for a local folder a digest of its files: making it again
+    changes it."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    digest = hashlib.sha256()
+    suffixes = (".json", ".safetensors", ".bin", ".parquet")
+    for file in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
+        digest.update(file.name.encode())
+        stat = file.stat()
+        small = stat.st_size < 64_000_000
+        digest.update(file.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return f"{source} {digest.hexdigest()[:16]}"
+
+
+def write_records(file: Path, header: dict, records: list[dict]) -> None:
+    """One JSON line for the header and one per record, all or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            for line in (header, *records):
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_records(file: Path, settings_hash: str | None = None) -> tuple[dict, list[dict]] | None:
+    """Header and records of finished work; `None` where there are none, or of other settings."""
+    if not file.is_file():
+        return None
+    with open(file, encoding="utf-8") as lines:
+        header = json.loads(next(lines, "{}"))
+        if settings_hash is not None and header.get("settings_hash") != settings_hash:
+            return None
+        return header, [json.loads(line) for line in lines]
+
+
+def hash_of(data: object) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
