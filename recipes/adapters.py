@@ -27,10 +27,12 @@ def open_adapter(adapter: str) -> SelectorConfig:
     return SelectorConfig.from_pretrained(adapter)
 
 
-def check_same_tokenizer(labels: str, header: TrajectoryHeader | None, config: SelectorConfig) -> None:
-    """Raises a ValueError where labels were made with another tokenizer than the adapter's."""
+def check_same_tokenizer(
+    labels: str, header: TrajectoryHeader | None, config: SelectorConfig, argument: str = "labels"
+) -> None:
+    """Raises a ValueError where labels were made with another tokenizer than the adapter's, naming the `argument`."""
     if header is not None and config.vocab_hash and header.vocab_hash != config.vocab_hash:
         raise ValueError(
-            f"`labels` {labels!r} were made with another tokenizer ({header.vocab_hash}) than the adapter's "
+            f"`{argument}` {labels!r} were made with another tokenizer ({header.vocab_hash}) than the adapter's "
             f"({config.vocab_hash}): label with {config.base_model!r}."
         )

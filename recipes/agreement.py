@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from commands import run
 from controls import prior_scores, token_prior
+from fidelity import interval
 from models import default_device, load_model
 from trl import TrlParser
 
@@ -45,20 +46,6 @@ class AgreementArguments:
     dtype: str = field(default="auto", metadata={"help": "Weights' type."})
 
 
-def interval(hits_SN: np.ndarray, groups_N: np.ndarray, seed: int = 0, num_resamples: int = 2000) -> list[float]:
-    """95 % bootstrap interval in per cent of the mean over seeds; whole blocks of 20 neighbouring points are drawn.
-
-    Points of one trajectory are not independent, so blocks are resampled instead of points.
-    """
-    mean_N = hits_SN.mean(0)
-    names, group_N = np.unique(groups_N, return_inverse=True)
-    totals = np.bincount(group_N, weights=mean_N)
-    sizes = np.bincount(group_N)
-    drawn = np.random.default_rng(seed).integers(0, len(names), (num_resamples, len(names)))
-    means = 100 * totals[drawn].sum(1) / sizes[drawn].sum(1)
-    return [round(float(value), 1) for value in np.percentile(means, [2.5, 97.5])]
-
-
 def compare(runs: list[ScoredPoints], fusions: list[FusionWeights], prior: Counter | None, keep_N: torch.Tensor):
     """Rows (name, Agree@1 in per cent, interval) at the points in `keep_N`."""
     first = runs[0].where(keep_N)
@@ -77,11 +64,12 @@ def compare(runs: list[ScoredPoints], fusions: list[FusionWeights], prior: Count
     selected = [run.where(keep_N) for run in runs]
     picks["s2t-local"] = [points.choice(FusionWeights()) for points in selected]
     picks["s2t-local, fused"] = [points.choice(fusion) for points, fusion in zip(selected, fusions)]
-    groups_N = np.arange(len(target_N)) // 20
+    groups_N = np.arange(len(target_N)) // 20  # blocks of neighbouring points
     rows = []
     for name, choices in picks.items():
         hits_SN = np.stack([(choice == target_N).numpy() for choice in choices]).astype(float)
-        rows.append((name, round(100 * float(hits_SN.mean()), 1), interval(hits_SN, groups_N)))
+        ci = [round(100 * edge, 1) for edge in interval(hits_SN, groups_N)]
+        rows.append((name, round(100 * float(hits_SN.mean()), 1), ci))
     return rows
 
 

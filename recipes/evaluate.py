@@ -24,9 +24,10 @@ fire.
 
 All policies run through `model.generate` with one clean generation config: nothing is inherited from the checkpoints
 but their end-of-sequence tokens. Every finished policy is kept in OUTPUT_DIR/records; running again with the same
-settings only runs what is missing. recipes/report.py makes a page of OUTPUT_DIR. Problems that an adapter has seen, in
-training or after (its seen_problems.json), are refused, and so are those of --label_dirs and --prior_labels. This
-file does not know how a selector scores or how an answer is read.
+settings only runs what is missing. With --eval_labels the adapters are compared with the teacher at labelled points
+too (fidelity.py). recipes/report.py makes a page of OUTPUT_DIR. Problems that an adapter has seen, in training or
+after (its seen_problems.json), are refused, and so are those of --label_dirs and --prior_labels. This file does not
+know how a selector scores or how an answer is read.
 
 Legend: B rows, S steps, N problems, P seeds (adapters) of a policy.
 """
@@ -59,6 +60,7 @@ from controls import (
     token_prior,
 )
 from estimates import NUM_RESAMPLES, bootstrap_interval
+from fidelity import DEFINITION, describe, measure_fidelity, measure_hits, open_labels
 from models import default_device, load_model, padding_token_id
 from peft import PeftModel
 from problems import Problem, encode_prompts, left_pad, load_problems
@@ -82,7 +84,7 @@ from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, vocab_hash
 from transformers_s2t.router import Router
 from transformers_s2t.seen_problems import STAGES, check_unseen
-from transformers_s2t.trajectories import read_held_out_labels, read_labels
+from transformers_s2t.trajectories import read_labels
 
 
 LOCAL_POLICIES = ("s2t-local", "s2t-local-bare")
@@ -97,7 +99,6 @@ DEFAULT_POLICIES = (
     + ("s2t:router:0.05", "s2t-local:router:0.05", "s2t:router:0.1", "s2t-local:router:0.1")
     + ("s2t:always", "s2t-local:always", "second:always", "prior:always", "zero-shot:always")
 )
-HIT_SIZES = (1, 2, 4, 8, 16)
 RECORDS_FORMAT = 2  # of records/: those of another format are run again
 KINDS = ".tkf"  # plain, triggered with one candidate only, asked and kept, flipped
 DEFINITIONS = {
@@ -113,6 +114,7 @@ DEFINITIONS = {
     "seconds_vs_greedy": "time in generate relative to greedy in the same run, at this batch size",
     "cpu_seconds_vs_greedy": "the same of the process's CPU time, all threads",
     "extra_forwards": "batch forwards beyond those of plain decoding, by kind, mean over seeds",
+    "fidelity": DEFINITION,
     "student_tokens, teacher_tokens": "tokens that went through each model per problem, prompts, padding-free "
     "decoding, candidates and all samples counted; mean over seeds",
 }
@@ -197,7 +199,8 @@ class EvaluateArguments:
         metadata={"help": "Label folders the selector saw; sharing a problem with the evaluated ones is an error."},
     )
     eval_labels: str | None = field(
-        default=None, metadata={"help": "Held-out label folder for Hit@K and Agree@1 of student and second candidate."}
+        default=None,
+        metadata={"help": "Held-out label folder for Hit@K, and for the selectors' agreement with the teacher."},
     )
     allow_leaks: bool = field(
         default=False,
@@ -627,7 +630,7 @@ def record_file(args: EvaluateArguments, policy: Policy, seed: int | None) -> Pa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Labels: the leak guard, the token prior, Hit@K
+# Labels and adapters: the leak guard, the token prior, figures of the training
 
 
 def check_no_leak(problems: list[Problem], label_dirs: list[str], argument: str = "label_dirs") -> None:
@@ -668,36 +671,6 @@ def first_token(text: str, tokenizer) -> int:
     if not ids or ids[0] == tokenizer.unk_token_id:
         raise ValueError(f"`zero_shot_text` must begin with a token that the model knows, got {text!r}.")
     return ids[0]
-
-
-def measure_hits(folder: str, num_candidates: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Hit@K and Agree@1 at the top-KL points of a label folder.
-
-    Hit@K: share of points where the teacher's first token is among the student's first K. Agree@1: share where the
-    best of the `num_candidates` by the teacher is the student's first, or second, candidate.
-    """
-    labels, header = read_held_out_labels(folder)
-    if header is None or header.divergence_threshold is None:
-        raise ValueError(f"`eval_labels`: {folder!r} has no `divergence_threshold` in its header: label it again.")
-    threshold = header.divergence_threshold
-    columns = ["prompt_length", "divergence", "positions", "candidate_ids", "teacher_logprobs", "teacher_top_id"]
-    hits, agrees, total, depth = Counter(), Counter(), 0, 0
-    for length, divergence, positions, candidates, logprobs, top_ids in zip(*(labels[name] for name in columns)):
-        for position, ids_K, logprobs_K, top_id in zip(positions, candidates, logprobs, top_ids):
-            if divergence[position - length] < threshold:
-                continue
-            total += 1
-            depth = max(depth, len(ids_K))
-            hits[ids_K.index(top_id) if top_id in ids_K else None] += 1
-            agrees[int(np.argmax(logprobs_K[:num_candidates]))] += 1
-    if total == 0:
-        raise ValueError(f"`eval_labels`: {folder!r} holds no position with a divergence of {threshold} or more.")
-    hit_at_k = {
-        str(size): sum(count for rank, count in hits.items() if rank is not None and rank < size) / total
-        for size in HIT_SIZES
-        if size <= depth
-    }
-    return hit_at_k, {"student": agrees[0] / total, "second": agrees[1] / total, "num_points": total}
 
 
 def local_agreement(configs: list[SelectorConfig]) -> dict[str, float]:
@@ -865,6 +838,8 @@ def format_table(report: dict) -> str:
     if report["hit_at_k"]:
         hits = "  ".join(f"Hit@{size} {value:.3f}" for size, value in report["hit_at_k"].items())
         notes.append(f"At the top-KL points of {meta['eval_labels']}: {hits}")
+    if report.get("fidelity"):
+        notes += describe(report["fidelity"])
     return "\n".join([*text, "", *notes])
 
 
@@ -929,6 +904,12 @@ def evaluate(args: EvaluateArguments) -> dict:
     trained = [*args.adapters, *(path for paths in tuned.values() for path in paths)]
     for path in dict.fromkeys([*trained, *filter(None, [args.thresholds_from])]):
         guard(partial(check_unseen, path, [problem.id for problem in problems], STAGES, "dataset"))
+    held_out, hit_at_k, agree_at_1 = None, {}, {}
+    if args.eval_labels:
+        held_out = open_labels(args.eval_labels, configs)
+        for path in args.adapters:
+            guard(partial(check_unseen, path, held_out.rows["problem_id"], STAGES, "eval_labels"))
+        hit_at_k, agree_at_1 = measure_hits(held_out, args.num_candidates)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if args.teacher_model is not None:
         check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
@@ -939,7 +920,6 @@ def evaluate(args: EvaluateArguments) -> dict:
     for name in filter(None, (args.model, args.teacher_model)):
         text_config = AutoConfig.from_pretrained(name).get_text_config()
         bench.check_length(getattr(text_config, "max_position_embeddings", None))
-    hit_at_k, agree_at_1 = measure_hits(args.eval_labels, args.num_candidates) if args.eval_labels else ({}, {})
 
     # 2. what is on disk already
     common = {
@@ -1034,7 +1014,21 @@ def evaluate(args: EvaluateArguments) -> dict:
         bar.set_description("evaluate")
         bar.close()
 
-    # 4. the report
+    # 4. the selectors at labelled points
+    fidelity = None
+    if held_out is not None and args.adapters:
+        fidelity = measure_fidelity(
+            Path(args.output_dir),
+            args.adapters,
+            held_out,
+            partial(load_model, args.model, args.dtype, device),
+            args.num_candidates,
+            args.min_prob_ratio,
+            {name: common[name] for name in ("model", "dtype", "device")},
+            args.seed,
+        )
+
+    # 5. the report
     results = {
         policy: [done[job] for job in jobs if job[0] == policy] for policy in policies
     }  # policy -> [(header, records)] over its seeds
@@ -1066,6 +1060,7 @@ def evaluate(args: EvaluateArguments) -> dict:
         "hit_at_k": hit_at_k,
         # student and second at the top-KL points; the selector's figures at all its held-out decision points
         "agree_at_1": agree_at_1 | ({"held_out": metrics} if metrics else {}),
+        "fidelity": fidelity,
         "examples": pick_examples(tokenizer, problems, results, args.num_examples),
     }
     texts = collect_texts(problems, tokenizer, [records for _, records in done.values()])

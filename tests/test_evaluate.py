@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from hashlib import sha256
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from transformers_s2t import SelectorConfig
 from transformers_s2t.reserved_tokens import find_reserved_token_ids, vocab_hash
+from transformers_s2t.seen_problems import write_seen_problems
 from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_labels, write_header, write_shard
 
 
@@ -202,8 +204,12 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
     # per labels row: points with a divergence of 2.0 (teacher takes the second) and 3.0 (not among the candidates)
     assert result["hit_at_k"] == {"1": 0.0, "2": 0.5}
     assert result["agree_at_1"] == {"student": 0.0, "second": 0.5, "num_points": 4, "held_out": {"agree_at_1": 0.5}}
+    fidelity = result["fidelity"]
+    assert (fidelity["num_points"], fidelity["num_seeds"], fidelity["num_candidates"]) == (6, 1, 8)
+    assert fidelity["agree_at_1"]["kl"]["student_first"]["value"] == 0.0
     table = evaluate.format_table(result).splitlines()
     assert len({len(line) for line in table[: 2 + len(rows)]}) == 1
+    assert table[-2].startswith("Agree@1 in per cent at the points of top divergence (4 points): S2T-Local ")
 
     header, records = evaluate.read_records(tmp_path / "records" / "s2t_always.jsonl")
     prompts = [f"Tom has {20 + i} nuts.\n".encode() for i in range(10)]
@@ -228,7 +234,9 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
     monkeypatch.setattr(
         evaluate.Bench, "run", lambda self, policy, *rest: ran.append(policy.label) or run(self, policy, *rest)
     )
-    assert evaluate.evaluate(args)["rows"] == result["rows"]
+    monkeypatch.setattr(sys.modules["fidelity"], "score_points", None)
+    again = evaluate.evaluate(args)
+    assert (again["rows"], again["fidelity"]) == (result["rows"], fidelity)
     assert ran == []
     args.policies = [*POLICIES, "s2t:random:0.5"]
     evaluate.evaluate(args)
@@ -349,6 +357,17 @@ def test_labelled_problems_are_refused(bed, tmp_path):
     report = evaluate.evaluate(args)
     assert len(report["meta"]["leaks"]) == 1 and "holds 1 of the 1 problems" in report["meta"]["leaks"][0]
     assert "LEAK, these figures are not held out" in evaluate.format_table(report)
+
+
+def test_labels_that_an_adapter_has_seen_are_refused(bed, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(bed / "adapter", adapter)
+    write_seen_problems(adapter, "tuning", ["a"])
+    labels = str(bed / "labels")
+    args = arguments(bed, tmp_path / "out", adapters=[str(adapter)], policies=["greedy"], eval_labels=labels)
+    with pytest.raises(ValueError, match=r"`eval_labels` shares 1 of its 2 problems .*in tuning \(1\).*allow_leaks"):
+        evaluate.evaluate(args)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
