@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from random import Random
 
 from canvas import Box, Canvas, place_labels, spread, text_width
+from estimates import divergence_buckets
 from row_names import TRIGGERS, group_of, label_of, name_of
 
 
 WIDE, HALF, NARROW = 1120, 556, 340  # pixels
 MAX_DOTS = 6000
-NUM_BUCKETS = 8
 #: Ranks of the teacher's token that share a sector: first and last.
 SECTORS = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16))
 
@@ -422,75 +422,111 @@ def _in_sector(rank: int | None, first: int, last: int | None) -> bool:
     return (rank is None or rank >= first) if last is None else (rank is not None and first <= rank <= last)
 
 
-def buckets_chart(points: list[Point], num_candidates: int) -> Chart | None:
-    """Agreement with the teacher by how far it diverges, in buckets with about as many points each."""
-    if len(points) < 2 * NUM_BUCKETS:
+def buckets_chart(points: list[Point], num_candidates: int, fidelity: dict | None = None) -> Chart | None:
+    """Agreement with the teacher by how far it diverges, in buckets with about as many points each.
+
+    Args:
+        points: of the labels; read only where there is no `fidelity`.
+        num_candidates: offered to a selector.
+        fidelity: of a report whose adapters were compared with the teacher: they get a line too.
+    """
+    buckets = fidelity["buckets"] if fidelity else buckets_of(points, num_candidates)
+    if buckets is None:
         return None
-    ordered = sorted(points, key=lambda point: point.divergence)
-    edges = [round(k * len(ordered) / NUM_BUCKETS) for k in range(NUM_BUCKETS + 1)]
-    buckets = [ordered[start:end] for start, end in zip(edges, edges[1:])]
-    lines = {
-        f"Hit@{num_candidates}": ("free", [_share(b, lambda p: (p.rank or 10**9) <= num_candidates) for b in buckets]),
-        "student's first": ("plain", [_share(b, lambda p: p.best == 1) for b in buckets]),
-        "second candidate": ("warm", [_share(b, lambda p: p.best == min(2, p.num_above)) for b in buckets]),
-    }
+    edges, counts, rates = buckets["edges"], buckets["num_points"], buckets["rates"]
+    lines = {name: (*look, rates[key]) for key, (name, *look) in bucket_lines(num_candidates).items() if key in rates}
 
     def draw(width: float) -> Canvas:
         narrow = width < HALF
         canvas = Canvas(width, 390 if narrow else 436, "Lines of agreement with the teacher by divergence")
         right = width - (14 if narrow else 130)
-        axes = Axes(canvas, Box(52, 58 if narrow else 20, right, canvas.height - 50), (0, NUM_BUCKETS), (0, 104))
-        bounds = [bucket[0].divergence for bucket in buckets] + [ordered[-1].divergence]
-        shown = range(0, NUM_BUCKETS + 1, 2)
+        axes = Axes(canvas, Box(52, 58 if narrow else 20, right, canvas.height - 50), (0, len(counts)), (0, 104))
         axes.grid(
-            [(k, f"{bounds[k]:.2g}") for k in shown],
+            [(k, f"{edges[k]:.2g}") for k in range(0, len(edges), 2)],
             [0, 25, 50, 75, 100],
             "divergence in nats" + ("" if narrow else " (equal shares of the points)"),
             " %",
         )
         ends = []
-        for name, (color, values) in lines.items():
+        for name, (color, shape, radius, values) in lines.items():
             spots = [(axes.x(k + 0.5), axes.y(100 * value)) for k, value in enumerate(values)]
             canvas.line(spots, color, 2.5)
             for k, (x, y) in enumerate(spots):
-                tip = f"{name}, {bounds[k]:.3g} to {bounds[k + 1]:.3g} nats: {per_cent(values[k])}"
-                canvas.mark("circle", x, y, 4.5, color, tip=tip)
+                tip = f"{name}, {edges[k]:.3g} to {edges[k + 1]:.3g} nats: {per_cent(values[k])}"
+                canvas.mark(shape, x, y, radius, color, tip=tip)
             ends.append(spots[-1][1])
         if narrow:
             x = 8.0
-            for place, (name, (color, _)) in enumerate(lines.items()):
+            for place, (name, (color, shape, *_)) in enumerate(lines.items()):
                 y = 12 if place < 2 else 34
                 x = 8.0 if place in (0, 2) else x
-                canvas.mark("circle", x + 6, y, 5, color)
+                canvas.mark(shape, x + 6, y, 5, color)
                 canvas.text(x + 16, y, name, color)
                 x += 16 + text_width(name, 13) + 18
         else:
-            for (name, (color, _)), y in zip(lines.items(), spread(ends, 18, axes.box.top, axes.box.bottom)):
+            for (name, (color, *_)), y in zip(lines.items(), spread(ends, 18, axes.box.top, axes.box.bottom)):
                 canvas.text(right - 12, y, name, color)
         return canvas
 
+    total = sum(counts)
     return Chart(
         "agreement",
         "Agreement with the teacher by divergence",
-        f"All {len(points)} labelled points, in {NUM_BUCKETS} buckets of about {len(points) // NUM_BUCKETS}. First "
+        f"All {total} labelled points, in {len(counts)} buckets of about {total // len(counts)}. First "
         "and second: the student's candidate is the one that the teacher likes best of those above the floor (where "
         f"only one is above it, the second is the first). Hit@{num_candidates}: the teacher's own token is among the "
-        f"first {num_candidates}.",
+        f"first {num_candidates}." + (fidelity_in_words(fidelity) if fidelity else ""),
         *_both(draw, HALF),
         ("divergence", "points", *lines),
         [
             (
-                f"{bucket[0].divergence:.3g} to {bucket[-1].divergence:.3g}",
-                str(len(bucket)),
-                *(per_cent(values[k]) for _, values in lines.values()),
+                f"{edges[k]:.3g} to {edges[k + 1]:.3g}",
+                str(count),
+                *(per_cent(values[k]) for *_, values in lines.values()),
             )
-            for k, bucket in enumerate(buckets)
+            for k, count in enumerate(counts)
         ],
     )
 
 
-def _share(points: list[Point], holds: Callable[[Point], bool]) -> float:
-    return sum(map(holds, points)) / len(points)
+def buckets_of(points: list[Point], num_candidates: int) -> dict | None:
+    """What labels tell by themselves, before anybody selects."""
+    hits = {
+        "hit_at_k": [(point.rank or 10**9) <= num_candidates for point in points],
+        "student_first": [point.best == 1 for point in points],
+        "second_candidate": [point.best == min(2, point.num_above) for point in points],
+    }
+    return divergence_buckets([point.divergence for point in points], hits)
+
+
+def bucket_lines(num_candidates: int) -> dict[str, tuple[str, str, str, float]]:
+    """Key of the rates -> name, colour, mark and its radius. Those on top are smaller: lines that lie on one another
+    can be told apart."""
+    return {
+        "hit_at_k": (f"Hit@{num_candidates}", "teacher", "square", 7),
+        "student_first": ("student's first", "plain", "circle", 6),
+        "second_candidate": ("second candidate", "warm", "circle", 5),
+        "selector": ("S2T-Local", "free", "circle", 3.5),
+    }
+
+
+def fidelity_in_words(fidelity: dict) -> str:
+    """What the line of the selectors is, and what it comes to."""
+    number = fidelity["num_seeds"]
+    words = " S2T-Local: the selector chooses the teacher's best above the floor"
+    words += f" (mean of {number} adapters)." if number > 1 else "."
+    if (choice := fidelity["agree_at_1"]["choice"]) is not None:
+        value, low, high = (100 * edge for edge in (choice["selector"]["value"], *choice["selector"]["ci"]))
+        words += (
+            f" Of the {choice['num_points']} points with two or more above it, it does so at {value:.1f} % "
+            f"({low:.1f} to {high:.1f})."
+        )
+    if (order := fidelity["spearman"]) is not None:
+        words += (
+            f" Rank correlation of its scores with the teacher's at the {order['num_points']} points with three or "
+            f"more: {order['value']:.2f}."
+        )
+    return words
 
 
 # ---------------------------------------------------------------------------------------------------------------------

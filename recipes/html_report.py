@@ -412,7 +412,7 @@ def charts_of(report: dict, folder: Path) -> list[Chart]:
     charts = [
         cost_chart(report["rows"]),
         radial_chart(top, depth, num_candidates),
-        buckets_chart(points, num_candidates),
+        buckets_chart(points, num_candidates, report.get("fidelity")),
         hits_chart(report.get("hit_at_k") or {}),
         rates_chart(report["rows"]),
     ]

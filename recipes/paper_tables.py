@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from evaluate import bootstrap_interval, mcnemar, read_records
+from estimates import bootstrap_interval
+from evaluate import mcnemar
 from jobs import Job
 from pipeline import METHODS, Pipeline, Sweep, tag
+from records import read_records
 from row_names import label_of
 
 from transformers_s2t.trajectories import read_labels
