@@ -5,7 +5,8 @@
 
 For models whose answers cannot be checked (story models, say) this is the measure: no text is generated. Hit@K is the
 share of points at which the teacher's token is among the student's first K; Agree@1 the share at which the choice is
-the teacher's best candidate above the floor. "kl" are the points with the label run's top divergence, "choice" those
+the teacher's best candidate above the floor; Spearman the rank correlation of scores with the teacher's
+log-probabilities over the candidates above the floor, mean over the points with three or more of them. "kl" are the points with the label run's top divergence, "choice" those
 with two or more candidates above the floor, the ones at which a deployed selector is asked. Problems that
 an adapter has seen, in training or after (its seen_problems.json), are refused.
 """
@@ -20,13 +21,15 @@ import numpy as np
 import torch
 from commands import run
 from controls import prior_scores, token_prior
-from fidelity import interval
+from fidelity import MIN_RANKED, interval
 from models import default_device, load_model
 from trl import TrlParser
 
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration import ScoredPoints, score_labels
 from transformers_s2t.config import write_json
+from transformers_s2t.fusion import fused_scores
+from transformers_s2t.losses import spearman
 from transformers_s2t.seen_problems import STAGES, check_unseen
 from transformers_s2t.trajectories import read_held_out_labels, read_labels
 
@@ -47,7 +50,7 @@ class AgreementArguments:
 
 
 def compare(runs: list[ScoredPoints], fusions: list[FusionWeights], prior: Counter | None, keep_N: torch.Tensor):
-    """Rows (name, Agree@1 in per cent, interval) at the points in `keep_N`."""
+    """Name -> Agree@1 in per cent and, for those that give scores, Spearman, at the points in `keep_N`."""
     first = runs[0].where(keep_N)
     target_N = first.target_N
     generator = torch.Generator().manual_seed(0)
@@ -58,18 +61,31 @@ def compare(runs: list[ScoredPoints], fusions: list[FusionWeights], prior: Count
         "second candidate": [(first.mask_NK.sum(-1) > 1).long()],
         "random candidate": [noise_NK.argmax(-1)],
     }
+    scores = {"student first": [first.logprobs_NK]}
     if prior is not None:
         counts_NK = prior_scores(prior, first.candidate_ids_NK)
         picks["token prior"] = [counts_NK.masked_fill(~first.mask_NK, -1.0).argmax(-1)]
+        scores["token prior"] = [counts_NK]
     selected = [run.where(keep_N) for run in runs]
+    scores["s2t-local"] = [points.scores_NK for points in selected]
+    scores["s2t-local, fused"] = [
+        fused_scores(points.scores_NK, points.logprobs_NK, points.mask_NK, fusion, points.router_N)
+        for points, fusion in zip(selected, fusions)
+    ]
     picks["s2t-local"] = [points.choice(FusionWeights()) for points in selected]
     picks["s2t-local, fused"] = [points.choice(fusion) for points, fusion in zip(selected, fusions)]
     groups_N = np.arange(len(target_N)) // 20  # blocks of neighbouring points
-    rows = []
+    ranked_N = first.mask_NK.sum(-1) >= MIN_RANKED
+    rows = {}
     for name, choices in picks.items():
         hits_SN = np.stack([(choice == target_N).numpy() for choice in choices]).astype(float)
         ci = [round(100 * edge, 1) for edge in interval(hits_SN, groups_N)]
-        rows.append((name, round(100 * float(hits_SN.mean()), 1), ci))
+        rows[name] = {"agree_at_1": round(100 * float(hits_SN.mean()), 1), "ci": ci}
+        if name in scores and bool(ranked_N.any()):
+            rank_SN = np.stack([spearman(s_NK, first.teacher_NK, first.mask_NK)[ranked_N] for s_NK in scores[name]])
+            edges = interval(rank_SN, groups_N[ranked_N.numpy()])
+            rows[name]["spearman"] = round(float(rank_SN.mean()), 3)
+            rows[name]["spearman_ci"] = [round(edge, 3) for edge in edges]
     return rows
 
 
@@ -116,10 +132,16 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\nno {name} points")
             continue
         rows = compare(runs, fusions, prior, keep_N)
-        agree[name] = {row: {"agree_at_1": value, "ci": ci} for row, value, ci in rows}
-        print(f"\nAgree@1 in per cent, {name} points ({int(keep_N.sum())}), mean of {len(runs)} selector seeds")
-        for row, value, (low, high) in rows:
-            print(f"  {row:<18} {value:5.1f}  [{low:.1f}, {high:.1f}]")
+        agree[name] = rows
+        count = int(keep_N.sum())
+        print(f"\nAgree@1 in per cent, and Spearman; {name} points ({count}), mean of {len(runs)} selector seeds")
+        for row, figures in rows.items():
+            low, high = figures["ci"]
+            line = f"  {row:<18} {figures['agree_at_1']:5.1f}  [{low:.1f}, {high:.1f}]"
+            if "spearman" in figures:
+                low, high = figures["spearman_ci"]
+                line += f"   {figures['spearman']:.3f}  [{low:.3f}, {high:.3f}]"
+            print(line)
     if args.output:
         meta = {
             "labels": args.labels,
@@ -127,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
             "model": header.model,
             "teacher_model": header.teacher_model,
             "points": len(at_kl_N),
+            "kl_points": int(at_kl_N.sum()),
+            "choice_points": int((points.mask_NK.sum(-1) > 1).sum()),
         }
         print(
             f"\nwritten to {write_json(Path(args.output), {'meta': meta, 'hit_at_k': hit_at_k, 'agree_at_1': agree})}"

@@ -187,6 +187,10 @@ class EvaluateArguments:
     min_prob_ratio: float = field(
         default=0.05, metadata={"help": "Candidates below this share of the best one's probability are not offered."}
     )
+    bare_margin: float = field(
+        default=0.0,
+        metadata={"help": "s2t-local-bare keeps the first candidate unless another's score is higher by this."},
+    )
     seed: int = field(default=0, metadata={"help": "Of maj@n, the random control and the intervals."})
     dtype: str = field(
         default="auto",
@@ -218,6 +222,8 @@ class EvaluateArguments:
             raise ValueError(f"`limit` must be at least 1, got {self.limit!r}.")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be above 0, got {self.temperature!r}.")
+        if not 0 <= self.bare_margin <= 1:
+            raise ValueError(f"`bare_margin` must be in [0, 1], as scores are, got {self.bare_margin!r}.")
         if self.num_examples < 0:
             raise ValueError(f"`num_examples` must be at least 0, got {self.num_examples!r}.")
         for name, legal in (("answer_style", STYLES), ("dtype", ("auto", "float32", "bfloat16", "float16"))):
@@ -300,14 +306,19 @@ class Policy:
     def needs_thresholds(self) -> bool:
         return self.trigger in THRESHOLD_TRIGGERS and self.trigger != "random"
 
+    def fusion(self, args: EvaluateArguments) -> FusionWeights | None:
+        """The adapter's own for s2t-local (`None`), the selector's score alone everywhere else."""
+        if self.name == "s2t-local":
+            return None
+        return FusionWeights(switch=-args.bare_margin if self.name == "s2t-local-bare" else 0.0)
+
     def decoding_config(self, args: EvaluateArguments) -> S2TDecodingConfig:
-        """Fusion: the adapter's own for s2t-local, the selector's score alone everywhere else."""
         return S2TDecodingConfig(
             trigger=self.trigger,
             target_rate=self.target_rate,
             num_candidates=args.num_candidates,
             min_prob_ratio=args.min_prob_ratio,
-            fusion=None if self.name == "s2t-local" else FusionWeights(),
+            fusion=self.fusion(args),
             seed=args.seed,
         )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from demo import recipe
 from estimates import bootstrap_interval
 from evaluate import mcnemar
 from jobs import Job
@@ -232,6 +233,46 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
         for one, other in spec.get("compare", ()):
             notes.append(sentence(labels[one], labels[other], difference(first, one, first, other)))
         return Result(columns, rows, notes, [job_text(job) for job in evaluations.values()], cost)
+
+    return collect
+
+
+def fidelity(pipeline: Pipeline, spec: dict) -> Collect:
+    """Agree@1 and Spearman at held-out labelled points, beside the controls; needs no answers."""
+    base = Base.of(pipeline)
+    labels = pipeline.labels("test")
+    output = pipeline.folder / "agreement.json"
+    command = [recipe("agreement.py"), "--labels", str(labels.path), "--train_labels", str(base.labels.path)]
+    command += ["--model", pipeline.model, "--dtype", pipeline.pair.dtype, "--output", str(output)]
+    command += ["--adapters", *(str(adapter.path) for adapter in base.adapters)]
+    job = pipeline.add("agreement", output, command, [labels, base.labels, *base.adapters])
+
+    def collect() -> Result:
+        found = read_report(job)
+        by_kind = found["agree_at_1"]
+        rows = []
+        for name in by_kind["choice"]:
+            row = {"name": name}
+            for kind in ("kl", "choice"):
+                figures = by_kind[kind][name]
+                row |= {f"{kind}_agree": figures["agree_at_1"], f"{kind}_agree_ci": figures["ci"]}
+                if "spearman" in figures:
+                    low, high = figures["spearman_ci"]
+                    row[f"{kind}_rank"] = f"{figures['spearman']:.2f} [{low:.2f}, {high:.2f}]"
+            rows.append(row)
+        columns = [("who chooses", "name", "text"), ("Agree@1, top-KL points", "kl_agree", "interval")]
+        columns += [
+            ("Spearman there", "kl_rank", "text"),
+            ("Agree@1, points with a choice", "choice_agree", "interval"),
+        ]
+        columns += [("Spearman there", "choice_rank", "text")]
+        counts = found["meta"]
+        hits = ", ".join(f"@{size} {100 * share:.1f}" for size, share in found["hit_at_k"].items())
+        notes = [
+            f"{counts['points']} labelled points: {counts['kl_points']} of the top KL, {counts['choice_points']} with "
+            f"two or more candidates above the floor. Hit at the top-KL points, per cent: {hits}."
+        ]
+        return Result(columns, rows, notes, [job_text(job)])
 
     return collect
 
@@ -459,6 +500,7 @@ def latency(pipeline: Pipeline, spec: dict) -> Collect:
 KINDS: dict[str, Callable[[Pipeline, dict], Collect]] = {
     "sufficiency": sufficiency,
     "policies": policies,
+    "fidelity": fidelity,
     "variants": variants,
     "efficiency": efficiency,
     "stacking": stacking,
