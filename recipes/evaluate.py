@@ -801,6 +801,17 @@ def make_rows(policy: Policy, runs: list[tuple[dict, list[dict]]], greedy, args,
         yield make_row(best, found, greedy, args, configs) | {"is_oracle": True, "records": []}  # the vote has them
 
 
+def align(lines: list[tuple[str, ...]], left: int = 1) -> list[str]:
+    """Lines of cells as plain text with a rule below the first; the first `left` columns are set to the left."""
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    text = [
+        "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths)) for line in lines)
+    ]
+    text.insert(1, "-" * len(text[0]))
+    return text
+
+
 def format_table(report: dict) -> str:
     """The rows of a report as aligned plain text."""
 
@@ -830,13 +841,7 @@ def format_table(report: dict) -> str:
                 number(row["seconds_vs_greedy"], ".1f") + ("x" if row["seconds_vs_greedy"] is not None else ""),
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
-    left = (0, 1)
-    text = [
-        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths)) for line in lines)
-    ]
-    text.insert(1, "-" * len(text[0]))
+    text = align(lines, left=2)
     meta = report["meta"]
     notes = [
         f"{meta['num_problems']} problems of {meta['dataset']}; model {meta['model']}, "
