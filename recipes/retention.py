@@ -78,7 +78,7 @@ class RetentionArguments:
     model: str = field(metadata={"help": "The base model: a Hub id or a local folder."})
     labels: str = field(metadata={"help": "Labels of held-out prompts, with text that the base model wrote."})
     text: str = field(
-        metadata={"help": "Other text: a .jsonl, .json, .parquet or .txt file, a folder of them or a Hub id."}
+        metadata={"help": "Other text: a .jsonl, .json or .parquet file, a folder of them, a Hub id, or a .txt file."}
     )
     tuned: list[str] = field(
         default_factory=list,
@@ -171,18 +171,20 @@ def read_text(args: RetentionArguments) -> list[Problem]:
         ValueError: where it cannot be read, or is empty.
     """
     path = Path(args.text).expanduser()
-    if path.suffix != ".txt":
-        try:
+    try:
+        if path.suffix != ".txt":
             return load_problems(args.text, args.text_split, args.text_column, None, args.text_limit)
-        except (FileNotFoundError, ValueError) as error:
-            names = {"dataset": "text", "split": "text_split", "prompt_column": "text_column"}
-            message = str(error)
-            for theirs, ours in names.items():
-                message = message.replace(f"`{theirs}`", f"`{ours}`")
-            raise type(error)(message) from None
-    if not path.is_file():
-        raise FileNotFoundError(f"`text`: there is no file {args.text!r}.")
-    lines = list(dict.fromkeys(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()))
+        if not path.is_file():
+            raise FileNotFoundError(f"`text`: there is no file {args.text!r}.")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`text`: {args.text} is not UTF-8: {error}") from None
+    except (FileNotFoundError, ValueError) as error:
+        message = str(error)
+        for theirs, ours in {"dataset": "text", "split": "text_split", "prompt_column": "text_column"}.items():
+            message = message.replace(f"`{theirs}`", f"`{ours}`")
+        raise (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(message) from None
+    lines = list(dict.fromkeys(line for line in lines if line.strip()))
     if not lines:
         raise ValueError(f"`text`: {args.text} is empty, it holds no document.")
     return [Problem(hashlib.sha256(line.encode()).hexdigest()[:16], line, None) for line in lines[: args.text_limit]]

@@ -238,6 +238,8 @@ def test_what_does_not_fit_together_is_refused(bed, monkeypatch, tmp_path):
     refused(r"hold text that a selector corrected \(rollout 's2t'\)", labels=str(tmp_path / "corrected"))
     (tmp_path / "empty.txt").write_text("\n \n")
     refused("`text`: .*empty.txt is empty", text=str(tmp_path / "empty.txt"))
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    refused("`text`: .*latin.txt is not UTF-8", text=str(tmp_path / "latin.txt"))
     (tmp_path / "short.txt").write_text("w3\nw4\n")
     refused("`text`: .*short.txt holds no document of two tokens or more", text=str(tmp_path / "short.txt"))
     refused("`tuned`: kd=.*model holds no adapter", tuned=[f"kd={bed / 'model'}"])
