@@ -6,9 +6,10 @@
 For models whose answers cannot be checked (story models, say) this is the measure: no text is generated. Hit@K is the
 share of points at which the teacher's token is among the student's first K; Agree@1 the share at which the choice is
 the teacher's best candidate above the floor; Spearman the rank correlation of scores with the teacher's
-log-probabilities over the candidates above the floor, mean over the points with three or more of them. "kl" are the points with the label run's top divergence, "choice" those
-with two or more candidates above the floor, the ones at which a deployed selector is asked. Problems that
-an adapter has seen, in training or after (its seen_problems.json), are refused.
+log-probabilities over the candidates above the floor, mean over the points with three or more of them. "kl" are the
+points with the label run's top divergence, "choice" those with two or more candidates above the floor, the ones at
+which a deployed selector is asked. Problems that an adapter has seen, in training or after (its seen_problems.json),
+are refused.
 """
 
 from __future__ import annotations

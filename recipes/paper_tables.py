@@ -191,7 +191,7 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
         sweeps[method] = pipeline.sweep(method, base.labels, calibration=base.calibration)
         trained = pipeline.best(sweeps[method], base.labels, calibration=base.calibration)
         tuned += [(method, job) for job in trained]
-    wanted = list(spec["policies"]) + list(spec.get("baselines", ()))
+    wanted = list(dict.fromkeys([*spec["policies"], *spec.get("baselines", ())]))
     options = {}
     if any(policy.startswith("prior") for policy in wanted):
         options["prior_labels"] = str(base.labels.path)
