@@ -16,21 +16,24 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import yaml
 from peft import LoraConfig
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from transformers_s2t import FusionWeights, LocalSelector, S2TConfig, S2TTrainer
+from transformers_s2t import FusionWeights, LocalSelector, S2TConfig, S2TTrainer, s2t_trainer, scoring, selection
 from transformers_s2t.calibration import fit_fusion, score_labels
 from transformers_s2t.config import write_json
 from transformers_s2t.trajectories import read_labels
 
 
-#: Name -> what differs from the recipe. `lora_r` goes to the adapter, all else to S2TConfig.
+#: Name -> what differs from the recipe. `lora_r` goes to the adapter, READ_OUT to [`read_out`], the rest to S2TConfig.
 VARIANTS: dict[str, dict] = {
     "recipe": {},
     "temperature 1": {"temperature": 1.0},
@@ -42,6 +45,9 @@ VARIANTS: dict[str, dict] = {
     "+ hinge, margin 0.2": {"hinge_weight": 1.0, "hinge_margin": 0.2},
     "log p in the loss": {"logprob_weight": 1.0},
     "linear read-out": {"score_head": "linear"},
+    "two heads of 8 tokens": {"num_heads": 2},
+    "read-out one layer below": {"layers_below": 1},
+    "read-out two layers below": {"layers_below": 2},
     "linear read-out, temperature 1": {"score_head": "linear", "temperature": 1.0},
     "K = 16": {"num_candidates": 16},
     "no floor": {"min_prob_ratio": 0.0},
@@ -58,7 +64,57 @@ VARIANTS: dict[str, dict] = {
         "hinge_weight": 1.0,
     },
 }
+READ_OUT = ("num_heads", "layers_below")
 SCRIPT_KEYS = ("model", "dtype", "attn_implementation", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
+
+def scores_of_heads(num_heads: int) -> Callable[..., torch.Tensor]:
+    """Mean over heads of the paper's score, each head with an equal share of the reserved tokens."""
+
+    def candidate_scores(bin_logits_R: torch.Tensor, score_head: str = "bins") -> torch.Tensor:
+        parts = bin_logits_R.chunk(num_heads, dim=-1)
+        return sum(scoring.candidate_scores(part, score_head) for part in parts) / num_heads
+
+    return candidate_scores
+
+
+@contextmanager
+def read_out(num_heads: int = 1, layers_below: int = 0) -> Iterator[Callable[[PreTrainedModel], None]]:
+    """Reads scores in a way that the library does not offer, for trainings with adapter_scope="candidate" alone.
+
+    Args:
+        num_heads: reserved tokens are divided into so many heads.
+        layers_below: the last hidden state is that of so many layers below the last, behind the final norm.
+
+    Yields:
+        a function to be called with every model that trains or scores.
+    """
+    handles = []
+
+    def prepare(model: PreTrainedModel) -> None:
+        if not layers_below:
+            return
+        decoder, kept = model.get_decoder(), {}
+        layer = decoder.layers[len(decoder.layers) - 1 - layers_below]
+
+        def keep(module, inputs, output):
+            kept["hidden"] = output[0] if isinstance(output, tuple) else output
+
+        def replace(module, inputs, output):
+            output.last_hidden_state = decoder.norm(kept.pop("hidden"))
+            return output
+
+        handles.extend((layer.register_forward_hook(keep), decoder.register_forward_hook(replace)))
+
+    with ExitStack() as stack:
+        if num_heads > 1:
+            for module in (s2t_trainer, selection):
+                stack.enter_context(mock.patch.object(module, "candidate_scores", scores_of_heads(num_heads)))
+        try:
+            yield prepare
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def train_one(args: argparse.Namespace, recipe: dict, variant: str, seed: int) -> dict:
@@ -75,12 +131,15 @@ def train_one(args: argparse.Namespace, recipe: dict, variant: str, seed: int) -
     if "learning_rate" in changes:  # a factor
         changes["learning_rate"] *= settings["learning_rate"]
     lora_r = changes.pop("lora_r", script.get("lora_r", 16))
+    read = {key: changes.pop(key) for key in READ_OUT if key in changes}
     labels, header = read_labels(args.labels)
     train, fit, held_out = divide(labels, args)
     model_name = args.model or script["model"]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, read_out(**read) as prepare:
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+        prepare(model)
         trainer = S2TTrainer(
-            AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32),
+            model,
             S2TConfig(**settings | changes | {"output_dir": folder, "seed": seed, "use_cpu": args.device == "cpu"}),
             train,
             peft_config=LoraConfig(
@@ -96,6 +155,7 @@ def train_one(args: argparse.Namespace, recipe: dict, variant: str, seed: int) -
         seconds = time.perf_counter() - started
         trainer.save_model(folder)
         base = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32).to(args.device)
+        prepare(base)
         selector = LocalSelector.from_pretrained(folder, base)
         fusion = fit_fusion(score_labels(selector, fit, num_candidates=8, min_prob_ratio=args.min_prob_ratio))
         points = score_labels(selector, held_out, num_candidates=8, min_prob_ratio=args.min_prob_ratio).with_choice()

@@ -467,6 +467,42 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
     return collect
 
 
+def objective(pipeline: Pipeline, spec: dict) -> Collect:
+    """Agree@1 of one training setting after another, by benchmarks/objective.py. `variants`: of its VARIANTS."""
+    labels = pipeline.labels("label")
+    output = pipeline.folder / f"{spec['name']}.json"
+    seeds = spec.get("seeds", pipeline.pair.num_seeds)
+    command = ["benchmarks/objective.py", "--recipe", spec["recipe"], "--model", pipeline.model]
+    command += ["--labels", str(labels.path), "--variants", *spec["variants"], "--seeds", str(seeds)]
+    job = pipeline.add(spec["name"], output, [*command, "--json", str(output)], [labels, *pipeline.models])
+
+    def collect() -> Result:
+        found = read_report(job)
+        first = found["rows"][0]
+        rows = []
+        for variant in spec["variants"]:
+            own = [row for row in found["rows"] if row["variant"] == variant]
+            row = {"variant": variant}
+            for key in ("agree_at_1", "fused_agree_at_1"):
+                values = [100 * figures[key] for figures in own]
+                row |= {key: float(np.mean(values)), f"{key}_ci": [min(values), max(values)]}
+            rows.append(row)
+        columns = [
+            ("changed", "variant", "text"),
+            ("Agree@1, score alone [lowest, highest]", "agree_at_1", "interval"),
+        ]
+        columns += [("Agree@1, fused", "fused_agree_at_1", "interval")]
+        settings = found["meta"]
+        notes = [
+            f"{settings['num_train']} trajectories to train on, {settings['num_fusion']} to fit the fused score on, "
+            f"{settings['num_held_out']} others with {first['points']} points to measure; {seeds} seeds. The first of "
+            f"the student: {100 * first['student_first']:.1f}, its second: {100 * first['second_candidate']:.1f}."
+        ]
+        return Result(columns, rows, notes, [job_text(job)])
+
+    return collect
+
+
 def latency(pipeline: Pipeline, spec: dict) -> Collect:
     """What selecting costs, by benchmarks/decode.py, which runs alone. `arguments`: its command line."""
     output = pipeline.folder / f"{spec['name']}.json"
@@ -504,6 +540,7 @@ KINDS: dict[str, Callable[[Pipeline, dict], Collect]] = {
     "variants": variants,
     "efficiency": efficiency,
     "stacking": stacking,
+    "objective": objective,
     "latency": latency,
 }
 
