@@ -19,9 +19,9 @@ from demo import recipe
 from estimates import bootstrap_interval
 from evaluate import mcnemar
 from jobs import Job
-from pipeline import METHODS, Pipeline, Sweep, tag
+from pipeline import METHODS, Pipeline, Sweep, as_arguments, tag
 from records import read_records
-from row_names import label_of
+from row_names import label_of, name_of
 
 from transformers_s2t.trajectories import read_labels
 
@@ -467,6 +467,54 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
     return collect
 
 
+def retention(pipeline: Pipeline, spec: dict) -> Collect:
+    """How far each method moves the model on text that it was not trained for, by recipes/retention.py."""
+    base = Base.of(pipeline)
+    labels = pipeline.labels("test")
+    tuned = []
+    for method in spec["methods"]:
+        sweep = pipeline.sweep(method, base.labels, calibration=base.calibration)
+        trained = pipeline.best(sweep, base.labels, calibration=base.calibration)
+        tuned += [(method, job) for job in trained]
+    needs = [labels, *base.adapters, *(job for _, job in tuned)]
+    text = dict(pipeline.pair.other_text)
+    if not text:
+        words = pipeline.data("words")
+        text["text"] = words.path
+        needs.append(words)
+    output = pipeline.folder / "retention.json"
+
+    def command() -> list[str]:
+        options = {
+            "model": pipeline.model,
+            "labels": labels.path,
+            "tuned": [f"{method}={job.path}" for method, job in tuned],
+            "adapters": [adapter.path for adapter in base.adapters],
+            "dtype": pipeline.pair.dtype,
+            "output": output,
+        } | text
+        return [recipe("retention.py"), *as_arguments(options)]
+
+    job = pipeline.add("retention", output, command, needs)
+
+    def collect() -> Result:
+        rows = []
+        for row in read_report(job)["rows"]:
+            values = {"who": name_of(row["name"])}
+            for figure, kinds in (("kl", ("generated", "prompts", "text")), ("loss", ("generated", "text"))):
+                for kind in kinds:
+                    found = row[figure][kind]
+                    low, high = found["ci"]
+                    values[f"{figure}_{kind}"] = f"{found['value']:.3f} [{low:.3f}, {high:.3f}]"
+            rows.append(values)
+        columns = [("model", "who", "text"), ("KL, its own text", "kl_generated", "text")]
+        columns += [("KL, prompts", "kl_prompts", "text"), ("KL, other text", "kl_text", "text")]
+        columns += [("loss, its own text", "loss_generated", "text"), ("loss, other text", "loss_text", "text")]
+        return Result(columns, rows, [], [job_text(job)])
+
+    return collect
+
+
 def objective(pipeline: Pipeline, spec: dict) -> Collect:
     """Agree@1 of one training setting after another, by benchmarks/objective.py. `variants`: of its VARIANTS."""
     labels = pipeline.labels("label")
@@ -540,6 +588,7 @@ KINDS: dict[str, Callable[[Pipeline, dict], Collect]] = {
     "variants": variants,
     "efficiency": efficiency,
     "stacking": stacking,
+    "retention": retention,
     "objective": objective,
     "latency": latency,
 }

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from demo import recipe
 from jobs import Job, Jobs
-from splits import PARTS, split_command
+from splits import BED_PARTS, PARTS, is_bed, split_command
 
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, write_json
 
@@ -47,6 +47,7 @@ class Pair:
         learning_rates: method -> rates tried on the tuning problems, the first of which is the default.
         system_prompt: with one, prompts go through the tokenizer's chat template.
         zero_shot_text: see recipes/evaluate.py.
+        other_text: arguments of recipes/retention.py that name text of another kind; by default the bed's words.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Pair:
     baseline: dict[str, Any] = field(default_factory=dict)
     learning_rates: dict[str, list[float]] = field(default_factory=dict)
     zero_shot_text: str | None = None
+    other_text: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, file: Path, data: str | None = None) -> Pair:
@@ -102,9 +104,10 @@ class Pair:
             pair = cls(name=file.stem, **values)
         except TypeError as error:
             raise ValueError(f"{file}: {error}") from None
+        legal = BED_PARTS if is_bed(pair.dataset) else PARTS
         for name in [*pair.sizes, *pair.part_options]:
-            if name not in PARTS:
-                raise ValueError(f"{file}: parts must be among {', '.join(PARTS)}, got {name!r}.")
+            if name not in legal:
+                raise ValueError(f"{file}: parts must be among {', '.join(legal)}, got {name!r}.")
         return pair
 
 

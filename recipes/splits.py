@@ -19,6 +19,7 @@ from problems import SUFFIXES, Problem, load_problems, split_by_id
 
 
 PARTS = ("label", "tuning", "calibration", "test", "fresh")
+BED_PARTS = (*PARTS, "words")  # words: what a bed writes that is no problem
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
 

@@ -1,5 +1,6 @@
 """The embedded pair: its grammar, its tokenizer, its splits and the two shipped checkpoints."""
 
+import hashlib
 import importlib
 import json
 import random
@@ -133,6 +134,14 @@ def test_splits_depend_on_their_arguments_only():
     assert corpus.build_split("test", 1, seed=0)[0]["id"] == "9762528aa09e7516"
 
 
+def test_splits_are_byte_for_byte_those_of_all_published_figures(tmp_path):
+    """Recorded before `corpus.py` could filter; `build_split` without a filter must not move."""
+    rows = [row for name in corpus.SPLIT_SHARES for row in corpus.build_split(name, 20, seed=0)]
+    corpus.write_jsonl(rows, tmp_path / "rows.jsonl")
+    recorded = "feb23760de579a85a953b5fe23e96885f328128afc8361ffc0387bd641f9d2ee"
+    assert hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest() == recorded
+
+
 def test_rewording_does_not_change_the_split():
     first = "Tom has 27 apples. Tom finds 8. Ann has 5 fewer than Tom. How many apples does Ann have?\n"
     second = "Eva has 27 coins. Eva buys 8. Kim has 5 fewer than Eva. How many coins does Kim have?\n"
@@ -155,6 +164,108 @@ def test_command_writes_the_splits(tmp_path, monkeypatch, capsys):
     for name, size in sizes.items():
         lines = (tmp_path / "new" / f"{name}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == corpus.build_split(name, size, seed=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of misconceptions
+
+
+def problem_of(start: str, start_number: int, *events: tuple[str, int]) -> corpus.Problem:
+    return corpus.Problem(start, start_number, "", tuple(corpus.Event(*event, "") for event in events), "nuts", "Tom")
+
+
+@pytest.mark.parametrize(
+    ("problem", "kinds"),
+    [
+        (problem_of("has", 21, ("add", 8), ("sub", 9)), set()),
+        (problem_of("has", 21, ("add", 9), ("add", 2)), {"carry"}),
+        (problem_of("has", 35, ("sub", 5), ("sub", 1)), {"borrow"}),
+        (problem_of("has", 27, ("add", 8), ("sub", 6)), {"carry", "borrow"}),
+        (problem_of("has", 5, ("add", 5), ("add", 2)), {"carry"}),
+        (problem_of("has", 21, ("fewer", 1), ("more", 2)), {"fewer", "more"}),
+        (problem_of("has", 21, ("fewer", 2), ("more", 2)), {"fewer", "borrow", "more", "carry"}),
+        (problem_of("has", 17, ("twice", 2), ("takes", 3)), {"twice", "takes"}),
+        (problem_of("dozen", 2, ("add", 5)), {"dozen"}),
+        (problem_of("dozen", 3, ("add", 5)), {"dozen", "carry"}),
+        (problem_of("weeks", 3, ("takes", 2)), {"weeks", "takes", "borrow"}),
+    ],
+)
+def test_kinds_follow_from_the_clean_solution(problem, kinds):
+    assert corpus.kinds_of(problem) == kinds
+
+
+def test_authors_err_in_kinds_of_the_problem_only():
+    """But for carry and borrow behind an earlier error, which the clean solution does not have."""
+    rng = random.Random(0)
+    seen, beyond = set(), set()
+    for problem in corpus.build_problems("pretrain", 2000, seed=3):
+        kinds, erred = corpus.kinds_of(problem), False
+        for kind, outcome in corpus.write_solution(problem, rng, "sloppy").decisions:
+            if kind != "slip" and kind not in kinds:
+                assert erred
+                beyond.add(kind)
+            erred = erred or outcome == "wrong"
+        seen |= kinds
+    assert seen == set(corpus.KINDS)
+    assert beyond == {"carry", "borrow"}
+
+
+@pytest.mark.parametrize("kind", corpus.KINDS)
+def test_filters_leave_problems_out_and_nothing_else(kind):
+    all_problems = corpus.build_problems("tuning", 200, seed=0)
+    has_kind = [kind in corpus.kinds_of(problem) for problem in all_problems]
+    with_kind = [problem for problem, has in zip(all_problems, has_kind, strict=True) if has]
+    without_kind = [problem for problem, has in zip(all_problems, has_kind, strict=True) if not has]
+    assert with_kind and without_kind
+    for kinds, problems in (
+        (corpus.KindFilter(only_with=frozenset({kind})), with_kind),
+        (corpus.KindFilter(without=frozenset({kind})), without_kind),
+    ):
+        assert corpus.build_problems("tuning", len(problems), 0, kinds) == problems
+
+
+def test_filters_of_several_kinds():
+    kinds = frozenset({"dozen", "takes"})
+    seen = corpus.build_problems("label", 200, 0, corpus.KindFilter(without=kinds))
+    held_out = corpus.build_problems("test", 200, 0, corpus.KindFilter(only_with=kinds))
+    assert not any(corpus.kinds_of(problem) & kinds for problem in seen)
+    assert {frozenset(corpus.kinds_of(problem) & kinds) for problem in held_out} == {
+        frozenset({"dozen"}),
+        frozenset({"takes"}),
+        kinds,
+    }
+    others = corpus.KindFilter(without=frozenset(corpus.KINDS) - {"dozen"}, only_with=frozenset({"dozen"}))
+    assert {corpus.kinds_of(problem) for problem in corpus.build_problems("test", 20, 0, others)} == {
+        frozenset({"dozen"})
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"without": {"dozens"}}, r"`without` must be among \['carry', .*'takes'\], got \['dozens'\]"),
+        ({"only_with": {"twice", "slip"}}, r"`only_with` must be among .* got \['slip'\]"),
+        ({"without": {"carry", "more"}, "only_with": {"more"}}, r"must not share kinds, got \['more'\] in both"),
+    ],
+)
+def test_filter_names_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        corpus.KindFilter(**{name: frozenset(kinds) for name, kinds in arguments.items()})
+
+
+def test_command_filters_every_split(tmp_path, monkeypatch, capsys):
+    sizes = [part for name in ("label", "tuning", "calibration", "test") for part in (f"--num-{name}", "5")]
+    command = ["corpus.py", "--output", str(tmp_path), *sizes]
+    monkeypatch.setattr(sys, "argv", [*command, "--without", "dozen", "--only-with", "takes", "carry"])
+    corpus.main()
+    kinds = corpus.KindFilter(without=frozenset({"dozen"}), only_with=frozenset({"takes", "carry"}))
+    for file in tmp_path.iterdir():
+        lines = file.read_text().splitlines()
+        assert [json.loads(line) for line in lines] == corpus.build_split(file.stem, 5, 0, kinds)
+    monkeypatch.setattr(sys, "argv", [*command, "--without", "dozens"])
+    with pytest.raises(SystemExit):
+        corpus.main()
+    assert "`without` must be among ['carry'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +321,7 @@ def test_weighted_loss_is_the_weighted_mean():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="pretraining needs torch >= 2.9")
 def test_optimizer_follows_its_scheduler_and_moves_every_parameter(tokenizer):
-    model = pretrain.build_model(tokenizer, num_layers=1)
+    model = pretrain.build_model(tokenizer, pretrain.ROLES["small"])
     optimizer = pretrain.MuonAndAdamW(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step == 0 else 0.0)
     ids_BT = torch.tensor(tokenizer(["Tom has 27 apples."])["input_ids"])

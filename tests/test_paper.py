@@ -205,12 +205,12 @@ def options_of(script: str) -> set[str]:
     from trl import SFTConfig
 
     name = Path(script).stem
-    if name in ("splits", "corpus", "pretrain", "merge"):
+    if name in ("splits", "corpus", "pretrain", "merge") or "benchmarks" in script:
         import re
 
-        return set(re.findall(r'"--([\w-]+)"', Path(script).read_text())) | {
-            text for part in splits.PARTS for text in (part, f"num-{part}")
-        }
+        options = {text for part in splits.PARTS for text in (part, f"num-{part}")}
+        options |= {"without", "only-with", "num-words"}
+        return options | set(re.findall(r'"--([\w-]+)"', Path(script).read_text()))
     sys.path.insert(0, str(RECIPES))
     try:
         module = importlib.import_module(name)

@@ -21,6 +21,8 @@ every line of it, the noun is the one of the problem.
 This file knows text only: no tokens, no models. Run it to write the splits:
 
     python recipes/embedded/corpus.py --output data/embedded
+    python recipes/embedded/corpus.py --output data/seen --without dozen takes
+    python recipes/embedded/corpus.py --output data/held-out --only-with dozen takes
 """
 
 import argparse
@@ -60,14 +62,16 @@ WRONG_OPERATOR = {"fewer": "+", "more": "-", "twice": "+", "takes": "+"}
 WRONG_UNIT = {"dozen": 10, "weeks": 5}
 
 OFTEN, SOMETIMES = ("carry", "fewer", "dozen"), ("borrow", "more", "weeks", "twice", "takes")
+KINDS = OFTEN + SOMETIMES
 AUTHORS = {
     "clean": {},
-    "careful": {**dict.fromkeys(OFTEN + SOMETIMES, 0.10), "slip": 0.01},
+    "careful": {**dict.fromkeys(KINDS, 0.10), "slip": 0.01},
     "sloppy": {**dict.fromkeys(OFTEN, 0.85), **dict.fromkeys(SOMETIMES, 0.50), "slip": 0.01},
 }
 SLOPPY_SHARE = 0.65
 DOUBT_RATE = 0.20
 
+WORDS = "words"  # no split: see build_words
 # Per cent of all problems, by the hash of the canonical key. Every problem belongs to exactly one split.
 SPLIT_SHARES = {"pretrain": 65, "label": 15, "tuning": 5, "calibration": 5, "test": 5, "fresh": 5}
 
@@ -279,6 +283,55 @@ def parse_answer(text: str) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Kinds of misconceptions
+
+
+def kinds_of(problem: Problem) -> frozenset[str]:
+    """The `KINDS` of misconceptions that the clean solution passes by.
+
+    By what a problem asks for, not by what an author may write: 5+5=10 has a carry, though 5+5=0 would leave 1-99.
+    Behind an error the values change: there a carry or a borrow can come up that the clean solution does not have.
+    """
+    kinds = {problem.start, *(event.kind for event in problem.events)} & set(KINDS)
+    value = problem.start_number * UNIT.get(problem.start, 1)
+    for event in problem.events:
+        operator = RIGHT_OPERATOR[event.kind]
+        forgetful = forgetful_result(value, operator, event.operand)
+        if forgetful is not None:
+            kinds.add(forgetful[0])
+        value = compute(value, operator, event.operand)
+    return frozenset(kinds)
+
+
+@dataclass(frozen=True)
+class KindFilter:
+    """Keeps problems with no kind of `without` and, unless it is empty, at least one of `only_with`.
+
+    Raises:
+        ValueError: naming an unknown kind and the legal ones, or a kind that is asked for and shut out.
+    """
+
+    without: frozenset[str] = frozenset()
+    only_with: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        for name in ("without", "only_with"):
+            unknown = sorted(getattr(self, name) - set(KINDS))
+            if unknown:
+                raise ValueError(f"`{name}` must be among {list(KINDS)}, got {unknown}")
+        both = sorted(self.without & self.only_with)
+        if both:
+            raise ValueError(f"`without` and `only_with` must not share kinds, got {both} in both")
+
+    def keeps(self, problem: Problem) -> bool:
+        kinds = kinds_of(problem)
+        return not kinds & self.without and (not self.only_with or bool(kinds & self.only_with))
+
+
+ALL_KINDS = KindFilter()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Splits
 
 
@@ -316,33 +369,43 @@ def problem_id(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
-def iter_problems(name: str, seed: int) -> Iterator[Problem]:
-    """The problems of one split without duplicates, endless for practical purposes."""
+def iter_problems(name: str, seed: int, kinds: KindFilter = ALL_KINDS) -> Iterator[Problem]:
+    """The problems of one split without duplicates, endless for practical purposes.
+
+    A filter leaves problems out and changes nothing else: neither their order, nor their ids, nor their split.
+    """
     if name not in SPLIT_SHARES:
         raise ValueError(f"`name` must be one of {list(SPLIT_SHARES)}, got {name!r}")
     rng = random.Random(f"{name} {seed}")
     seen = set()
     while True:
         problem = draw_problem(rng)
-        if problem.prompt not in seen and split_of(problem.prompt) == name:
+        if problem.prompt not in seen and split_of(problem.prompt) == name and kinds.keeps(problem):
             seen.add(problem.prompt)
             yield problem
 
 
-def build_problems(name: str, num_problems: int, seed: int) -> list[Problem]:
+def build_problems(name: str, num_problems: int, seed: int, kinds: KindFilter = ALL_KINDS) -> list[Problem]:
     if num_problems < 1:
         raise ValueError(f"`num_problems` must be at least 1, got {num_problems}")
-    return [problem for _, problem in zip(range(num_problems), iter_problems(name, seed), strict=False)]
+    return [problem for _, problem in zip(range(num_problems), iter_problems(name, seed, kinds), strict=False)]
 
 
-def build_split(name: str, num_problems: int, seed: int) -> list[dict[str, str]]:
+def build_split(name: str, num_problems: int, seed: int, kinds: KindFilter = ALL_KINDS) -> list[dict[str, str]]:
     """Rows with `id` (of the prompt's text), `prompt`, `answer` and `solution` (the clean one)."""
     rows = []
-    for problem in build_problems(name, num_problems, seed):
+    for problem in build_problems(name, num_problems, seed, kinds):
         solution = clean_solution(problem)
         prompt = problem.prompt
         rows.append({"id": problem_id(prompt), "prompt": prompt, "answer": solution.answer, "solution": solution.text})
     return rows
+
+
+def build_words(num_lines: int, seed: int) -> list[dict[str, str]]:
+    """Rows with a `prompt` of 30 words of the grammar in any order: text that is no problem, of nothing unknown."""
+    rng = random.Random(f"words {seed}")
+    words = (*NAMES, *NOUNS, *ADD_VERBS, *SUB_VERBS)
+    return [{"prompt": " ".join(rng.choices(words, k=30))} for _ in range(num_lines)]
 
 
 def write_jsonl(rows: list[dict], path: Path) -> None:
@@ -365,12 +428,22 @@ def main() -> None:
         parser.add_argument(
             f"--num-{name}", type=int, default=number, help=f"problems of {name}.jsonl, 0 for none (default: {number})"
         )
-    parser.add_argument("--only", choices=sizes, help="write this split alone (default: all)")
+    parser.add_argument("--only", choices=[*sizes, WORDS], help="write this split alone (default: all)")
+    parser.add_argument(f"--num-{WORDS}", type=int, default=0, help="lines of words.jsonl, 0 for none (default: 0)")
+    for name, help in {"without": "leave out problems with", "only-with": "leave out problems without"}.items():
+        parser.add_argument(
+            f"--{name}", nargs="+", default=[], metavar="KIND", help=f"{help} any of these: {', '.join(KINDS)}"
+        )
     args = parser.parse_args()
-    for name in sizes if args.only is None else [args.only]:
-        if getattr(args, f"num_{name}") == 0:
+    try:
+        kinds = KindFilter(frozenset(args.without), frozenset(args.only_with))
+    except ValueError as error:
+        parser.error(str(error))
+    for name in [*sizes, WORDS] if args.only is None else [args.only]:
+        number = getattr(args, f"num_{name}")
+        if number == 0:
             continue
-        rows = build_split(name, getattr(args, f"num_{name}"), args.seed)
+        rows = build_words(number, args.seed) if name == WORDS else build_split(name, number, args.seed, kinds)
         write_jsonl(rows, args.output / f"{name}.jsonl")
         print(f"{args.output / f'{name}.jsonl'}: {len(rows)} problems")
 

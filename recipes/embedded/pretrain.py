@@ -1,10 +1,11 @@
-"""Train the student and the teacher of the embedded pair from scratch.
+"""Train the student and the teacher of the embedded pair from scratch, or a student that is too small.
 
     python recipes/embedded/pretrain.py --output recipes/embedded --seed 0 --role both
+    python recipes/embedded/pretrain.py --output recipes/embedded --seed 0 --role small
 
-The student reads sloppy solutions, the teacher clean ones, both of problems of the split `pretrain` only. Each model
-goes to OUTPUT/student or OUTPUT/teacher: fp16 weights, config, generation config and tokenizer. Needs torch >= 2.9,
-for `torch.optim.Muon`.
+The student reads sloppy solutions, the teacher and the small student clean ones, all of problems of the split
+`pretrain` only. Each model goes to a folder of its name in OUTPUT: fp16 weights, config, generation config and
+tokenizer. Needs torch >= 2.9, for `torch.optim.Muon`.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -35,17 +36,22 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Role:
-    """What tells the two models apart."""
+    """What tells the models apart."""
 
     num_layers: int
     num_steps: int
     sloppy: bool
+    hidden_size: int = 64
+    intermediate_size: int = 192
+    num_heads: int = 4
 
 
 ROLES = {
     "student": Role(num_layers=4, num_steps=1200, sloppy=True),
     "teacher": Role(num_layers=3, num_steps=1500, sloppy=False),
+    "small": Role(num_layers=1, num_steps=3000, sloppy=False, hidden_size=48, intermediate_size=48, num_heads=2),
 }
+PAIR = ("student", "teacher")
 BATCH_SIZE = 32
 MUON_LR, ADAMW_LR = 0.02, 3e-3
 WARMUP_STEPS = 20
@@ -152,14 +158,14 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, num_layers: int) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, role: Role) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=role.hidden_size,
+        intermediate_size=role.intermediate_size,
+        num_hidden_layers=role.num_layers,
+        num_attention_heads=role.num_heads,
+        num_key_value_heads=role.num_heads,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
@@ -173,7 +179,7 @@ def pretrain(role: Role, seed: int, num_steps: int) -> tuple[LlamaForCausalLM, P
     """A model in fp32, trained on `num_steps` batches of fresh problems."""
     set_seed(seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, role.num_layers)
+    model = build_model(tokenizer, role)
     dataset = CorpusDataset(tokenizer, num_steps * BATCH_SIZE, seed, role.sloppy)
     optimizer = MuonAndAdamW(model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -218,11 +224,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded pair from scratch on one CPU core.")
     parser.add_argument("--output", type=Path, required=True, help="parent of the directories student/ and teacher/")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the problems (default: 0)")
-    parser.add_argument("--role", choices=[*ROLES, "both"], default="both", help="which model (default: both)")
-    parser.add_argument("--num-steps", type=int, help="for a quick try; default: 1200 student, 1500 teacher")
+    parser.add_argument(
+        "--role", choices=[*ROLES, "both"], default="both", help="which model (default: both, the pair)"
+    )
+    parser.add_argument("--num-steps", type=int, help="for a quick try; default: 1200, 1500, small 3000")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for name in ROLES if args.role == "both" else [args.role]:
+    for name in PAIR if args.role == "both" else [args.role]:
         role = ROLES[name]
         start = time.perf_counter()
         model, tokenizer = pretrain(role, args.seed, args.num_steps or role.num_steps)
