@@ -1,6 +1,7 @@
 """Measure on the embedded pair whether the premise of Select to Think holds, and what each trigger could reach.
 
     python recipes/embedded/premise.py --split tuning --output recipes/embedded/premise.json
+    python recipes/embedded/premise.py --student small --output recipes/embedded/premise_small.json
 
 Nothing here is trained, and nothing comes from `transformers_s2t`: this is an independent check. Every decoding is
 greedy except Maj@8. A step *fires* when its trigger value reaches a threshold, the quantile over greedy rollouts on
@@ -164,12 +165,12 @@ class Bed:
     tokenizer: PreTrainedTokenizerFast
 
     @classmethod
-    def load(cls, directory: Path) -> "Bed":
+    def load(cls, directory: Path, student: str = "student") -> "Bed":
         models = [
             AutoModelForCausalLM.from_pretrained(directory / name, dtype=torch.float32).eval()
-            for name in ("student", "teacher")
+            for name in (student, "teacher")
         ]
-        return cls(*models, AutoTokenizer.from_pretrained(directory / "student"))
+        return cls(*models, AutoTokenizer.from_pretrained(directory / student))
 
     @torch.no_grad()
     def decode(
@@ -315,6 +316,7 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Measure the premise of Select to Think on the embedded pair.")
     parser.add_argument("--models", type=Path, default=here, help="parent of student/ and teacher/ (default: here)")
+    parser.add_argument("--student", default="student", help="folder of the student in there (default: student)")
     parser.add_argument("--split", choices=list(corpus.SPLIT_SHARES), default="tuning", help="default: tuning")
     parser.add_argument("--num-problems", type=int, default=300, help="default: 300")
     parser.add_argument("--num-calibration", type=int, default=300, help="default: 300")
@@ -326,7 +328,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = corpus.build_split(args.split, args.num_problems, args.seed)
     calibration_rows = corpus.build_split("calibration", args.num_calibration, args.seed)
-    report = {"split": args.split, **measure_premise(Bed.load(args.models), rows, calibration_rows, args.seed)}
+    bed = Bed.load(args.models, args.student)
+    report = {"split": args.split, **measure_premise(bed, rows, calibration_rows, args.seed)}
     text = json.dumps(report, indent=2) + "\n"
     if args.output is not None:
         temporary = args.output.with_name(f".{args.output.name}.tmp")

@@ -1,11 +1,11 @@
-"""Train the student and the teacher of the embedded pair from scratch, or a student that is too small.
+"""Train the models of the embedded bed from scratch: the pair of student and teacher, and a small student.
 
     python recipes/embedded/pretrain.py --output recipes/embedded --seed 0 --role both
     python recipes/embedded/pretrain.py --output recipes/embedded --seed 0 --role small
 
 The student reads sloppy solutions, the teacher and the small student clean ones, all of problems of the split
-`pretrain` only. Each model goes to a folder of its name in OUTPUT: fp16 weights, config, generation config and
-tokenizer. Needs torch >= 2.9, for `torch.optim.Muon`.
+`pretrain` only. Each model goes to OUTPUT/ROLE: fp16 weights, config, generation config and tokenizer. Needs
+torch >= 2.9, for `torch.optim.Muon`.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -49,7 +49,7 @@ class Role:
 ROLES = {
     "student": Role(num_layers=4, num_steps=1200, sloppy=True),
     "teacher": Role(num_layers=3, num_steps=1500, sloppy=False),
-    "small": Role(num_layers=1, num_steps=3000, sloppy=False, hidden_size=48, intermediate_size=48, num_heads=2),
+    "small": Role(num_layers=1, num_steps=2400, sloppy=False, hidden_size=48, intermediate_size=144, num_heads=2),
 }
 PAIR = ("student", "teacher")
 BATCH_SIZE = 32
@@ -221,13 +221,12 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded pair from scratch on one CPU core.")
-    parser.add_argument("--output", type=Path, required=True, help="parent of the directories student/ and teacher/")
+    parser = argparse.ArgumentParser(description="Train the models of the embedded bed from scratch on one CPU core.")
+    parser.add_argument("--output", type=Path, required=True, help="parent of the models' directories")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the problems (default: 0)")
-    parser.add_argument(
-        "--role", choices=[*ROLES, "both"], default="both", help="which model (default: both, the pair)"
-    )
-    parser.add_argument("--num-steps", type=int, help="for a quick try; default: 1200, 1500, small 3000")
+    parser.add_argument("--role", choices=[*ROLES, "both"], default="both", help="default: both of the pair")
+    steps = ", ".join(f"{role.num_steps} {name}" for name, role in ROLES.items())
+    parser.add_argument("--num-steps", type=int, help=f"for a quick try; default: {steps}")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in PAIR if args.role == "both" else [args.role]:
