@@ -503,7 +503,9 @@ def retention(pipeline: Pipeline, spec: dict) -> Collect:
             values = {"who": name_of(row["name"])}
             for figure, kinds in (("kl", ("generated", "prompts", "text")), ("loss", ("generated", "text"))):
                 for kind in kinds:
-                    found = row[figure][kind]
+                    if row[kind] is None:  # no token of it
+                        continue
+                    found = row[kind][figure]
                     low, high = found["ci"]
                     values[f"{figure}_{kind}"] = f"{found['value']:.3f} [{low:.3f}, {high:.3f}]"
             rows.append(values)

@@ -19,6 +19,7 @@ RECIPES = ROOT / "recipes"
 sys.path.insert(0, str(RECIPES))
 tables = importlib.import_module("paper_tables")
 results = importlib.import_module("results")
+retention = importlib.import_module("retention")
 sys.path.remove(str(RECIPES))
 evaluate, records, jobs_module = (sys.modules[name] for name in ("evaluate", "records", "jobs"))
 Pair, Pipeline = sys.modules["pipeline"].Pair, sys.modules["pipeline"].Pipeline
@@ -500,6 +501,37 @@ def test_fidelity_reads_both_kinds_of_points(make_pipeline):
     arguments = job_of(pipeline, "agreement").arguments()
     assert len([text for text in arguments if "/selectors/" in text]) == NUM_SEEDS
     assert not any(name.startswith("p-evaluate") for name in pipeline.jobs.all)  # nothing is decoded and checked
+
+
+def test_retention_reads_what_its_recipe_writes(make_pipeline):
+    pipeline = make_pipeline()
+    collect = tables.retention(pipeline, {"name": "x", "methods": ["sft", "kd"]})
+    write_sweeps(pipeline, {0.2, 0.3, 0.6})
+    arguments = job_of(pipeline, "retention").arguments()
+    texts = [text.partition("=")[0] for text in arguments[arguments.index("--tuned") + 1 :][: 2 * NUM_SEEDS]]
+    assert texts == ["sft", "sft", "kd", "kd"]
+    assert arguments[arguments.index("--text") + 1] == str(job_of(pipeline, "data-words").path)
+    assert {job_of(pipeline, "data-words"), job_of(pipeline, "labels-test")} <= set(
+        job_of(pipeline, "retention").needs
+    )
+
+    # KL and loss, summed over the tokens of two documents, and their number
+    sums = {"generated": {"a": (1.0, 4.0, 2), "b": (0.0, 8.0, 2)}, "prompts": {"a": (3.0, 9.0, 3)}, "text": {}}
+    sums = {kind: {id: np.array(values) for id, values in found.items()} for kind, found in sums.items()}
+    rows = [{"name": name, **retention.summarize([sums], None, 0)} for name in ("base", "sft")]
+    write_json(job_of(pipeline, "retention").output, {"rows": rows})
+    result = collect()
+    assert [row["who"] for row in result.rows] == ["base", "LoRA on the teacher's texts"]
+    assert result.rows[0]["kl_generated"] == "0.250 [0.000, 0.500]"
+    assert result.rows[0]["kl_prompts"] == "1.000 [1.000, 1.000]"
+    assert result.rows[1]["loss_generated"] == "3.000 [2.000, 4.000]"
+    assert "| base | 0.250 [0.000, 0.500] | 1.000 [1.000, 1.000] | 3.000 [2.000, 4.000] |" in rendered(result)
+
+    other = make_pipeline(other_text={"text": "wiki", "text_limit": 9}, sizes=SIZES | {"words": 0})
+    tables.retention(other, {"name": "x", "methods": ["sft"]})
+    write_sweeps(other, {0.2, 0.3})
+    assert " --text wiki --text_limit 9" in " ".join(job_of(other, "retention").arguments())
+    assert "p-data-words" not in other.jobs.all
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
