@@ -154,23 +154,24 @@ def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
         data, _ = read_labels(labels.path, split="all")
         divergence_T = np.concatenate([np.asarray(row) for row in data["divergence"]])
         starts = np.cumsum([0, *map(len, data["divergence"])])
-        found = []  # (divergence, rank of the teacher's token), of every stored point
+        found = []  # (divergence, rank of the teacher's token, candidates), of every stored point
         for start, row in zip(starts, data):
             for position, ids, top in zip(row["positions"], row["candidate_ids"], row["teacher_top_id"]):
-                rank = ids.index(top) if top in ids else len(ids)
-                found.append((divergence_T[start + position - row["prompt_length"]], rank))
-        divergence_N, rank_N = np.array(found).T
+                rank = ids.index(top) if top in ids else np.inf
+                found.append((divergence_T[start + position - row["prompt_length"]], rank, len(ids)))
+        divergence_N, rank_N, width_N = np.array(found).T
+        hits = [k for k in spec["hits"] if k <= width_N.min()]  # beyond what was stored nobody knows
         rows, low = [], 0.0
         for high in spec["buckets"]:
             upper = np.inf if low == 0 else np.quantile(divergence_T, 1 - low)
             lower = np.quantile(divergence_T, 1 - high)
             inside_N = (divergence_N >= lower) & (divergence_N < upper)
             row = {"bucket": f"top {100 * low:g} to {100 * high:g} %", "points": int(inside_N.sum())}
-            row |= {f"hit{k}": 100 * float((rank_N[inside_N] < k).mean()) for k in spec["hits"]}
+            row |= {f"hit{k}": 100 * float((rank_N[inside_N] < k).mean()) for k in hits}
             rows.append(row | {"divergence": float(lower)})
             low = high
         columns = [("tokens by KL(teacher ‖ student)", "bucket", "text"), ("KL from, nats", "divergence", "2f")]
-        columns += [("points", "points", "count"), *((f"Hit@{k}", f"hit{k}", "1f") for k in spec["hits"])]
+        columns += [("points", "points", "count"), *((f"Hit@{k}", f"hit{k}", "1f") for k in hits)]
         notes = [f"{len(data)} greedy texts of the small model, {len(divergence_T)} tokens."]
         return Result(columns, rows, notes, [job_text(labels)])
 

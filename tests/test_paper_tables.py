@@ -215,6 +215,18 @@ def test_hits_by_bucket_of_divergence(make_pipeline, random):
     assert "| top 5 to 10 % |" in rendered(result) and len(result.commands) == 1
 
 
+def test_no_hit_is_told_beyond_the_candidates_that_were_stored(make_pipeline, random):
+    """What is not among four candidates may be the fifth or none: Hit@8 would be anything."""
+    pipeline = make_pipeline()
+    collect = tables.sufficiency(pipeline, {"name": "x", "buckets": [0.1], "hits": [1, 4, 8]})
+    rows, rank_by_place, _ = labels_by_divergence(random)
+    write_labels(job_of(pipeline, "labels-test").path, rows)
+    result = collect()
+    missed = rank_by_place[:20].count(None)
+    assert missed and result.rows[0]["hit4"] == pytest.approx(100 - 5 * missed)
+    assert "hit8" not in result.rows[0] and "Hit@8" not in rendered(result)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Policies
 
