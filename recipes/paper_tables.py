@@ -77,17 +77,32 @@ def row_of(row: dict, **more) -> dict:
     return {"policy": label_of(row), **values, "forwards": 1.0 + extra, **more}
 
 
-def correct_by_seed(job: Job, label: str) -> np.ndarray:
-    """Whether each problem was answered right (seeds, problems), of one row of a report."""
-    rows = {row["label"]: row for row in read_report(job)["rows"]}
-    files = [job.output.parent / "records" / name for name in rows[label]["records"]]
-    return np.array([[record["correct"] for record in read_records(file)[1]] for file in files], dtype=float)
+def correct_by_seed(*rows: tuple[Job, str]) -> list[np.ndarray]:
+    """Whether each problem was answered right (seeds, problems), of each of some rows (job, label) of reports.
+
+    Raises:
+        ValueError: where a report has no such row, the row no records, or one of them other problems.
+    """
+    runs = []
+    for job, label in rows:
+        found = {row["label"]: row["records"] for row in read_report(job)["rows"]}
+        files = [job.output.parent / "records" / name for name in found.get(label, ())]
+        runs.append([read_records(file)[1] for file in files if file.is_file()])
+        if not files or len(runs[-1]) < len(files):
+            raise ValueError(f"{job.output} has no records of {label!r}; its rows: {', '.join(found)}.")
+    ids = [record["id"] for record in runs[0][0]]
+    for (job, label), seeds in zip(rows, runs):
+        if any([record["id"] for record in records] != ids for records in seeds):
+            raise ValueError(
+                f"{job.output}: {label!r} is of other problems than {rows[0][1]!r} of {rows[0][0].output}."
+            )
+    return [np.array([[record["correct"] for record in records] for records in seeds], dtype=float) for seeds in runs]
 
 
 def difference(job: Job, label: str, other_job: Job, other: str) -> dict[str, Any]:
     """Accuracy of one row minus another's on the same problems, in points, means over seeds; paired bootstrap."""
-    right_N = correct_by_seed(job, label).mean(0)
-    difference_N = 100 * (right_N - correct_by_seed(other_job, other).mean(0))
+    right_SN, other_SN = correct_by_seed((job, label), (other_job, other))
+    difference_N = 100 * (right_SN.mean(0) - other_SN.mean(0))
     low, high = bootstrap_interval(difference_N)
     return {"difference": float(difference_N.mean()), "difference_ci": [low, high]}
 
@@ -440,7 +455,7 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
             reports = [read_report(job) for job in jobs]
             correct = {}
             for label in [row["label"] for row in reports[0]["rows"]]:
-                right_SN = np.concatenate([correct_by_seed(job, label) for job in jobs])
+                right_SN = np.concatenate(correct_by_seed(*((job, label) for job in jobs)))
                 correct[label] = right_SN
                 greedy_SN = correct["greedy"]
                 by_seed = 100 * right_SN.mean(1)
@@ -458,8 +473,9 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
                     row["flips"] = " / ".join(f"{values.mean():g}" for values in helped)
                     row["mcnemar_p"] = max(mcnemar(int(good), int(bad)) for good, bad in zip(*helped))
                 rows.append(row)
-            ours_N = 100 * correct_by_seed(alone, "s2t-local:always").mean(0)
-            gap_N = 100 * correct["s2t-local:always"].mean(0) - ours_N
+            ours = "s2t-local:always"
+            ours_SN, *on_top = correct_by_seed((alone, ours), *((job, ours) for job in jobs))
+            gap_N = 100 * (np.concatenate(on_top).mean(0) - ours_SN.mean(0))
             found = {"difference": float(gap_N.mean()), "difference_ci": bootstrap_interval(gap_N)}
             notes.append(sentence(f"S2T-Local on top of {method}", "S2T-Local alone", found))
         columns = [("student", "student", "text"), ("policy", "policy", "text"), *ACCURACY]

@@ -158,6 +158,29 @@ def test_a_difference_is_paired_by_problem_and_a_mean_over_seeds(make_pipeline, 
     assert nothing == {"difference": 0.0, "difference_ci": [0.0, 0.0]}
 
 
+def test_rows_that_do_not_belong_together_are_refused(make_pipeline, random):
+    pipeline = make_pipeline()
+    one, other = (pipeline.evaluation(name, policies=["greedy"]) for name in ("one", "other"))
+    right_SN = random.random((2, NUM_PROBLEMS)) < 0.5
+    write_report(one, {"greedy": right_SN[:1], "maj@8": right_SN[:1], "sft": right_SN})
+    write_report(other, {"greedy": right_SN[:1]}, ids=[f"q{n}" for n in range(1, NUM_PROBLEMS + 1)])
+    with pytest.raises(
+        ValueError, match="one/report.json has no records of 'kd'; its rows: greedy, maj@8, best@8, sft"
+    ):
+        tables.difference(one, "kd", one, "greedy")
+    with pytest.raises(
+        ValueError, match="has no records of 'best@8'"
+    ):  # what is right of its samples is in the vote's
+        tables.difference(one, "greedy", one, "best@8")
+    with pytest.raises(
+        ValueError, match="other/report.json: 'greedy' is of other problems than 'sft' of .*one/report"
+    ):
+        tables.difference(one, "sft", other, "greedy")
+    (one.output.parent / "records" / "sft_adapter1.jsonl").unlink()
+    with pytest.raises(ValueError, match="has no records of 'sft'"):  # one seed of two is not both
+        tables.difference(one, "sft", one, "greedy")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Local sufficiency
 
