@@ -66,15 +66,18 @@ def read_report(job: Job) -> dict:
     return json.loads(job.output.read_text(encoding="utf-8"))
 
 
-def row_of(row: dict, **more) -> dict:
-    """What tables show of a row of evaluate.py. Forwards: batch forwards in units of greedy's decoding steps."""
+def row_of(row: dict, report: dict, **more) -> dict:
+    """What tables show of a row of evaluate.py. Forwards: batch forwards in units of greedy's, of the same report."""
     kept = ("accuracy", "accuracy_ci", "accuracy_sd", "gain", "gain_ci", "mcnemar_p", "num_seeds")
     kept += ("helped", "hurt", "achieved_rate", "asked_rate", "flip_rate", "student_tokens", "teacher_tokens")
     values = {name: row[name] for name in kept}
     if row["helped"] is not None:
         values["flips"] = f"{row['helped']:g} / {row['hurt']:g}"
-    extra = sum(row["extra_forwards"].values()) / row["decoding_steps"]
-    return {"policy": label_of(row), **values, "forwards": 1.0 + extra, **more}
+    for other in report["rows"]:
+        if other["label"] == "greedy":
+            own = row["decoding_steps"] + sum(row["extra_forwards"].values())
+            values["forwards"] = own / other["decoding_steps"]
+    return {"policy": label_of(row), **values, **more}
 
 
 def correct_by_seed(*rows: tuple[Job, str]) -> list[np.ndarray]:
@@ -231,7 +234,7 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
             report = read_report(job)
             more = {} if sizes == [8] else {"num_candidates": size}
             shown = [row for row in report["rows"] if size == sizes[0] or row["trigger"] is not None]
-            rows += [row_of(row, llm="yes" if row["uses_teacher"] else "no", **more) for row in shown]
+            rows += [row_of(row, report, llm="yes" if row["uses_teacher"] else "no", **more) for row in shown]
             cost |= {
                 f"{row['label']}" + ("" if sizes == [8] else f" K={size}"): {
                     "seconds_vs_greedy": row["seconds_vs_greedy"],
@@ -341,7 +344,8 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
         base_name = spec["variants"][0]["name"]
         base_policy, base_job, _ = evaluations[base_name]
         for name, (policy, job, adapters) in evaluations.items():
-            row = next(row for row in read_report(job)["rows"] if row["label"] == policy)
+            report = read_report(job)
+            row = next(row for row in report["rows"] if row["label"] == policy)
             more = {} if name == base_name else difference(job, policy, base_job, base_policy)
             agree = [
                 json.loads((adapter.path / "calibration.json").read_text(encoding="utf-8"))["in_sample_points"]
@@ -350,7 +354,7 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
             if all(agree):
                 more["agree"] = 100 * float(np.mean([points["fused"]["agree_at_1"] for points in agree]))
                 more["bare_agree"] = 100 * float(np.mean([points["selector"]["agree_at_1"] for points in agree]))
-            rows.append(row_of(row, variant=name, **more))
+            rows.append(row_of(row, report, variant=name, **more))
             cost[name] = {"seconds_vs_greedy": row["seconds_vs_greedy"]}
         columns = [("changed", "variant", "text"), *ACCURACY[:2]]
         columns += [(f"minus {base_name}", "difference", "signed interval"), ACCURACY[3]]
@@ -446,9 +450,8 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
     alone = pipeline.evaluation(name, policies=["greedy", "s2t-local:always"], adapters=base.adapters)
 
     def collect() -> Result:
-        rows = [
-            row_of(row, student="as it was") for row in read_report(alone)["rows"]
-        ]  # what the parts reach by themselves
+        report = read_report(alone)  # what the parts reach by themselves
+        rows = [row_of(row, report, student="as it was") for row in report["rows"]]
         notes = []
         for method in spec["methods"]:
             jobs = [job for (found, _), job in runs.items() if found == method]

@@ -70,7 +70,8 @@ def write_report(job, correct, ids=None):
         is_seeded = policy.is_local or policy.is_tuned
         runs = []
         for seed, right_N in enumerate(right_SN):
-            totals = {"seconds": 2.0 + place, "cpu_seconds": 3.0 + place, "steps": 40 + seed, "generated": 100}
+            totals = {"seconds": 2.0 + place, "cpu_seconds": 3.0 + place, "generated": 100}
+            totals["steps"] = (40 + seed) * (policy.num_votes or 1)  # so many batches more
             totals |= {"triggered": 10 + seed, "asked": 8, "flipped": 5, "student_tokens": 300 + place}
             totals |= {
                 "teacher_tokens": 30 * place,
@@ -306,6 +307,8 @@ def test_policies_with_several_numbers_of_candidates(make_pipeline, random):
     assert asked["achieved_rate"] == pytest.approx(21 / 200) and asked["flip_rate"] == pytest.approx(0.05)
     assert asked["student_tokens"] == pytest.approx((300 + place) / NUM_PROBLEMS)
     assert asked["accuracy_sd"] == pytest.approx(100 * right[8]["s2t-local:always"].mean(1).std(ddof=1))
+    assert named["greedy", 8]["forwards"] == 1.0 and named["majority of 8 samples", 8]["forwards"] == (8 * 40 + 5) / 40
+    assert asked["forwards"] == pytest.approx((40.5 + 5 * place) / 40)  # two seeds, of 40 and 41 steps
     teachers = {row["policy"] for row in result.rows if row["llm"] == "yes"}
     assert teachers == {"S2T (teacher selects) · every step", "teacher, greedy"}
 
