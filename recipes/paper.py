@@ -167,9 +167,9 @@ def main(arguments: list[str] | None = None) -> None:
     for spec, pair, collect in planned:
         command = ["python", "recipes/paper.py", "--tables", spec["name"]]
         write_table(args.results / f"{spec['name']}.json", spec, shlex.join(command), pair, collect())
-    for file, text in results.pages(args.results, results.README).items():
-        if file.parent == args.results or args.results == results.RESULTS:
-            file.write_text(text, encoding="utf-8")
+    published = args.results.resolve() == results.RESULTS
+    for file, text in results.pages(args.results, results.README if published else None).items():
+        file.write_text(text, encoding="utf-8")
     spent = sum(jobs.seconds(job) for job in jobs.all.values())
     minutes = (time.monotonic() - began) / 60
     print(f"{args.results}: {len(planned)} tables in {minutes:.1f} minutes; all jobs together {spent / 60:.1f}")

@@ -378,48 +378,55 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
 def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy by number of label problems, for S2T-Local and both imitations; each with its best learning rate.
 
-    `problems`: numbers. `rates`: method -> learning rates tried. `epochs`: number -> epochs, the same for all.
+    `problems`: numbers. `rates`: method -> learning rates tried. `epochs`: number -> passes over the problems, the
+    same for all. `samples`: texts of each problem that S2T-Local learns from, sampled, in as many fewer passes.
     """
     runs: dict[tuple[int, str], tuple] = {}
+    samples = spec.get("samples", 1)
     for number in spec["problems"]:
         held_out = max(spec.get("min_calibration", 30), round(0.6 * number))
         held_out = None if held_out >= pipeline.pair.sizes["calibration"] else held_out
         labels, calibration = pipeline.labels("label", number), pipeline.labels("calibration", held_out)
         epochs = spec["epochs"][number]
         for method in METHODS:
-            options = {"num_train_epochs": epochs}
+            options: dict[str, Any] = {"num_train_epochs": epochs}
+            texts = labels
+            if method == "s2t-local" and samples > 1:
+                texts = pipeline.labels("label", number, rollout_policy="sample", num_rollouts=samples)
+                options["num_train_epochs"] = epochs / samples
             rates = spec["rates"][method]
-            sweep = pipeline.sweep(method, labels, calibration=calibration, rates=rates, **options)
-            trained = pipeline.best(sweep, labels, calibration=calibration, **options)
+            sweep = pipeline.sweep(method, texts, calibration=calibration, rates=rates, **options)
+            trained = pipeline.best(sweep, texts, calibration=calibration, **options)
             if method == "s2t-local":
                 label, more = spec["policy"], {"adapters": trained}
             else:
                 label, more = method, {"tuned": [(method, job) for job in trained]}
             name = f"{spec['name']}-{method}-{number}"
             job = pipeline.evaluation(name, policies=["greedy", label], **more)
-            runs[number, method] = (label, job, sweep, labels, calibration)
+            runs[number, method] = (label, job, sweep, texts, calibration)
 
     def collect() -> Result:
         rows, commands = [], []
         for number in spec["problems"]:
             row: dict[str, Any] = {"problems": number}
             for method in METHODS:
-                label, job, sweep, labels, calibration = runs[number, method]
+                label, job, sweep, texts, calibration = runs[number, method]
                 found = next(found for found in read_report(job)["rows"] if found["label"] == label)
                 row |= {method: found["accuracy"], f"{method}_ci": found["accuracy_ci"]}
                 row[f"{method}_sd"], row[f"{method}_rate"] = found["accuracy_sd"], sweep.best_rate()
                 commands.append(job_text(job))
                 if method == "s2t-local":
-                    row["label_tokens"] = teacher_tokens_of(labels)
-                    row["calibration_tokens"] = teacher_tokens_of(calibration)
+                    row["tokens"] = teacher_tokens_of(texts) + teacher_tokens_of(calibration)
+                else:
+                    row["imitation_tokens"] = teacher_tokens_of(texts)  # of "sft" about as many: it writes them
             ours, ours_job = runs[number, "s2t-local"][:2]
             for method in ("sft", "kd"):
                 label, job = runs[number, method][:2]
                 found = difference(ours_job, ours, job, label)
                 row |= {f"over_{method}": found["difference"], f"over_{method}_ci": found["difference_ci"]}
             rows.append(row)
-        columns = [("label problems", "problems", "count"), ("teacher tokens, labels", "label_tokens", "count")]
-        columns += [("and calibration (S2T-Local alone)", "calibration_tokens", "count")]
+        columns = [("label problems", "problems", "count"), ("teacher tokens, S2T-Local", "tokens", "count")]
+        columns += [("teacher tokens, imitation", "imitation_tokens", "count")]
         columns += [("S2T-Local", "s2t-local", "interval"), ("LoRA on the teacher's texts", "sft", "interval")]
         columns += [("LoRA distillation", "kd", "interval"), ("S2T-Local − texts", "over_sft", "signed interval")]
         columns += [("S2T-Local − distillation", "over_kd", "signed interval")]
@@ -431,7 +438,8 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
 def stacking(pipeline: Pipeline, spec: dict) -> Collect:
     """A selector on top of a student that imitates already, trained on fresh problems.
 
-    `methods`: "sft", "kd". The tuned student is merged into a model; labels of it, a selector for it.
+    `methods`: "sft", "kd". The tuned student is merged into a model; labels of it, a selector for it. `label`:
+    arguments of recipes/label.py for these.
     """
     base = Base.of(pipeline)
     runs = {}
@@ -440,7 +448,8 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
         for seed, imitation in enumerate(pipeline.best(sweep, base.labels, calibration=base.calibration)):
             on_top = pipeline.on_top_of(imitation, f"{method}{seed}")
             calibration = on_top.labels("calibration")
-            adapter = on_top.selector(on_top.labels("fresh"), seed, calibration=calibration, decode=False)
+            labels = on_top.labels("fresh", **spec.get("label", {}))
+            adapter = on_top.selector(labels, seed, calibration=calibration, decode=False)
             more = {}
             wanted = ["greedy", "s2t-local:always", "s2t-local-bare:always", "s2t:always"]
             more["teacher_model"] = pipeline.teacher_model

@@ -109,11 +109,11 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
 
 
-def pages(folder: Path = RESULTS, readme: Path = README) -> dict[Path, str]:
+def pages(folder: Path = RESULTS, readme: Path | None = README) -> dict[Path, str]:
     """File -> what it should hold: a page for each result, and the README with its tables."""
     results = read_results(folder)
     wanted = {folder / f"{name}.md": page(result) for name, result in results.items()}
-    if readme.is_file():
+    if readme is not None:
         wanted[readme] = fill(readme.read_text(encoding="utf-8"), results)
     return wanted
 
