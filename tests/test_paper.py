@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,10 +24,10 @@ Jobs, Pair, Pipeline, Sweep = jobs_module.Jobs, pipeline_module.Pair, pipeline_m
 
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
-    """Paths of the recipes are relative to the repository; nothing heavy is imported before a job."""
+    """Paths of the recipes are relative to the repository; no more is imported before a job than what runs it."""
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(RECIPES))  # the processes of jobs inherit it
-    monkeypatch.setattr(jobs_module, "PRELOAD", ())
+    monkeypatch.setattr(jobs_module, "PRELOAD", ("transformers_s2t.config", "tqdm.auto", "pytest"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,6 +116,108 @@ def test_what_ended_half_way_is_not_done(tmp_path, make):
     assert not jobs.is_done(job)
     jobs.run()
     assert (tmp_path / "a").read_text() == "a"
+
+
+def add_script(jobs, folder, name, text, needs=()):
+    """A job of a script of its own, which finds its output in `output`."""
+    script = folder / f"{name}.py"
+    script.write_text(f"import os, sys, time\nfrom pathlib import Path\noutput = Path(sys.argv[1])\n{text}")
+    return jobs.add(name, folder / f"{name}.out", [str(script), str(folder / f"{name}.out")], needs)
+
+
+MEET = """
+began = time.monotonic()
+output.with_suffix(".here").touch()
+while not all(output.with_name(other + ".here").exists() for other in {others}):
+    if time.monotonic() > began + 30:
+        sys.exit("nobody came")
+    time.sleep(0.01)
+time.sleep(0.1)
+output.write_text(f"{{began}} {{time.monotonic()}}")
+"""
+
+
+@pytest.mark.parametrize("order", ["abz", "zab", "azb"])
+def test_two_jobs_run_side_by_side_but_one_that_measures_time_alone(tmp_path, order):
+    jobs = Jobs(tmp_path, 3)
+    for name in order:
+        others = {"a": ["b"], "b": ["a"], "z": []}[name]  # a and b end only where both run at once
+        add_script(jobs, tmp_path, name, MEET.format(others=others)).alone = name == "z"
+    jobs.run()
+    times = {name: tuple(map(float, jobs.all[name].output.read_text().split())) for name in order}
+    for name in "ab":
+        assert times[name][1] < times["z"][0] or times["z"][1] < times[name][0], times
+
+
+def test_no_more_jobs_run_than_were_asked_for(tmp_path):
+    jobs = Jobs(tmp_path, 2)
+    for name in "abc":
+        add_script(jobs, tmp_path, name, MEET.format(others=[]))
+    jobs.run()
+    times = [tuple(map(float, job.output.read_text().split())) for job in jobs.all.values()]
+    assert max(sum(began <= other[0] <= ended for other in times) for began, ended in times) <= 2
+
+
+def test_what_is_stopped_leaves_no_stamp_and_runs_again(tmp_path):
+    jobs = Jobs(tmp_path, 2)
+    slow = add_script(jobs, tmp_path, "slow", "output.write_text(str(os.getpid()))\ntime.sleep(60)")
+    waiting = f"other = Path({str(slow.output)!r})\nwhile not other.exists() or not other.read_text():\n"
+    bad = add_script(jobs, tmp_path, "bad", waiting + "    time.sleep(0.01)\nraise OSError('bad luck')")
+    add_script(jobs, tmp_path, "after", "output.touch()", (slow,))
+    with pytest.raises(jobs_module.JobFailed, match="OSError: bad luck"):
+        jobs.run()
+    pid = int(slow.output.read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)  # it is not left behind
+    assert not (tmp_path / "done").exists() and not jobs.is_done(slow)
+    for job in (slow, bad):
+        Path(job.command[0]).write_text("import sys\nopen(sys.argv[1], 'a').write('!')")
+    jobs.run()
+    assert slow.output.read_text() == f"{pid}!"  # without a stamp, what was there is the recipe's to judge
+    assert all(map(jobs.is_done, jobs.all.values()))
+
+
+def test_a_stale_output_is_removed_before_its_command_runs_again(tmp_path):
+    """A recipe that finds its output finished would keep it."""
+    text = "if output.exists():\n    sys.exit(0)\noutput.mkdir()\n(output / sys.argv[2]).touch()\n"
+    text += "if sys.argv[2] == 'bad':\n    sys.exit(5)"
+    jobs = Jobs(tmp_path)
+    job = add_script(jobs, tmp_path, "a", text)
+    for setting in ("one", "two", "bad", "one"):
+        job.command = [*job.command[:2], setting]
+        if setting == "bad":
+            with pytest.raises(jobs_module.JobFailed, match="exit status 5"):
+                jobs.run()
+            assert not jobs.is_done(job)
+            job.command[2] = "two"  # it was finished once, but is no longer
+            assert not jobs.is_done(job)
+            jobs_module.remove(job.output)
+            continue
+        jobs.run()
+        assert [file.name for file in job.output.iterdir()] == [setting] and jobs.is_done(job)
+
+
+def test_what_is_made_again_is_made_again_downstream(tmp_path, make):
+    """Also where the command in between is the same, and where only the stamp tells that an input is new."""
+    jobs = Jobs(tmp_path, 2)
+    a = make(jobs, "a")
+    b = make(jobs, "b", a)
+    make(jobs, "c", b)
+    jobs.run()
+    (tmp_path / "a").unlink()
+    assert not any(map(jobs.is_done, jobs.all.values()))
+    Jobs(tmp_path, 1, all={"a": a}).run()  # a alone, by another table
+    assert jobs.is_done(a) and not jobs.is_done(b)
+    jobs.run()
+    assert (tmp_path / "order").read_text() == "abcabc"
+
+
+def test_a_command_that_writes_nothing_or_cannot_be_told_has_failed(tmp_path):
+    jobs = Jobs(tmp_path)
+    add_script(jobs, tmp_path, "a", "print('done')")
+    with pytest.raises(jobs_module.JobFailed, match=r"done\n\n\nFailed \(it wrote no .*a.out\)"):
+        jobs.run()
+    assert not (tmp_path / "done").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
