@@ -199,7 +199,8 @@ def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
 def policies(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy of policies on the same problems.
 
-    `policies`: as of evaluate.py. `num_candidates`: values of K to run them with. `baselines`: also the tuned
+    `policies`: as of evaluate.py. `num_candidates`: values of K to run them with; `at_other_sizes`: those to run at
+    all but the first of these. `baselines`: also the tuned
     imitations ("sft", "kd"), each with the best of the pair's learning rates and one training for each seed.
     `compare`: pairs of labels whose difference is told.
     """
@@ -218,7 +219,7 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
     evaluations = {
         size: pipeline.evaluation(
             spec["name"] + ("" if sizes == [8] else f"-{size}"),
-            policies=wanted,
+            policies=wanted if size == sizes[0] else ["greedy", *spec.get("at_other_sizes", wanted[1:])],
             adapters=base.adapters,
             tuned=tuned,
             needs=[base.labels],
