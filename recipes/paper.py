@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = ["python", "recipes/paper.py", "--tables", spec["name"]]
         write_table(args.results / f"{spec['name']}.json", spec, shlex.join(command), pair, collect())
     published = args.results.resolve() == results.RESULTS
-    for file, text in results.pages(args.results, results.README if published else None).items():
+    for file, text in results.pages(args.results, results.TEXTS if published else ()).items():
         file.write_text(text, encoding="utf-8")
     spent = sum(jobs.seconds(job) for job in jobs.all.values())
     minutes = (time.monotonic() - began) / 60

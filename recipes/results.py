@@ -1,6 +1,6 @@
-"""Writes tables: from docs/results/*.json to Markdown beside them, and into the README between its markers.
+"""Writes tables: from docs/results/*.json to Markdown beside them, and into other texts between their markers.
 
-    python recipes/results.py            # rewrites docs/results/*.md and the README's table
+    python recipes/results.py            # rewrites docs/results/*.md and the tables of the README and docs/evidence.md
     python recipes/results.py --check    # says what is out of date, and changes nothing
     python recipes/results.py --same runs/again/results    # do two runs agree, in all but times?
 
@@ -19,7 +19,9 @@ from commands import run
 
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-README = RESULTS.parents[1] / "README.md"
+ROOT = RESULTS.parents[1]
+#: Texts with markers, see [`fill`].
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "recipes" / "babyllama" / "README.md")
 
 
 def cell(row: dict[str, Any], key: str, form: str) -> str:
@@ -109,13 +111,11 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
 
 
-def pages(folder: Path = RESULTS, readme: Path | None = README) -> dict[Path, str]:
-    """File -> what it should hold: a page for each result, and the README with its tables."""
+def pages(folder: Path = RESULTS, texts: tuple[Path, ...] = TEXTS) -> dict[Path, str]:
+    """File -> what it should hold: a page for each result, and the texts with their tables."""
     results = read_results(folder)
     wanted = {folder / f"{name}.md": page(result) for name, result in results.items()}
-    if readme is not None:
-        wanted[readme] = fill(readme.read_text(encoding="utf-8"), results)
-    return wanted
+    return wanted | {file: fill(file.read_text(encoding="utf-8"), results) for file in texts}
 
 
 def differences(results: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> list[str]:
@@ -137,7 +137,7 @@ def differences(results: dict[str, dict[str, Any]], others: dict[str, dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write docs/results/*.md and the README's tables from the JSONs.")
+    parser = argparse.ArgumentParser(description="Write docs/results/*.md and the tables of other texts.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where something differs")
     parser.add_argument("--same", type=Path, metavar="FOLDER", help="compare with another run's results, and stop")
     args = parser.parse_args()
