@@ -88,12 +88,14 @@ class Jobs:
         """The job of that name; asked for twice it is one job.
 
         Raises:
-            ValueError: where another command has the name.
+            ValueError: where another job has the name: another command, or one that is known later and reads others.
         """
         if name in self.all:
             job = self.all[name]
-            if not callable(command) and job.command != command:
-                raise ValueError(f"Two jobs are named {name!r}: {typed(job.arguments())} and {typed(command)}.")
+            same = callable(job.command) if callable(command) else job.command == command
+            if not same or set(job.needs) != set(needs) or (job.output, job.folder) != (output, folder):
+                told = ["a command that is known later" if callable(c) else typed(c) for c in (job.command, command)]
+                raise ValueError(f"Two jobs are named {name!r}: {told[0]} and {told[1]}.")
             return job
         self.all[name] = Job(name, output, command, needs, folder)
         return self.all[name]

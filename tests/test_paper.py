@@ -100,6 +100,22 @@ def test_a_failed_job_tells_its_command_and_the_end_of_its_output(tmp_path, make
         make(jobs, "a")
 
 
+def test_two_jobs_of_one_name_are_refused_though_their_commands_are_not_known_yet(tmp_path, make):
+    jobs = Jobs(tmp_path)
+    a, b = make(jobs, "a"), make(jobs, "b")
+    found = jobs.add("x", tmp_path / "x", lambda: ["x.py"], (a, b))
+    assert jobs.add("x", tmp_path / "x", lambda: ["x.py"], (a, b)) is found
+    for output, command, needs in [
+        (tmp_path / "x", lambda: ["x.py"], (a,)),  # it chooses among others
+        (tmp_path / "y", lambda: ["x.py"], (a, b)),
+        (tmp_path / "x", ["x.py"], (a, b)),
+    ]:
+        with pytest.raises(ValueError, match="Two jobs are named 'x': a command that is known later and "):
+            jobs.add("x", output, command, needs)
+    with pytest.raises(ValueError, match="Two jobs are named 'a': .* and a command that is known later"):
+        jobs.add("a", tmp_path / "a", lambda: a.command)
+
+
 def test_a_command_may_wait_for_what_earlier_jobs_found(tmp_path, make):
     jobs = Jobs(tmp_path, 1)
     a = make(jobs, "a")
