@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from transformers_s2t import SelectorConfig
+
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -314,6 +316,180 @@ def test_only_what_reads_the_teacher_is_given_one(tmp_path):
     for policy, wanted in cases.items():
         job = pipeline.evaluation(policy.replace(":", "_"), policies=[policy])
         assert ("--teacher_model" in job.arguments()) == wanted, policy
+
+
+def test_jobs_are_named_by_what_they_differ_in(tmp_path):
+    pipeline = Pipeline(pair_of(learning_rates={"s2t-local": [0.1, 0.2], "sft": [0.3, 0.4]}), Jobs(tmp_path), tmp_path)
+    labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
+    fewer, tuning = pipeline.labels("calibration", 7), pipeline.labels("tuning")
+    adapter = pipeline.selector(labels, calibration=calibration)
+    sweeps = {method: pipeline.sweep(method, labels, calibration=calibration) for method in ("s2t-local", "sft")}
+
+    def select(*args, **options):
+        return pipeline.selector(*args, **({"calibration": calibration} | options))
+
+    calls = {
+        "labels": [
+            lambda: labels,
+            lambda: pipeline.labels("label", 50),
+            lambda: pipeline.labels("label", 5),
+            lambda: pipeline.labels("label", points="kl"),
+            lambda: pipeline.labels("label", 5, points="kl"),
+            lambda: pipeline.labels("label", points="kl", max_points=3),
+            lambda: pipeline.labels("label", rollout_policy="s2t-local", adapter=adapter),
+            lambda: fewer,
+            lambda: tuning,
+        ],
+        "selectors": [
+            lambda: adapter,
+            lambda: select(labels, 1),
+            lambda: select(labels, decode=False),
+            lambda: select(labels, route=False),
+            lambda: select(labels, route=False, decode=False),
+            lambda: select(labels, calibration=fewer),
+            lambda: select(labels, lora_r=4),
+            lambda: select(labels, lora_r=41),
+            lambda: select(labels, lora_r=4, temperature=1.0),
+            lambda: select(labels, rate=0.5),
+            lambda: select(labels, rate=sweeps["s2t-local"]),
+            lambda: select(pipeline.labels("label", 50)),
+        ],
+        "baselines": [
+            lambda: pipeline.baseline("sft", labels, rate=0.1),
+            lambda: pipeline.baseline("kd", labels, rate=0.1),
+            lambda: pipeline.baseline("sft", labels, 1, rate=0.1),
+            lambda: pipeline.baseline("sft", labels, rate=0.01),
+            lambda: pipeline.baseline("sft", labels, rate=sweeps["sft"]),
+            lambda: pipeline.baseline("sft", labels, rate=0.1, num_train_epochs=3),
+        ],
+    }
+    for kind, makers in calls.items():
+        made = [make() for make in makers]
+        assert len({job.name for job in made}) == len({job.path for job in made}) == len(made), kind
+        known = len(pipeline.jobs.all)
+        assert [make() for make in makers] == made and len(pipeline.jobs.all) == known  # the same again
+    assert len({job.output for job in pipeline.jobs.all.values()}) == len(pipeline.jobs.all)
+    with pytest.raises(ValueError, match="Two jobs are named 'p-evaluate-x'"):
+        for policies in (["greedy"], ["teacher"]):
+            pipeline.evaluation("x", policies=policies)
+    others = pipeline.sweep("s2t-local", labels, calibration=calibration, rates=[0.2, 0.3])
+    with pytest.raises(ValueError, match="Two jobs are named 'p-train-label-best-seed0'"):
+        pipeline.selector(labels, calibration=calibration, rate=others)
+
+
+def test_label_problems_of_a_pair_are_a_limit_like_any_other(tmp_path):
+    pipeline = Pipeline(pair_of(label_problems=60), Jobs(tmp_path), tmp_path)
+    assert pipeline.labels("label") is pipeline.labels("label", 60)
+    assert pipeline.labels("test") is not pipeline.labels("test", 30)
+    with pytest.raises(ValueError, match="The pair 'p' has no part 'fresh': name its size under `sizes`"):
+        pipeline.labels("fresh")
+
+
+def closure(job):
+    """All jobs that must have run before a job."""
+    return set(job.needs).union(*map(closure, job.needs))
+
+
+def option(arguments, name):
+    """What follows `--name`, up to the next option."""
+    texts = arguments[arguments.index(f"--{name}") + 1 :]
+    end = next((place for place, text in enumerate(texts) if text.startswith("--")), len(texts))
+    return texts[:end]
+
+
+def test_a_selector_on_top_of_a_tuned_student_reads_nothing_of_the_untuned(tmp_path):
+    rates = {"sft": [0.3, 0.4]}
+    pipeline = Pipeline(pair_of(learning_rates=rates, dtype="float32"), Jobs(tmp_path), tmp_path)
+    sweep = pipeline.sweep("sft", pipeline.labels("label"), calibration=pipeline.labels("calibration"))
+    on_top = pipeline.on_top_of(sweep, "sft0")
+    assert pipeline.on_top_of(sweep, "sft0").models == on_top.models
+    (merge,) = on_top.models
+    pipeline.data("test")
+    before = set(pipeline.jobs.all)
+    calibration = on_top.labels("calibration")
+    adapter = on_top.selector(on_top.labels("label"), calibration=calibration, decode=False)
+    on_top.evaluation("x", policies=["greedy", "teacher"], adapters=[adapter])
+    new = [job for name, job in pipeline.jobs.all.items() if name not in before]
+    assert len(new) == 6 and all("sft0-" in job.name for job in new)  # two of labels, three of the selector, x
+    for made in new:
+        assert option(made.arguments(), "model") == [str(merge.path)] and merge in closure(made)
+    assert "-calibration" not in adapter.name  # that of its own student goes without saying
+    assert set(merge.needs) == {*sweep.trained.values(), *sweep.reports.values()}
+    report = sweep.reports[0.3].output
+    report.parent.mkdir(parents=True)
+    found = {"sft-0.3": 50.0, "sft-0.4": 60.0}
+    report.write_text(json.dumps({"rows": [{"label": label, "accuracy": value} for label, value in found.items()]}))
+    command = merge.arguments()
+    assert option(command, "adapter") == [str(sweep.trained[0.4].path)] and option(command, "model") == ["M"]
+    assert option(command, "dtype") == ["float32"]
+    again = on_top.on_top_of(sweep.trained[0.3], "twice")  # of what is merged already
+    assert option(again.models[0].arguments(), "model") == [str(merge.path)] and merge in again.models[0].needs
+
+
+def test_without_decoding_a_selector_is_calibrated_for_its_fusion_alone(tmp_path):
+    sys.path.insert(0, str(RECIPES))
+    try:
+        calibrate = importlib.import_module("calibrate")
+    finally:
+        sys.path.remove(str(RECIPES))
+    from trl import TrlParser
+
+    calibrated = {"target_rates": [0.01, 0.2], "check_share": 0.5}
+    pipeline = Pipeline(pair_of(calibrate=calibrated), Jobs(tmp_path), tmp_path)
+    labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
+
+    def read(**options):
+        job = pipeline.selector(labels, calibration=calibration, **options)
+        (args,) = TrlParser(calibrate.CalibrateArguments).parse_args_and_config(job.arguments()[1:])
+        assert args.adapter == str(job.path) and args.labels == str(calibration.path)
+        return args
+
+    whole = read()
+    assert (whole.teacher_model, whole.deployed, whole.check_share, whole.target_rates) == (
+        "T",
+        True,
+        0.5,
+        [0.01, 0.2],
+    )
+    fused = read(decode=False)
+    assert (fused.teacher_model, fused.deployed, fused.triggers) == (None, False, ["margin"])
+    adapted = read(decode=False, adapter_scope="sequence", proposals="adapted", route=False)
+    assert (adapted.teacher_model, adapted.deployed, adapted.limit) == (None, True, 20)  # its labels hold no such text
+    assert adapted.check_share == 0
+    config = SelectorConfig(tuple(range(16)), adapter_scope="sequence", proposals="adapted")
+    assert calibrate.choose_triggers(adapted, config) == ["margin"]
+    assert calibrate.choose_triggers(fused, SelectorConfig(tuple(range(16)))) == ["margin"]
+
+
+def embedded_corpus():
+    sys.path.insert(0, str(RECIPES / "embedded"))
+    try:
+        return importlib.import_module("corpus")
+    finally:
+        sys.path.remove(str(RECIPES / "embedded"))
+
+
+def test_options_of_a_part_reach_the_bed(tmp_path, monkeypatch, capsys):
+    corpus = embedded_corpus()
+    options = {"label": ["--without", "dozen", "takes"], "test": ["--only-with", "dozen"]}
+    sizes = {"label": 9, "tuning": 4, "test": 8, "words": 3, "fresh": 0}
+    pipeline = Pipeline(pair_of(sizes=sizes, part_options=options, data_seed=5), Jobs(tmp_path), tmp_path)
+    kinds = {
+        "label": corpus.KindFilter(without=frozenset({"dozen", "takes"})),
+        "tuning": corpus.ALL_KINDS,
+        "test": corpus.KindFilter(only_with=frozenset({"dozen"})),
+    }
+    for part in ("label", "tuning", "test", "words"):
+        job = pipeline.data(part)
+        monkeypatch.setattr(sys, "argv", job.arguments())
+        assert sys.argv[0] == "recipes/embedded/corpus.py" and not job.output.exists()
+        corpus.main()
+        rows = [json.loads(line) for line in job.output.read_text().splitlines()]
+        expected = (
+            corpus.build_words(3, 5) if part == "words" else corpus.build_split(part, sizes[part], 5, kinds[part])
+        )
+        assert rows == expected
+    assert len(list(job.output.parent.iterdir())) == 4  # each its own part, and nothing else
 
 
 def options_of(script: str) -> set[str]:
