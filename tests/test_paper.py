@@ -545,6 +545,32 @@ def test_every_checked_in_table_can_be_planned(tmp_path):
                 assert used <= known[script], (script, used - known[script])
 
 
+def test_all_tables_together_read_nothing_that_was_not_made_before(tmp_path, monkeypatch):
+    """Of all checked-in tables on one pair, in one run: nothing is written twice, and what is read is waited for."""
+    monkeypatch.setattr(Sweep, "best_rate", lambda self: list(self.trained)[-1])
+    planned = Jobs(tmp_path)
+    pipeline = Pipeline(Pair.load(RECIPES / "paper" / "pairs" / "embedded.yaml"), planned, tmp_path)
+    for file in sorted((RECIPES / "paper").glob("*.yaml")):
+        spec = paper.read_table(file)
+        paper.KINDS[spec["kind"]](pipeline, spec)
+    assert len(planned.all) > 100
+    assert len({job.output for job in planned.all.values()}) == len(planned.all)
+    makers = {}
+    for job in planned.all.values():
+        for path in {job.path, job.output}:
+            makers.setdefault(str(path), []).append(job)
+    known = set()
+    for job in planned.all.values():
+        needs = closure(job)
+        assert set(job.needs) <= known, job.name  # it was added before: jobs run in that order where they can
+        known.add(job)
+        for text in job.arguments():
+            path = text.partition("=")[2] if text.startswith(("sft=", "kd=")) else text
+            for maker in makers.get(path, ()):
+                beside = maker.output.parent == job.output.parent and job in closure(maker) | {maker}
+                assert maker in needs or beside, (job.name, text)
+
+
 def test_the_command_refuses_what_there_is_not(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="`tables` must be among .*comparison.*, got 'comparsion'"):
         paper.main(["--tables", "comparsion"])
