@@ -78,19 +78,23 @@ class Pair:
 
     @classmethod
     def load(cls, file: Path, data: str | None = None) -> Pair:
-        """Reads a YAML. `like: NAME` in it takes what it does not say from the pair of that name.
+        """Reads a YAML. `like: NAME` in it takes what it does not say from the pair of that name beside it.
 
         Args:
             file: of the pair.
             data: what `{data}` stands for.
 
         Raises:
-            ValueError: for a key that there is not, or one that is missing.
+            ValueError: for a key that there is not, or one that is missing, or a pair that is like none.
             FileNotFoundError: where the pair wants `{data}` and there is none, or it lacks a file.
         """
-        values = read_yaml(file)
-        if like := values.pop("like", None):  # another pair, but for what this one says
-            values = read_yaml(file.with_name(f"{like}.yaml")) | values
+        values, names = read_yaml(file), [file.stem]
+        while like := values.pop("like", None):  # another pair, but for what this one says
+            other = file.with_name(f"{like}.yaml")
+            if like in names or not other.is_file():
+                raise ValueError(f"{file}: `like` must name another pair beside it, got {like!r}.")
+            names.append(like)
+            values = read_yaml(other) | values
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"{file} has unknown keys {sorted(unknown)}; legal: {[f.name for f in fields(cls)]}.")

@@ -267,6 +267,12 @@ def test_pairs_are_read_and_refused(tmp_path):
     write("base", **base)
     pair = Pair.load(write("other", like="base", title="Q", num_seeds=2))
     assert (pair.name, pair.title, pair.model, pair.num_seeds) == ("other", "Q", "m", 2)
+    pair = Pair.load(write("third", like="other", sizes={"test": 1}))  # like one that is like one
+    assert (pair.title, pair.model, pair.num_seeds, pair.sizes) == ("Q", "m", 2, {"test": 1})
+    write("one", like="two")
+    for file in (write("two", like="one"), write("self", like="self"), write("typo", like="bsae")):
+        with pytest.raises(ValueError, match="`like` must name another pair beside it, got '(two|self|bsae)'"):
+            Pair.load(file)  # not a pair that is left out because its data are elsewhere
     with pytest.raises(ValueError, match="unknown keys .'modle'.; legal: .*'teacher_model'"):
         Pair.load(write("bad", **base, modle="x"))
     with pytest.raises(ValueError, match="missing .*'sizes'"):
