@@ -631,6 +631,87 @@ def test_published_tables_are_what_their_files_say():
         assert file.read_text(encoding="utf-8") == text, f"{file}: run python recipes/results.py"
 
 
+def table_of(**pairs):
+    """A file of results with one row and one note for each pair, or what else is given of it."""
+    entry = {"title": "P", "columns": [["A", "a", "1f"]], "rows": [{"a": 1.0}], "notes": ["n"], "cost": {"a": 3.0}}
+    entry |= {"versions": {"torch": "2"}, "device": "CPU", "seeds": "0", "commands": [], "holds_times": False}
+    return {"title": "T", "text": "t", "command": "c", "pairs": {name: entry | more for name, more in pairs.items()}}
+
+
+def test_two_runs_are_compared_in_all_but_times():
+    ours = {"f": table_of(p={}, q={}), "times": table_of(p={"holds_times": True}), "mine": table_of(p={})}
+    other = {"cost": {"a": 4.0}, "device": "GPU", "versions": {"torch": "3"}}
+    same = {"f": table_of(q=other), "times": table_of(p={"holds_times": True, "rows": [{"a": 9.0}]})}
+    assert results.differences(ours, same) == []
+    for changes, message in [
+        ({"rows": [{"a": 1.0001}]}, "f, p, row 0: a 1.0 and 1.0001"),
+        ({"rows": [{"a": 1.0, "b": 2}]}, "f, p, row 0: b None and 2"),
+        ({"rows": [{}]}, "f, p, row 0: a 1.0 and None"),
+        ({"rows": [{"a": 1.0}, {"a": 2.0}]}, "f, p: 1 and 2 rows"),
+        ({"rows": []}, "f, p: 1 and 0 rows"),
+        ({"notes": []}, "f, p: other notes"),
+    ]:
+        assert results.differences(ours, same | {"f": table_of(q={}, p=changes)}) == [message]
+        assert len(results.differences(same | {"f": table_of(p=changes)}, ours)) == 1
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A folder of results with its page, and a README with a table of it; runs recipes/results.py."""
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    folder.mkdir()
+    (folder / "f.json").write_text(json.dumps(table_of(p={})))
+    readme.write_text("x\n<!-- results: f p -->\n<!-- end -->\ny\n")
+    pages = results.pages
+    monkeypatch.setattr(results, "RESULTS", folder)
+    monkeypatch.setattr(results, "pages", lambda: pages(folder, readme))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["results.py", *arguments])
+        try:
+            results.main()
+        except SystemExit as error:
+            return error.code
+        return 0
+
+    return folder, readme, run
+
+
+def test_pages_that_are_out_of_date_are_told_and_rewritten(published, capsys):
+    folder, readme, run = published
+    before = readme.read_text()
+    assert run("--check") == 1
+    assert readme.read_text() == before and not (folder / "f.md").exists()
+    told = capsys.readouterr().out
+    assert f"{folder / 'f.md'}: out of date" in told and f"{readme}: out of date" in told
+    assert run() == 0
+    assert "| 1.0 |" in readme.read_text() and "- n" in (folder / "f.md").read_text()
+    assert "written" in capsys.readouterr().out
+    assert run("--check") == run() == 0 and capsys.readouterr().out == ""
+    (folder / "f.json").write_text(json.dumps(table_of(p={"rows": [{"a": 2.0}]})))
+    assert run("--check") == 1
+    capsys.readouterr()
+    (folder / "f.json").write_text(json.dumps(table_of(p={"cost": {"a": 5.0}})))
+    assert run("--check") == 0  # times are on no page
+
+
+def test_another_run_is_the_same_or_not(published, tmp_path, capsys):
+    folder, _, run = published
+    again = tmp_path / "again"
+    again.mkdir()
+    for empty in (again, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="`same`: '.*' has no table of docs/results"):
+            run("--same", str(empty))
+    (again / "f.json").write_text(json.dumps(table_of(p={})))
+    (again / "g.json").write_text(json.dumps(table_of(p={})))
+    assert run("--same", str(again)) == 0
+    assert capsys.readouterr().out == "the same: f\n"
+    (again / "f.json").write_text(json.dumps(table_of(p={"rows": [{"a": 1.5}]})))
+    assert run("--same", str(again)) == 1
+    assert capsys.readouterr().out == "f, p, row 0: a 1.0 and 1.5\n"
+    assert not (folder / "f.md").exists()  # it compares, and writes nothing
+
+
 def test_figures_of_one_pair_leave_those_of_others(tmp_path):
     from paper_tables import Result
 
