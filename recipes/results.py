@@ -118,21 +118,28 @@ def pages(folder: Path = RESULTS, texts: tuple[Path, ...] = TEXTS) -> dict[Path,
     return wanted | {file: fill(file.read_text(encoding="utf-8"), results) for file in texts}
 
 
+def comparable(results: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """(table, pair) of what two runs both have and must agree on: all but tables that hold times."""
+    return [
+        (name, pair)
+        for name in sorted(results.keys() & others.keys())
+        for pair, found in results[name]["pairs"].items()
+        if pair in others[name]["pairs"] and not found["holds_times"]
+    ]
+
+
 def differences(results: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> list[str]:
-    """What two runs do not agree on: rows and notes of every table that both have, but for those that hold times."""
+    """What two runs do not agree on: rows and notes of all that is [`comparable`]."""
     found = []
-    for name in sorted(results.keys() & others.keys()):
-        for pair in results[name]["pairs"].keys() & others[name]["pairs"].keys():
-            one, other = results[name]["pairs"][pair], others[name]["pairs"][pair]
-            if one["holds_times"]:
-                continue
-            if len(one["rows"]) != len(other["rows"]):
-                found.append(f"{name}, {pair}: {len(one['rows'])} and {len(other['rows'])} rows")
-            for number, (row, other_row) in enumerate(zip(one["rows"], other["rows"])):
-                keys = [key for key in row.keys() | other_row.keys() if row.get(key) != other_row.get(key)]
-                found += [f"{name}, {pair}, row {number}: {k} {row.get(k)} and {other_row.get(k)}" for k in keys]
-            if one["notes"] != other["notes"]:
-                found.append(f"{name}, {pair}: other notes")
+    for name, pair in comparable(results, others):
+        one, other = results[name]["pairs"][pair], others[name]["pairs"][pair]
+        if len(one["rows"]) != len(other["rows"]):
+            found.append(f"{name}, {pair}: {len(one['rows'])} and {len(other['rows'])} rows")
+        for number, (row, other_row) in enumerate(zip(one["rows"], other["rows"])):
+            keys = [key for key in {**row, **other_row} if row.get(key) != other_row.get(key)]
+            found += [f"{name}, {pair}, row {number}: {k} {row.get(k)} and {other_row.get(k)}" for k in keys]
+        if one["notes"] != other["notes"]:
+            found.append(f"{name}, {pair}: other notes")
     return found
 
 
@@ -143,11 +150,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.same is not None:
         ours, others = read_results(RESULTS), read_results(args.same)
-        shared = sorted(ours.keys() & others.keys())
-        if not shared:
-            raise ValueError(f"`same`: {str(args.same)!r} has no table of docs/results.")
+        compared = [f"{name} ({pair})" for name, pair in comparable(ours, others)]
+        if not compared:
+            raise ValueError(f"`same`: {str(args.same)!r} has no table of docs/results that could be compared.")
         found = differences(ours, others)
-        print("\n".join(found) or f"the same: {', '.join(shared)}")
+        print("\n".join(found) or f"the same: {', '.join(compared)}")
         sys.exit(1 if found else 0)
     stale = [
         (file, text)

@@ -699,13 +699,18 @@ def test_another_run_is_the_same_or_not(published, tmp_path, capsys):
     folder, _, run = published
     again = tmp_path / "again"
     again.mkdir()
-    for empty in (again, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="`same`: '.*' has no table of docs/results"):
-            run("--same", str(empty))
+    for place in (again, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="`same`: '.*' has no table of docs/results that could be compared"):
+            run("--same", str(place))
+    for file, content in (("f", table_of(q={})), ("times", table_of(p={}))):  # of another pair; times
+        (folder / "times.json").write_text(json.dumps(table_of(p={"holds_times": True})))
+        (again / f"{file}.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="no table of docs/results that could be compared"):
+            run("--same", str(again))
     (again / "f.json").write_text(json.dumps(table_of(p={})))
     (again / "g.json").write_text(json.dumps(table_of(p={})))
     assert run("--same", str(again)) == 0
-    assert capsys.readouterr().out == "the same: f\n"
+    assert capsys.readouterr().out == "the same: f (p)\n"
     (again / "f.json").write_text(json.dumps(table_of(p={"rows": [{"a": 1.5}]})))
     assert run("--same", str(again)) == 1
     assert capsys.readouterr().out == "f, p, row 0: a 1.0 and 1.5\n"
