@@ -80,7 +80,7 @@ def fill(text: str, results: dict[str, dict[str, Any]]) -> str:
     named after `rows`, by their place, e.g. `rows 0 2 3`.
 
     Raises:
-        ValueError: for a marker without an end, or one that names what there is not.
+        ValueError: for a marker without an end of its own, or one that names a table, column or row that there is not.
     """
     lines, done = text.split("\n"), []
     while lines:
@@ -92,13 +92,19 @@ def fill(text: str, results: dict[str, dict[str, Any]]) -> str:
         name, pair, *rest = words
         if name not in results or pair not in results[name]["pairs"]:
             raise ValueError(f"{line!r} names results that there are not: have {sorted(results)}.")
-        if "<!-- end -->" not in lines:
+        behind = [other for other in lines if other == "<!-- end -->" or other.startswith("<!-- results: ")]
+        if not behind or behind[0] != "<!-- end -->":
             raise ValueError(f"{line!r} has no <!-- end --> behind it.")
         found = results[name]["pairs"][pair]
         keys, places = rest, []
         if "rows" in rest:
             cut = rest.index("rows")
             keys, places = rest[:cut], [int(place) for place in rest[cut + 1 :]]
+        legal = [column[1] for column in found["columns"]]
+        if not set(keys) <= set(legal) or not all(0 <= place < len(found["rows"]) for place in places):
+            raise ValueError(
+                f"{line!r} must name columns among {', '.join(legal)} and {len(found['rows'])} rows from 0."
+            )
         columns = [column for column in found["columns"] if not keys or column[1] in keys]
         rows = [found["rows"][place] for place in places] if places else found["rows"]
         done += ["", table(columns, rows), "", "<!-- end -->"]

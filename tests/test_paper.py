@@ -623,6 +623,11 @@ def test_a_text_is_filled_with_tables():
         results.fill("<!-- results: g p -->\n<!-- end -->", found)
     with pytest.raises(ValueError, match="has no <!-- end --> behind it"):
         results.fill("<!-- results: f p -->\n", found)
+    with pytest.raises(ValueError, match="'<!-- results: f p a -->' has no <!-- end --> behind it"):
+        results.fill("<!-- results: f p a -->\nwhat would be lost\n<!-- results: f p -->\n<!-- end -->", found)
+    for wrong in ("c", "a c", "a rows 2", "rows -1"):
+        with pytest.raises(ValueError, match="f p .* must name columns among a, b and 2 rows from 0"):
+            results.fill(f"<!-- results: f p {wrong} -->\n<!-- end -->", found)
 
 
 def test_published_tables_are_what_their_files_say():
