@@ -594,6 +594,63 @@ def test_the_command_refuses_what_there_is_not(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "embedded").exists()
 
 
+@pytest.fixture
+def run_paper(tmp_path, monkeypatch):
+    """Runs recipes/paper.py on a table of a kind of its own, whose single job writes a number."""
+    from paper_tables import Result
+
+    script = tmp_path / "number.py"
+    script.write_text(
+        "import os, sys\nopen(sys.argv[1], 'w').write(sys.argv[2] or [][0])\nassert 'OMP_NUM_THREADS' in os.environ"
+    )
+    (tmp_path / "pair.yaml").write_text(
+        yaml.safe_dump({"title": "P", "model": "m", "teacher_model": "t", "dataset": "d", "sizes": {"test": 1}})
+    )
+    spec = {"title": "T", "text": "What it is.", "kind": "number", "pairs": [str(tmp_path / "pair.yaml")]}
+
+    def number(pipeline, spec):
+        output = pipeline.folder / "number"
+        job = pipeline.add("number", output, [str(script), str(output), str(spec["number"])])
+        columns = [("number", "n", "0f"), ("nothing", "m", "text")]
+        return lambda: Result(columns, [{"n": float(job.output.read_text())}], ["a note"], ["python x"])
+
+    monkeypatch.setitem(paper.KINDS, "number", number)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of this process too: main sets it
+
+    def run(*arguments, **changes):
+        (tmp_path / "table.yaml").write_text(yaml.safe_dump(spec | {"number": 7} | changes))
+        folders = ["--output_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+        paper.main(["--tables", str(tmp_path / "table.yaml"), *folders, *arguments])
+
+    return run
+
+
+def test_a_table_is_made_from_its_jobs_and_again_where_they_change(tmp_path, run_paper, monkeypatch, capsys):
+    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    text = "<!-- results: another_table p -->\n<!-- end -->\n"  # of docs/results, not of this folder
+    results.README.write_text(text)
+    run_paper("--dry_run")
+    assert "1 tables, 1 jobs, 1 of them to run" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+    for _ in range(2):
+        run_paper()
+    assert "1 jobs, 0 of them to run" in capsys.readouterr().out
+    content = json.loads((tmp_path / "results" / "table.json").read_text())
+    entry = content["pairs"]["pair"]
+    assert (content["title"], content["command"]) == ("T", "python recipes/paper.py --tables table")
+    assert entry["rows"] == [{"n": 7.0}] and entry["seeds"] == "0 to 2" and entry["commands"] == ["python x"]
+    page = (tmp_path / "results" / "table.md").read_text()
+    assert page.startswith("# T\n\nWhat it is.\n\n```bash\npython recipes/paper.py --tables table\n```\n\n## P\n\n")
+    assert "| number |\n|---:|\n| 7 |\n\n- a note\n\nSeeds 0 to 2; " in page and "nothing" not in page
+    assert json.loads((tmp_path / "runs" / "pair" / "pair.json").read_text())["title"] == "P"
+    run_paper(number=8)
+    assert "| 8 |" in (tmp_path / "results" / "table.md").read_text()
+    with pytest.raises(jobs_module.JobFailed, match="IndexError"):
+        run_paper(number="")
+    assert "| 8 |" in (tmp_path / "results" / "table.md").read_text()
+    assert results.README.read_text() == text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
