@@ -166,6 +166,28 @@ def test_command_writes_the_splits(tmp_path, monkeypatch, capsys):
         assert [json.loads(line) for line in lines] == corpus.build_split(name, size, seed=0)
 
 
+def test_one_split_alone_is_what_it_is_among_all(tmp_path, monkeypatch, capsys):
+    command = ["corpus.py", "--output", str(tmp_path), "--seed", "4"]
+    for name in ("label", "tuning", "calibration", "test"):
+        command += [f"--num-{name}", "6"]
+    monkeypatch.setattr(sys, "argv", [*command, "--num-fresh", "5", "--num-words", "3"])
+    corpus.main()
+    everything = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(everything) == 6
+    assert [json.loads(line) for line in everything["fresh.jsonl"].splitlines()] == corpus.build_split("fresh", 5, 4)
+    for name in ("fresh", "test", "words"):
+        for file in tmp_path.iterdir():
+            file.write_text("kept")
+        monkeypatch.setattr(sys, "argv", [*command, "--num-fresh", "5", "--num-words", "3", "--only", name])
+        corpus.main()
+        found = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        assert found == dict.fromkeys(everything, b"kept") | {f"{name}.jsonl": everything[f"{name}.jsonl"]}
+    monkeypatch.setattr(sys, "argv", [*command, "--only", "train"])
+    with pytest.raises(SystemExit):
+        corpus.main()
+    assert "invalid choice: 'train'" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kinds of misconceptions
 
