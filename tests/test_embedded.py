@@ -166,6 +166,22 @@ def test_command_writes_the_splits(tmp_path, monkeypatch, capsys):
         assert [json.loads(line) for line in lines] == corpus.build_split(name, size, seed=0)
 
 
+def test_words_are_of_the_grammar_and_no_problems(tokenizer):
+    rows = corpus.build_words(40, seed=0)
+    known = {*corpus.NAMES, *corpus.NOUNS, *corpus.ADD_VERBS, *corpus.SUB_VERBS}
+    for row in rows:
+        assert set(row) == {"prompt"}  # nothing that could be graded or trained on
+        words = row["prompt"].split(" ")
+        assert len(words) == 30 and set(words) <= known and len(set(words)) > 5
+        ids = tokenizer(row["prompt"])["input_ids"]
+        assert tokenizer.unk_token_id not in ids and len(ids) > 30
+        assert tokenizer.decode(ids, skip_special_tokens=True) == row["prompt"]
+    assert len({row["prompt"] for row in rows}) == 40
+    assert corpus.build_words(60, seed=0)[:40] == rows != corpus.build_words(40, seed=1)
+    with pytest.raises(ValueError, match="`num_lines` must be at least 1, got -1"):
+        corpus.build_words(-1, seed=0)
+
+
 def test_one_split_alone_is_what_it_is_among_all(tmp_path, monkeypatch, capsys):
     command = ["corpus.py", "--output", str(tmp_path), "--seed", "4"]
     for name in ("label", "tuning", "calibration", "test"):

@@ -402,10 +402,15 @@ def build_split(name: str, num_problems: int, seed: int, kinds: KindFilter = ALL
 
 
 def build_words(num_lines: int, seed: int) -> list[dict[str, str]]:
-    """Rows with a `prompt` of 30 words of the grammar in any order: text that is no problem, of nothing unknown."""
+    """Rows with a `prompt` of 30 words of the grammar in any order: text that is no problem, of nothing unknown.
+
+    The first is a name: no other word is a token without a space in front of it.
+    """
+    if num_lines < 1:
+        raise ValueError(f"`num_lines` must be at least 1, got {num_lines}")
     rng = random.Random(f"words {seed}")
     words = (*NAMES, *NOUNS, *ADD_VERBS, *SUB_VERBS)
-    return [{"prompt": " ".join(rng.choices(words, k=30))} for _ in range(num_lines)]
+    return [{"prompt": " ".join([rng.choice(NAMES), *rng.choices(words, k=29)])} for _ in range(num_lines)]
 
 
 def write_jsonl(rows: list[dict], path: Path) -> None:
