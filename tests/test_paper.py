@@ -626,9 +626,10 @@ def run_paper(tmp_path, monkeypatch):
 
 
 def test_a_table_is_made_from_its_jobs_and_again_where_they_change(tmp_path, run_paper, monkeypatch, capsys):
-    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    readme = tmp_path / "README.md"
+    monkeypatch.setattr(results, "TEXTS", (readme,))
     text = "<!-- results: another_table p -->\n<!-- end -->\n"  # of docs/results, not of this folder
-    results.README.write_text(text)
+    readme.write_text(text)
     run_paper("--dry_run")
     assert "1 tables, 1 jobs, 1 of them to run" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
@@ -648,7 +649,7 @@ def test_a_table_is_made_from_its_jobs_and_again_where_they_change(tmp_path, run
     with pytest.raises(jobs_module.JobFailed, match="IndexError"):
         run_paper(number="")
     assert "| 8 |" in (tmp_path / "results" / "table.md").read_text()
-    assert results.README.read_text() == text
+    assert readme.read_text() == text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -726,7 +727,7 @@ def published(tmp_path, monkeypatch):
     readme.write_text("x\n<!-- results: f p -->\n<!-- end -->\ny\n")
     pages = results.pages
     monkeypatch.setattr(results, "RESULTS", folder)
-    monkeypatch.setattr(results, "pages", lambda: pages(folder, readme))
+    monkeypatch.setattr(results, "pages", lambda: pages(folder, (readme,)))
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["results.py", *arguments])
