@@ -115,10 +115,11 @@ class Jobs:
         """Runs what is missing, in the order in which it was added where inputs allow.
 
         Raises:
-            JobFailed: for the first command that fails; what runs beside it is stopped.
+            JobFailed: at the end, where a command failed; what reads its output was not run, everything else was.
         """
         todo = [job for job in self.all.values() if not self.is_done(job)]
         waiting, running = list(todo), {}
+        failures, left_out = [], set()
         if not todo:
             return
         os.environ.update(self.env)  # of the process that all are forked from, so before it starts
@@ -127,6 +128,11 @@ class Jobs:
         with tqdm(total=len(todo), unit="job", smoothing=0.05) as bar:
             try:
                 while waiting or running:
+                    dropped = [job for job in waiting if left_out.intersection(job.needs)]
+                    if dropped:
+                        left_out.update(dropped)
+                        waiting = [job for job in waiting if job not in left_out]
+                        continue  # until nothing is left that reads what there is not
                     pending = {*waiting, *running}
                     for job in [job for job in waiting if not pending.intersection(job.needs)]:
                         if len(running) == self.num_parallel or any(other.alone for other in running):
@@ -140,13 +146,22 @@ class Jobs:
                         if process.exitcode is None:
                             continue
                         del running[job]
-                        self._finish(job, process.exitcode, time.monotonic() - began)
+                        try:
+                            self._finish(job, process.exitcode, time.monotonic() - began)
+                        except JobFailed as error:
+                            left_out.add(job)
+                            failures.append(str(error))
+                            bar.write(f"{job.name} failed, see {self.log_of(job)}")
                         bar.update()
                     bar.set_postfix_str(", ".join(job.name for job in running), refresh=False)
             finally:
                 for process, _ in running.values():
                     process.terminate()
                     process.join()
+
+        if failures:
+            rest = len(left_out) - len(failures)
+            raise JobFailed("\n\n".join([*failures, f"{len(failures)} failed, {rest} that read them were not run."]))
 
     def seconds(self, job: Job) -> float:
         """What the job took when it ran."""

@@ -118,6 +118,17 @@ def test_two_jobs_of_one_name_are_refused_though_their_commands_are_not_known_ye
         jobs.add("a", tmp_path / "a", lambda: a.command)
 
 
+def test_what_does_not_read_a_failed_job_is_run(tmp_path, make):
+    jobs = Jobs(tmp_path, 1)
+    bad = make(jobs, "a", more=["fail"])
+    behind = make(jobs, "c", make(jobs, "b", bad))
+    make(jobs, "e", make(jobs, "d"))
+    with pytest.raises(jobs_module.JobFailed, match="1 failed, 2 that read them were not run"):
+        jobs.run()
+    assert (tmp_path / "order").read_text() == "de"
+    assert not jobs.is_done(behind) and [job.name for job in jobs.all.values() if jobs.is_done(job)] == ["d", "e"]
+
+
 def test_a_command_may_wait_for_what_earlier_jobs_found(tmp_path, make):
     jobs = Jobs(tmp_path, 1)
     a = make(jobs, "a")
