@@ -139,8 +139,8 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="write this part alone, divided as with all (default: all)")
     args = parser.parse_args()
     sizes = {name: getattr(args, name) for name in PARTS}
-    if min(sizes.values()) < 0 or not any(sizes.values()):
-        parser.error(f"the sizes must be 0 or more, and one of them above 0, got {sizes}")
+    if min(sizes.values()) < 0 or not any(sizes.values()) or sizes.get(args.only) == 0:
+        parser.error(f"the sizes must be 0 or more, and one of them, or that of --only, above 0, got {sizes}")
     parts = divide(args.dataset, {name: size for name, size in sizes.items() if size}, args.seed)
     for name, problems in parts.items():
         if args.only not in (None, name):

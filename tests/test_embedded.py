@@ -198,10 +198,18 @@ def test_one_split_alone_is_what_it_is_among_all(tmp_path, monkeypatch, capsys):
         corpus.main()
         found = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
         assert found == dict.fromkeys(everything, b"kept") | {f"{name}.jsonl": everything[f"{name}.jsonl"]}
-    monkeypatch.setattr(sys, "argv", [*command, "--only", "train"])
-    with pytest.raises(SystemExit):
-        corpus.main()
-    assert "invalid choice: 'train'" in capsys.readouterr().err
+    for arguments, message in [
+        (["--only", "train"], "invalid choice: 'train'"),
+        (["--only", "fresh"], "above 0 for the one of --only, got {.*'fresh': 0"),  # that is how many there are
+        (["--only", "words", "--num-words", "0"], "got {.*'words': 0"),
+        (["--num-words", "-1"], "must be 0 or more, .*'words': -1"),
+        (["--num-test", "-5"], "must be 0 or more, .*'test': -5"),
+    ]:
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            corpus.main()
+        assert re.search(message, capsys.readouterr().err)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -822,9 +822,12 @@ def test_one_part_is_what_it_is_among_all(tmp_path, monkeypatch):
         splits.main()
     assert [file.name for file in (tmp_path / "tuning").iterdir()] == ["tuning.jsonl"]
     assert (tmp_path / "tuning" / "tuning.jsonl").read_bytes() == (tmp_path / "None" / "tuning.jsonl").read_bytes()
-    monkeypatch.setattr(sys, "argv", ["splits.py", "--dataset", str(source), "--output_dir", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        splits.main()
+    command = ["splits.py", "--dataset", str(source), "--output_dir", str(tmp_path / "none")]
+    for sizes in ([], ["--label", "-1", "--test", "5"], ["--label", "5", "--only", "test"], ["--only", "test"]):
+        monkeypatch.setattr(sys, "argv", [*command, *sizes])
+        with pytest.raises(SystemExit, match="2"):
+            splits.main()
+    assert not (tmp_path / "none").exists()
 
 
 def test_times_are_not_in_the_tables():

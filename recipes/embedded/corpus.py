@@ -444,9 +444,11 @@ def main() -> None:
         kinds = KindFilter(frozenset(args.without), frozenset(args.only_with))
     except ValueError as error:
         parser.error(str(error))
-    for name in [*sizes, WORDS] if args.only is None else [args.only]:
-        number = getattr(args, f"num_{name}")
-        if number == 0:
+    numbers = {name: getattr(args, f"num_{name}") for name in (*sizes, WORDS)}
+    if min(numbers.values()) < 0 or numbers.get(args.only) == 0:
+        parser.error(f"sizes must be 0 or more, and above 0 for the one of --only, got {numbers}")
+    for name, number in numbers.items():
+        if number == 0 or args.only not in (None, name):
             continue
         rows = build_words(number, args.seed) if name == WORDS else build_split(name, number, args.seed, kinds)
         write_jsonl(rows, args.output / f"{name}.jsonl")
