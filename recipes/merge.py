@@ -23,6 +23,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.output_dir / "config.json").is_file():
         raise ValueError(f"`output_dir`: {str(args.output_dir)!r} holds a model already.")
+    if args.output_dir.exists() and (args.output_dir.is_file() or any(args.output_dir.iterdir())):
+        raise ValueError(f"`output_dir` must be a new or empty folder, got {str(args.output_dir)!r}.")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     merged = PeftModel.from_pretrained(model, args.adapter).merge_and_unload()
     temporary = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}.tmp")

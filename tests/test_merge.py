@@ -66,7 +66,12 @@ def test_a_folder_that_holds_something_is_not_overwritten(folder, tmp_path, monk
     with pytest.raises(ValueError, match="`output_dir`: '.*other' holds a model already"):
         run(folder, tmp_path / "other", monkeypatch)
     assert (tmp_path / "other" / "model.safetensors").read_bytes() == weights
-    assert [file.name for file in tmp_path.iterdir()] == ["other"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    for output in (tmp_path / "notes", tmp_path / "notes" / "mine.txt"):
+        with pytest.raises(ValueError, match="`output_dir` must be a new or empty folder, got '.*notes"):
+            run(folder, output, monkeypatch)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["notes", "other"]
 
 
 def test_an_empty_folder_is_filled(folder, tmp_path, monkeypatch):
