@@ -14,7 +14,8 @@ import torch
 from tiny import lora_model, tiny_model
 from transformers import AutoTokenizer
 
-from transformers_s2t import SelectorConfig
+from transformers_s2t import FusionWeights, SelectorConfig
+from transformers_s2t.fusion import fused_scores
 from transformers_s2t.reserved_tokens import find_reserved_token_ids, vocab_hash
 from transformers_s2t.seen_problems import write_seen_problems
 from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_labels, write_header, write_shard
@@ -312,6 +313,52 @@ def test_prior_and_zero_shot_are_controls_that_know_what_they_were_made_with(bed
     assert scored[None] != scored["?"] != scored["+"]
 
 
+def test_a_bare_score_keeps_the_first_candidate_unless_another_is_higher_by_the_margin(bed, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    scores_NK = torch.randint(0, 9, (300, 4), generator=generator) / 8  # ties, and gaps of just the margin
+    mask_NK = torch.rand(300, 4, generator=generator) < 0.7
+    mask_NK[:, 0] = True
+    logprobs_NK = torch.randn(300, 4, generator=generator)
+    for margin in (0.0, 0.25, 0.5, 1.0):
+        args = arguments(bed, tmp_path, bare_margin=margin)
+        fusion = Policy.parse("s2t-local-bare:always").decoding_config(args).fusion
+        choices = fused_scores(scores_NK, logprobs_NK, mask_NK, fusion).argmax(-1).tolist()
+        for choice, scores, mask in zip(choices, scores_NK.tolist(), mask_NK.tolist()):
+            offered = [k for k in range(4) if mask[k]]
+            best = max(offered[1:], key=lambda k: scores[k], default=0)  # the first of equals
+            assert choice == (best if scores[best] > scores[0] + margin else 0)
+        for text in ("s2t:always", "second:always", "random:always", "zero-shot:always"):
+            assert Policy.parse(text).fusion(args) == FusionWeights()
+        assert Policy.parse("s2t-local:always").fusion(args) is None  # the adapter's own
+    assert choices == [0] * 300  # nothing in [0, 1] is higher by 1
+
+
+def test_a_margin_is_run_anew_and_flips_by_it_alone(bed, tmp_path):
+    policies = ["s2t-local-bare:always", "s2t-local:always"]
+
+    def measure(margin):
+        rows = evaluate.evaluate(arguments(bed, tmp_path, policies=policies, bare_margin=margin))["rows"]
+        _, records = evaluate.read_records(tmp_path / "records" / rows[0]["records"][0])
+        flips = 0
+        for record in records:
+            for step, (_, candidates) in record["asked"].items():
+                ids, scores = [candidate[0] for candidate in candidates], [candidate[1] for candidate in candidates]
+                gap = max(scores[1:]) - scores[0]
+                if abs(gap - margin) > 1e-3:  # four decimals are kept
+                    expected = ids[1 + scores[1:].index(max(scores[1:]))] if gap > margin else ids[0]
+                    assert record["tokens"][int(step)] == expected
+                flips += record["kinds"][int(step)] == "f"
+        return rows, flips
+
+    fused, flips = [], {}
+    for margin in (0.0, 0.1, 1.0, 0.0):
+        rows, found = measure(margin)
+        assert flips.setdefault(margin, found) == found  # and back
+        fused.append(rows[1]["flip_rate"])
+    assert len(set(fused)) == 1 and fused[0] > 0  # with the adapter's own fusion nothing changes
+    assert flips[0.0] > flips[0.1] > flips[1.0] == 0  # scores are in [0, 1]: nothing can be higher by 1
+
+
 def test_labels_of_another_tokenizer_are_no_prior(bed, tmp_path):
     labels = make_labels(bed, tmp_path / "labels", ["a"], [40])
     write_header(tmp_path / "labels", replace(read_header(labels), vocab_hash="0" * 16))
@@ -400,6 +447,9 @@ def test_bad_arguments_fail_before_anything_is_written(bed, tmp_path, changes, m
         ({"limit": 0}, "`limit` must be at least 1, got 0"),
         ({"temperature": 0.0}, "`temperature` must be above 0, got 0.0"),
         ({"answer_style": "x"}, "`answer_style` must be one of 'hash', 'math', 'auto', got 'x'"),
+        ({"bare_margin": -0.1}, r"`bare_margin` must be in \[0, 1\], as scores are, got -0.1"),
+        ({"bare_margin": 1.5}, r"`bare_margin` must be in \[0, 1\], as scores are, got 1.5"),
+        ({"bare_margin": float("nan")}, r"`bare_margin` must be in \[0, 1\], as scores are, got nan"),
         ({"num_candidates": 80}, r"`num_candidates` must be an integer in \[1, 64\], got 80"),
     ],
 )
