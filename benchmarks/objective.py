@@ -88,6 +88,9 @@ def read_out(num_heads: int = 1, layers_below: int = 0) -> Iterator[Callable[[Pr
 
     Yields:
         a function to be called with every model that trains or scores.
+
+    Raises:
+        ValueError: where that function gets a model that has no such layer.
     """
     handles = []
 
@@ -95,6 +98,10 @@ def read_out(num_heads: int = 1, layers_below: int = 0) -> Iterator[Callable[[Pr
         if not layers_below:
             return
         decoder, kept = model.get_decoder(), {}
+        if not 0 < layers_below < len(decoder.layers):
+            raise ValueError(
+                f"`layers_below` must be below the model's {len(decoder.layers)} layers, got {layers_below}."
+            )
         layer = decoder.layers[len(decoder.layers) - 1 - layers_below]
 
         def keep(module, inputs, output):

@@ -128,6 +128,17 @@ def test_the_hidden_state_is_that_of_a_lower_layer_behind_the_norm(layers_below,
     assert (layers_below == 0) == torch.equal(expected, plain)
 
 
+@pytest.mark.parametrize("layers_below", [3, 5, -1])
+def test_a_layer_that_the_model_does_not_have_is_refused(layers_below):
+    """Counted from the other end it would be another layer, and the figure that of another variant."""
+    model = tiny_model(num_hidden_layers=NUM_LAYERS)
+    hooks = forward_hooks(model)
+    with pytest.raises(ValueError, match=f"`layers_below` must be below the model's 3 layers, got {layers_below}"):
+        with objective.read_out(layers_below=layers_below) as prepare:
+            prepare(model)
+    assert forward_hooks(model) == hooks
+
+
 def scores_one_by_one(selector, labels, layers_below, num_heads):
     """Scores of every candidate of every point, from a whole text each, in the order of `score_labels`."""
     naive = NaiveModel(tiny_model(num_hidden_layers=NUM_LAYERS), selector)
