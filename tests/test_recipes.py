@@ -330,6 +330,8 @@ def test_agreement_reports_the_controls_and_refuses_shared_problems(run, tmp_pat
     assert list(report["hit_at_k"].values()) == sorted(report["hit_at_k"].values())
     names = set(report["agree_at_1"]["choice"])
     assert {"student first", "second candidate", "random candidate", "token prior", "s2t-local"} <= names
+    assert -1 <= report["agree_at_1"]["choice"]["s2t-local, fused"]["spearman"] <= 1
+    assert set(report["meta"]) >= {"points", "kl_points", "choice_points"}
     with pytest.raises(ValueError, match="share 25 problems"):
         same = str(folder / "labels" / "test")
         run["agreement"].main(["--labels", same, "--train_labels", same, *arguments])
