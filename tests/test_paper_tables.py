@@ -345,7 +345,8 @@ def test_thresholds_are_calibrated_where_a_policy_needs_them(make_pipeline):
     always = names(["greedy", "s2t-local:always", "s2t:always"])
     assert always and not any(map(decodes, always))
     assert sum(map(decodes, names(["greedy", "second:kl:0.1"]))) == NUM_SEEDS
-    assert len(names(["s2t-local:always"], learning_rates={})) == NUM_SEEDS
+    alone = names(["s2t-local:always"], learning_rates={})
+    assert len(alone) == NUM_SEEDS and not any(map(decodes, alone))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
