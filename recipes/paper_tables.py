@@ -179,11 +179,16 @@ def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
                 found.append((divergence_T[start + position - row["prompt_length"]], rank, len(ids)))
         divergence_N, rank_N, width_N = np.array(found).T
         hits = [k for k in spec["hits"] if k <= width_N.min()]  # beyond what was stored nobody knows
-        rows, low = [], 0.0
+        rows, low, missing = [], 0.0, []
         for high in spec["buckets"]:
             upper = np.inf if low == 0 else np.quantile(divergence_T, 1 - low)
             lower = np.quantile(divergence_T, 1 - high)
             inside_N = (divergence_N >= lower) & (divergence_N < upper)
+            num_tokens = int(((divergence_T >= lower) & (divergence_T < upper)).sum())
+            if inside_N.sum() < num_tokens:  # beyond the threshold of the labels, which was estimated on some of them
+                missing.append(
+                    f"{int(inside_N.sum())} of the {num_tokens} tokens from {low:.0%} to {high:.0%} are labelled"
+                )
             row = {"bucket": f"top {100 * low:g} to {100 * high:g} %", "points": int(inside_N.sum())}
             row |= {f"hit{k}": 100 * float((rank_N[inside_N] < k).mean()) for k in hits}
             rows.append(row | {"divergence": float(lower)})
@@ -191,6 +196,7 @@ def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
         columns = [("tokens by KL(teacher ‖ student)", "bucket", "text"), ("KL from, nats", "divergence", "2f")]
         columns += [("points", "points", "count"), *((f"Hit@{k}", f"hit{k}", "1f") for k in hits)]
         notes = [f"{len(data)} greedy texts of the small model, {len(divergence_T)} tokens."]
+        notes += [f"{', '.join(missing)}: those above the label run's threshold, or with a choice."] if missing else []
         return Result(columns, rows, notes, [job_text(labels)])
 
     return collect
