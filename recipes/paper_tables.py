@@ -489,7 +489,7 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
                     gain_N = 100 * (right_SN - greedy_SN).mean(0)
                     row |= {"gain": float(gain_N.mean()), "gain_ci": bootstrap_interval(gain_N)}
                     helped = ((right_SN > greedy_SN).sum(1), (right_SN < greedy_SN).sum(1))
-                    row["flips"] = " / ".join(f"{values.mean():g}" for values in helped)
+                    row["flips"] = " / ".join(f"{round(values.mean(), 1):g}" for values in helped)
                     row["mcnemar_p"] = max(mcnemar(int(good), int(bad)) for good, bad in zip(*helped))
                 rows.append(row)
             ours = "s2t-local:always"
