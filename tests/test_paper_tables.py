@@ -235,7 +235,8 @@ def test_hits_by_bucket_of_divergence(make_pipeline, random):
         start = end
     assert [row["points"] for row in result.rows[:4]] == [2, 2, 6, 10]
     assert result.rows[1]["bucket"] == "top 1 to 2 %"
-    assert result.notes == ["20 greedy texts of the small model, 200 tokens."]
+    assert result.notes[0] == "20 greedy texts of the small model, 200 tokens."
+    assert result.notes[1].startswith("34 of the 180 tokens from 10% to 100% are labelled")
     assert "| top 5 to 10 % |" in rendered(result) and len(result.commands) == 1
 
 
@@ -439,7 +440,8 @@ def test_accuracy_by_number_of_labels(make_pipeline, random):
     result = collect()
     for row, (number, calibration) in zip(result.rows, ((10, "calibration6"), (50, "calibration")), strict=True):
         assert row["problems"] == number
-        assert row["label_tokens"] == tokens[f"label{number}"] and row["calibration_tokens"] == tokens[calibration]
+        assert row["tokens"] == tokens[f"label{number}"] + tokens[calibration]
+        assert row["imitation_tokens"] == tokens[f"label{number}"]
         for method, rate in (("s2t-local", 0.1), ("sft", 0.4), ("kd", 0.6)):
             assert row[method] == pytest.approx(100 * right[method, number].mean())
             assert row[f"{method}_rate"] == rate
