@@ -26,7 +26,7 @@ from splits import is_bed, split_command
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from transformers_s2t.config import CALIBRATION_NAME
+from transformers_s2t.config import CALIBRATION_NAME, write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
 
 
@@ -179,10 +179,7 @@ def check_same_run(file: Path, settings: dict) -> None:
         ValueError: naming what differs. Mixing labels of one pair with selectors of another would go unnoticed.
     """
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp")
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_json(file, settings)
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     for name, value in settings.items():

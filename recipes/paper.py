@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import results
+import torch
 import yaml
 from commands import run
+from evaluate import versions
 from jobs import JobFailed, Jobs
 from paper_tables import KINDS
 from pipeline import Pair, Pipeline, note_pair
@@ -87,15 +89,7 @@ def read_table(file: Path) -> dict[str, Any]:
     return {"name": file.stem} | spec
 
 
-def versions() -> dict[str, str]:
-    from evaluate import versions as of_libraries
-
-    return of_libraries()
-
-
 def describe_device() -> str:
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return "CPU, one thread per process"
@@ -133,8 +127,6 @@ def main(arguments: list[str] | None = None) -> None:
             pairs[name] = Pair.load(find(name, PAPER / "pairs", "pairs"), args.data)
         except FileNotFoundError as error:
             absent[name] = str(error)
-    import torch
-
     has_gpu = torch.cuda.is_available()
     out = Path(args.output_dir)
     env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -159,6 +159,11 @@ class Base:
         ]
         return cls(pipeline, labels, calibration, sweep, adapters)
 
+    def imitation(self, method: str) -> tuple[Sweep, list[Job | Sweep]]:
+        """The sweep of "sft" or "kd" on the same labels, and one training for each seed at its best rate."""
+        sweep = self.pipeline.sweep(method, self.labels, calibration=self.calibration)
+        return sweep, self.pipeline.best(sweep, self.labels, calibration=self.calibration)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The kinds
@@ -214,8 +219,7 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
     sweeps = {} if base.sweep is None else {"s2t-local": base.sweep}
     tuned = []
     for method in spec.get("baselines", ()):
-        sweeps[method] = pipeline.sweep(method, base.labels, calibration=base.calibration)
-        trained = pipeline.best(sweeps[method], base.labels, calibration=base.calibration)
+        sweeps[method], trained = base.imitation(method)
         tuned += [(method, job) for job in trained]
     wanted = list(dict.fromkeys([*spec["policies"], *spec.get("baselines", ())]))
     options = {}
@@ -451,17 +455,13 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
     base = Base.of(pipeline)
     runs = {}
     for method in spec["methods"]:
-        sweep = pipeline.sweep(method, base.labels, calibration=base.calibration)
-        for seed, imitation in enumerate(pipeline.best(sweep, base.labels, calibration=base.calibration)):
+        for seed, imitation in enumerate(base.imitation(method)[1]):
             on_top = pipeline.on_top_of(imitation, f"{method}{seed}")
             calibration = on_top.labels("calibration")
             labels = on_top.labels("fresh", **spec.get("label", {}))
             adapter = on_top.selector(labels, seed, calibration=calibration, decode=False)
-            more = {}
             wanted = ["greedy", "s2t-local:always", "s2t-local-bare:always", "s2t:always"]
-            more["teacher_model"] = pipeline.teacher_model
-            job = on_top.evaluation(f"{spec['name']}-{method}", policies=wanted, adapters=[adapter], **more)
-            runs[method, seed] = job
+            runs[method, seed] = on_top.evaluation(f"{spec['name']}-{method}", policies=wanted, adapters=[adapter])
     name = f"{spec['name']}-alone"
     alone = pipeline.evaluation(name, policies=["greedy", "s2t-local:always"], adapters=base.adapters)
 
@@ -507,11 +507,7 @@ def retention(pipeline: Pipeline, spec: dict) -> Collect:
     """How far each method moves the model on text that it was not trained for, by recipes/retention.py."""
     base = Base.of(pipeline)
     labels = pipeline.labels("test")
-    tuned = []
-    for method in spec["methods"]:
-        sweep = pipeline.sweep(method, base.labels, calibration=base.calibration)
-        trained = pipeline.best(sweep, base.labels, calibration=base.calibration)
-        tuned += [(method, job) for job in trained]
+    tuned = [(method, job) for method in spec["methods"] for job in base.imitation(method)[1]]
     needs = [labels, *base.adapters, *(job for _, job in tuned)]
     text = dict(pipeline.pair.other_text)
     if not text:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
+
+from transformers_s2t.config import atomic_write
 
 
 def fingerprint(source: str) -> str:
@@ -30,15 +31,9 @@ def fingerprint(source: str) -> str:
 
 def write_records(file: Path, header: dict, records: list[dict]) -> None:
     """One JSON line for the header and one per record, all or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as out:
-            for line in (header, *records):
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(file) as out:
+        for line in (header, *records):
+            out.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def read_records(file: Path, settings_hash: str | None = None) -> tuple[dict, list[dict]] | None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from commands import run
 from problems import SUFFIXES, Problem, load_problems, split_by_id
 
+from transformers_s2t.config import atomic_write
+
 
 PARTS = ("label", "tuning", "calibration", "test", "fresh")
 BED_PARTS = (*PARTS, "words")  # words: what a bed writes that is no problem
@@ -122,11 +124,9 @@ def divide(source: str, sizes: Mapping[str, int], seed: int) -> dict[str, list[P
 
 
 def write_problems(file: Path, problems: list[Problem]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
     lines = [json.dumps({"id": p.id, "prompt": p.prompt, "answer": p.answer}, ensure_ascii=False) for p in problems]
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    with atomic_write(file) as out:
+        out.write(("\n".join(lines) + "\n").encode("utf-8"))
 
 
 def main() -> None:
