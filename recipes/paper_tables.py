@@ -441,7 +441,12 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
         columns += [("S2T-Local", "s2t-local", "interval"), ("LoRA on the teacher's texts", "sft", "interval")]
         columns += [("LoRA distillation", "kd", "interval"), ("S2T-Local − texts", "over_sft", "signed interval")]
         columns += [("S2T-Local − distillation", "over_kd", "signed interval")]
-        return Result(columns, rows, [], commands)
+        notes = [
+            f"{number} problems, {training_rate_note(method, runs[number, method][2])}"
+            for method in METHODS
+            for number in spec["problems"]
+        ]
+        return Result(columns, rows, notes, commands)
 
     return collect
 

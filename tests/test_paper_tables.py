@@ -450,6 +450,9 @@ def test_accuracy_by_number_of_labels(make_pipeline, random):
             assert row[f"over_{method}"] == pytest.approx(sum(gap) / NUM_PROBLEMS)
             assert row[f"over_{method}_ci"] == pytest.approx(interval_of(gap))
     assert rendered(result).count("\n") == 3 and len(result.commands) == 6
+    assert len(result.notes) == 6 and "0.4 taken" in next(
+        note for note in result.notes if note.startswith("50 problems, sft")
+    )
     for name, job in pipeline.jobs.all.items():  # as many epochs for all, and each from its own labels
         if name.startswith("p-train-"):
             arguments = job.arguments()
