@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,8 @@ class Job:
         needs: jobs that must be finished before.
         folder: what others read, where that is not `output` itself.
         alone: runs with no other job beside it, because it measures time.
+        only_if: asked when what it needs is finished. Where it says no the job is not run, and what needs it does not
+            wait for it.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Job:
     needs: tuple[Job, ...] = ()
     folder: Path | None = None
     alone: bool = False
+    only_if: Callable[[], bool] | None = None
 
     @property
     def path(self) -> Path:
@@ -84,6 +87,7 @@ class Jobs:
         command: list[str] | Callable[[], list[str]],
         needs: tuple[Job, ...] = (),
         folder: Path | None = None,
+        only_if: Callable[[], bool] | None = None,
     ) -> Job:
         """The job of that name; asked for twice it is one job.
 
@@ -97,19 +101,43 @@ class Jobs:
                 told = ["a command that is known later" if callable(c) else typed(c) for c in (job.command, command)]
                 raise ValueError(f"Two jobs are named {name!r}: {told[0]} and {told[1]}.")
             return job
-        self.all[name] = Job(name, output, command, needs, folder)
+        self.all[name] = Job(name, output, command, needs, folder, only_if=only_if)
         return self.all[name]
 
     def is_done(self, job: Job) -> bool:
-        """Whether it and all that it reads are finished and as they were then."""
+        """Whether it and all that it reads are finished and as they were then; or it is not to be run."""
+        return job not in self.missing([job])
+
+    def missing(self, asked: Iterable[Job] | None = None) -> list[Job]:
+        """Those of the jobs asked for (all, by default) that are not done; among them those of which it is not known
+        yet whether they are to be run."""
+        done: dict[Job, bool] = {}
+
+        def look(job: Job) -> bool:
+            if job not in done:
+                done[job] = all(look(need) for need in job.needs) and (self._is_left_out(job) or self._is_stamped(job))
+            return done[job]
+
+        return [job for job in (self.all.values() if asked is None else asked) if not look(job)]
+
+    def _is_stamped(self, job: Job) -> bool:
+        """Whether the job, all of whose inputs are finished, is so too."""
         stamp = self._read_stamp(job)
         return (
             stamp is not None
             and job.output.exists()
-            and all(self.is_done(need) for need in job.needs)
             and stamp["command"] == typed(job.arguments())
-            and stamp["inputs"] == {need.name: self._read_stamp(need)["finished"] for need in job.needs}
+            and stamp["inputs"] == self._inputs(job)
         )
+
+    def _is_left_out(self, job: Job) -> bool:
+        return job.only_if is not None and not job.only_if()
+
+    def _inputs(self, job: Job) -> dict[str, float | None]:
+        """When each of its inputs was finished; `None` for one that was not to be run."""
+        return {
+            need.name: None if self._is_left_out(need) else self._read_stamp(need)["finished"] for need in job.needs
+        }
 
     def run(self) -> None:
         """Runs what is missing, in the order in which it was added where inputs allow.
@@ -117,9 +145,9 @@ class Jobs:
         Raises:
             JobFailed: at the end, where a command failed; what reads its output was not run, everything else was.
         """
-        todo = [job for job in self.all.values() if not self.is_done(job)]
+        todo = self.missing()
         waiting, running = list(todo), {}
-        failures, left_out = [], set()
+        failures, behind_failures = [], set()
         if not todo:
             return
         os.environ.update(self.env)  # of the process that all are forked from, so before it starts
@@ -128,13 +156,19 @@ class Jobs:
         with tqdm(total=len(todo), unit="job", smoothing=0.05) as bar:
             try:
                 while waiting or running:
-                    dropped = [job for job in waiting if left_out.intersection(job.needs)]
+                    dropped = [job for job in waiting if behind_failures.intersection(job.needs)]
                     if dropped:
-                        left_out.update(dropped)
-                        waiting = [job for job in waiting if job not in left_out]
+                        behind_failures.update(dropped)
+                        waiting = [job for job in waiting if job not in behind_failures]
                         continue  # until nothing is left that reads what there is not
                     pending = {*waiting, *running}
-                    for job in [job for job in waiting if not pending.intersection(job.needs)]:
+                    ready = [job for job in waiting if not pending.intersection(job.needs)]
+                    left_out = [job for job in ready if self._is_left_out(job)]
+                    if left_out:
+                        waiting = [job for job in waiting if job not in left_out]
+                        bar.total -= len(left_out)
+                        continue  # others may have waited for these
+                    for job in ready:
                         if len(running) == self.num_parallel or any(other.alone for other in running):
                             break
                         if job.alone and running:
@@ -149,7 +183,7 @@ class Jobs:
                         try:
                             self._finish(job, process.exitcode, time.monotonic() - began)
                         except JobFailed as error:
-                            left_out.add(job)
+                            behind_failures.add(job)
                             failures.append(str(error))
                             bar.write(f"{job.name} failed, see {self.log_of(job)}")
                         bar.update()
@@ -160,12 +194,12 @@ class Jobs:
                     process.join()
 
         if failures:
-            rest = len(left_out) - len(failures)
+            rest = len(behind_failures) - len(failures)
             raise JobFailed("\n\n".join([*failures, f"{len(failures)} failed, {rest} that read them were not run."]))
 
     def seconds(self, job: Job) -> float:
-        """What the job took when it ran."""
-        return self._read_stamp(job)["seconds"]
+        """What the job took when it ran; 0 if it was not to be run."""
+        return 0.0 if self._is_left_out(job) else self._read_stamp(job)["seconds"]
 
     def log_of(self, job: Job) -> Path:
         return self.folder / "logs" / f"{job.name}.log"
@@ -195,7 +229,7 @@ class Jobs:
             raise JobFailed(f"{end}\n\nFailed ({why}): {typed(job.arguments())}\nLog: {self.log_of(job)}")
         stamp = {
             "command": typed(job.arguments()),
-            "inputs": {need.name: self._read_stamp(need)["finished"] for need in job.needs},
+            "inputs": self._inputs(job),
             "finished": time.time(),
             "seconds": round(seconds, 1),
         }

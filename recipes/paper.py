@@ -146,11 +146,15 @@ def main(arguments: list[str] | None = None) -> None:
             planned.append((spec, pair, KINDS[spec["kind"]](pipelines[name], spec)))
     for reason in absent.values():
         print(f"Left out, its tables stay as they are: {reason}")
-    todo = [job for job in jobs.all.values() if not jobs.is_done(job)]
-    print(f"{len(planned)} tables, {len(jobs.all)} jobs, {len(todo)} of them to run, {num_parallel} side by side")
+    todo = jobs.missing()
+    perhaps = sum(job.only_if is not None for job in todo)
+    more = f", {perhaps} only where a best learning rate is at the end of those tried" if perhaps else ""
+    print(
+        f"{len(planned)} tables, {len(jobs.all)} jobs, {len(todo)} of them to run{more}; {num_parallel} side by side"
+    )
     if args.dry_run:
         for job in todo:
-            print(f"  {job.name}")
+            print(f"  {job.name}{' (perhaps)' if job.only_if else ''}")
         return
     for pair in pairs.values():
         note_pair(pair, out / pair.name)

@@ -389,7 +389,7 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
 def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy by number of label problems, for S2T-Local and both imitations; each with its best learning rate.
 
-    `problems`: numbers. `rates`: method -> learning rates tried. `epochs`: number -> passes over the problems, the
+    `problems`: numbers. `epochs`: number -> passes over the problems, the
     same for all. `samples`: texts of each problem that S2T-Local learns from, sampled, in as many fewer passes.
     """
     runs: dict[tuple[int, str], tuple] = {}
@@ -405,8 +405,7 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
             if method == "s2t-local" and samples > 1:
                 texts = pipeline.labels("label", number, rollout_policy="sample", num_rollouts=samples)
                 options["num_train_epochs"] = epochs / samples
-            rates = spec["rates"][method]
-            sweep = pipeline.sweep(method, texts, calibration=calibration, rates=rates, **options)
+            sweep = pipeline.sweep(method, texts, calibration=calibration, **options)
             trained = pipeline.best(sweep, texts, calibration=calibration, **options)
             if method == "s2t-local":
                 label, more = spec["policy"], {"adapters": trained}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, write
 METHODS = ("s2t-local", "sft", "kd")
 #: What a sweep is judged by: the policy whose accuracy on the tuning problems counts.
 JUDGED_BY = {"s2t-local": "s2t-local:always", "sft": "sft", "kd": "kd"}
+#: How often a sweep halves, or doubles, the learning rate while the last one is the best.
+MAX_FURTHER_RATES = 3
 
 
 @dataclass
@@ -40,11 +43,9 @@ class Pair:
         label_problems: how many of the part `label`, its first ones, everything trains on; all by default.
         num_seeds: selectors, and trainings of each baseline.
         data_seed: of the division into parts.
-        pretrain: arguments of recipes/embedded/pretrain.py where the models are made here; `model` and
-            `teacher_model` are then role names.
         has_answers: whether answers can be checked; where not, only agreement can be measured.
         label, train, router, calibrate, evaluate, baseline: further arguments of the recipes.
-        learning_rates: method -> rates tried on the tuning problems, the first of which is the default.
+        learning_rates: method -> rates tried first on the tuning problems (see `Sweep`).
         system_prompt: with one, prompts go through the tokenizer's chat template.
         zero_shot_text: see recipes/evaluate.py.
         other_text: arguments of recipes/retention.py that name text of another kind; by default the bed's words.
@@ -60,7 +61,6 @@ class Pair:
     label_problems: int | None = None
     num_seeds: int = 3
     data_seed: int = 0
-    pretrain: dict[str, Any] | None = None
     has_answers: bool = True
     max_new_tokens: int = 256
     batch_size: int = 64
@@ -172,30 +172,14 @@ class Pipeline:
 
     # models and data
 
-    def _pretrained(self) -> tuple[Job, ...]:
-        if self.pair.pretrain is None:
-            return ()
-        options = dict(self.pair.pretrain)
-        return tuple(
-            self.add(
-                f"pretrain-{role}",
-                self.folder / "models" / role,
-                ["recipes/embedded/pretrain.py", "--output", str(self.folder / "models"), "--role", role]
-                + as_arguments(options),
-            )
-            for role in (self.pair.model, self.pair.teacher_model)
-        )
-
     @property
     def models(self) -> tuple[Job, ...]:
         """Jobs that make models."""
-        return self._pretrained() + (() if self.made_model is None else (self.made_model,))
+        return () if self.made_model is None else (self.made_model,)
 
     @property
     def model(self) -> str:
-        if self.made_model is not None:
-            return str(self.made_model.path)
-        return self.pair.model if self.pair.pretrain is None else str(self.folder / "models" / self.pair.model)
+        return self.pair.model if self.made_model is None else str(self.made_model.path)
 
     @property
     def chat(self) -> dict[str, Any]:
@@ -203,17 +187,20 @@ class Pipeline:
         prompt = self.pair.system_prompt
         return {} if prompt is None else {"chat_template": True, "system_prompt": prompt}
 
-    @property
-    def teacher_model(self) -> str:
-        made = self.folder / "models" / self.pair.teacher_model
-        return self.pair.teacher_model if self.pair.pretrain is None else str(made)
-
     def add(
-        self, name: str, output: Path, command, needs: Sequence[Job | Sweep] = (), folder: Path | None = None
+        self,
+        name: str,
+        output: Path,
+        command,
+        needs: Sequence[Job | Sweep] = (),
+        folder: Path | None = None,
+        step: Step | None = None,
     ) -> Job:
         """A job of this pair. A command that reads a sweep is a function: which training is best, it tells later."""
-        flat = tuple(dict.fromkeys(job for need in needs for job in jobs_behind(need)))
-        return self.jobs.add(f"{self.pair.name}-{name}", output, command, flat, folder)
+        flat = tuple(
+            dict.fromkeys(job for need in [*needs, *(step.after if step else ())] for job in jobs_behind(need))
+        )
+        return self.jobs.add(f"{self.pair.name}-{name}", output, command, flat, folder, step and step.is_taken)
 
     def data(self, part: str) -> Job:
         """The problems of a part, a .jsonl file."""
@@ -244,7 +231,7 @@ class Pipeline:
         shown = {name: Path(value).name if name == "adapter" else value for name, value in options.items()}
         name = f"{self.prefix}{part}" + ("" if limit is None else str(limit)) + tag(shown)
         output = self.folder / "labels" / name
-        command = [recipe("label.py"), "--model", self.model, "--teacher_model", self.teacher_model]
+        command = [recipe("label.py"), "--model", self.model, "--teacher_model", self.pair.teacher_model]
         command += ["--dataset", str(data.path), "--output_dir", str(output)]
         shared = {"max_new_tokens": self.pair.max_new_tokens, "batch_size": self.pair.batch_size}
         shared |= {"dtype": self.pair.dtype, "limit": limit} | self.chat
@@ -260,6 +247,7 @@ class Pipeline:
         route: bool = True,
         decode: bool = True,
         rate: float | Sweep | None = None,
+        step: Step | None = None,
         **options,
     ) -> Job:
         """An adapter: trained, with a router, calibrated.
@@ -272,6 +260,7 @@ class Pipeline:
             route: train a router.
             decode: calibrate thresholds by decoding; otherwise fusion weights only, which is enough without a trigger.
             rate: learning rate, or where to find it.
+            step: of a sweep, where it depends on the rates before whether this one is tried.
             options: of recipes/train.py.
         """
         pair = self.pair
@@ -285,7 +274,8 @@ class Pipeline:
         command += ["--output_dir", str(output), "--seed", str(seed)]
         settings = {"dtype": pair.dtype} | pair.train | options
         needs = [labels, *self.models, *([rate] if isinstance(rate, Sweep) else [])]
-        job = self.add(f"train-{name}", output / "trainer_state.json", with_rate(command, settings, rate), needs)
+        trained = output / "trainer_state.json"
+        job = self.add(f"train-{name}", trained, with_rate(command, settings, rate), needs, step=step)
         if route:
             command = [recipe("train_router.py"), "--adapter", str(output), "--model", self.model]
             command += ["--labels", str(labels.path), "--seed", str(seed)]
@@ -293,12 +283,12 @@ class Pipeline:
                 command += ["--eval_labels", str(tuning.path)]
             command += as_arguments({"dtype": pair.dtype} | pair.router)
             needs = [job, labels, *([] if tuning is None else [tuning])]
-            job = self.add(f"router-{name}", output / ROUTER_WEIGHTS_NAME, command, needs)
+            job = self.add(f"router-{name}", output / ROUTER_WEIGHTS_NAME, command, needs, step=step)
         command = [recipe("calibrate.py"), "--adapter", str(output), "--model", self.model]
         command += ["--labels", str(calibration.path)]
         settings = {"batch_size": pair.batch_size, "dtype": pair.dtype} | pair.calibrate
         if decode:
-            command += ["--teacher_model", self.teacher_model]
+            command += ["--teacher_model", self.pair.teacher_model]
         elif options.get("proposals") == "adapted":
             settings |= {"triggers": ["margin"], "target_rates": [0.1], "check_share": 0, "limit": 20}
         else:
@@ -309,20 +299,23 @@ class Pipeline:
             command + as_arguments(settings),
             (job, calibration),
             output,
+            step,
         )
 
-    def baseline(self, method: str, labels: Job, seed: int = 0, *, rate: float | Sweep, **options) -> Job:
-        """A LoRA that imitates ("sft", "kd"); `options`: of recipes/train_baseline.py."""
+    def baseline(
+        self, method: str, labels: Job, seed: int = 0, *, rate: float | Sweep, step: Step | None = None, **options
+    ) -> Job:
+        """A LoRA that imitates ("sft", "kd"); `step`: see `selector`; `options`: of recipes/train_baseline.py."""
         shown = options if isinstance(rate, Sweep) else {"learning_rate": f"{rate:g}"} | options
         best = "-best" if isinstance(rate, Sweep) else ""
         name = f"{method}-{labels.path.name}{tag(shown)}{best}-seed{seed}"
         output = self.folder / "baselines" / name
         command = [recipe("train_baseline.py"), "--method", method, "--model", self.model]
-        command += ["--teacher_model", self.teacher_model, "--labels", str(labels.path)]
+        command += ["--teacher_model", self.pair.teacher_model, "--labels", str(labels.path)]
         command += ["--output_dir", str(output), "--seed", str(seed)]
         settings = {"dtype": self.pair.dtype} | self.pair.baseline | options
         needs = [labels, *self.models, *([rate] if isinstance(rate, Sweep) else [])]
-        return self.add(f"train-{name}", output, with_rate(command, settings, rate), needs)
+        return self.add(f"train-{name}", output, with_rate(command, settings, rate), needs, step=step)
 
     def evaluation(
         self,
@@ -333,9 +326,10 @@ class Pipeline:
         adapters: Sequence[Job | Sweep] = (),
         tuned: Sequence[tuple[str, Job | Sweep]] = (),
         needs: Sequence[Job] = (),
+        step: Step | None = None,
         **options,
     ) -> Job:
-        """A report.json. `options`: of recipes/evaluate.py."""
+        """A report.json. `step`: see `selector`; `options`: of recipes/evaluate.py."""
         data = self.data(part)
         output = self.folder / "evaluations" / f"{self.prefix}{name}"
         command = [recipe("evaluate.py"), "--model", self.model, "--dataset", str(data.path)]
@@ -343,7 +337,7 @@ class Pipeline:
         teacher = any(re.match(r"teacher|takeover|s2t:|.*:kl:", policy) for policy in policies)
         pair = self.pair
         settings = {
-            "teacher_model": self.teacher_model if teacher else None,
+            "teacher_model": self.pair.teacher_model if teacher else None,
             "max_new_tokens": pair.max_new_tokens,
             "batch_size": pair.batch_size,
             "dtype": pair.dtype,
@@ -364,7 +358,7 @@ class Pipeline:
         is_known = not any(isinstance(job, Sweep) for job in trained)
         needs = [data, *self.models, *trained, *needs]
         name, output = f"evaluate-{self.prefix}{name}", output / "report.json"
-        return self.add(name, output, whole_command() if is_known else whole_command, needs)
+        return self.add(name, output, whole_command() if is_known else whole_command, needs, step=step)
 
     # learning rates
 
@@ -374,24 +368,26 @@ class Pipeline:
             return self.baseline(method, labels, seed, rate=rate, **options)
         return self.selector(labels, seed, calibration=calibration, decode=False, rate=rate, **options)
 
-    def sweep(
-        self, method: str, labels: Job, *, calibration: Job, rates: Sequence[float] | None = None, **options
-    ) -> Sweep:
+    def sweep(self, method: str, labels: Job, *, calibration: Job, **options) -> Sweep:
         """Trains with seed 0 at each learning rate and measures the accuracy on the tuning problems."""
-        rates = list(rates or self.pair.learning_rates[method])
-        trained = {rate: self.train(method, labels, 0, rate, calibration=calibration, **options) for rate in rates}
+        sweep = Sweep(method, tuple(sorted(self.pair.learning_rates[method])))
         name = f"sweep-{method}-{labels.path.name}{tag(options)}"
-        policies = [JUDGED_BY[method]]
-        if method == "s2t-local":
-            reports = {
-                rate: self.evaluation(f"{name}-{rate:g}", policies=policies, part="tuning", adapters=[job])
-                for rate, job in trained.items()
-            }
-        else:
-            tuned = [(f"{method}-{rate:g}", job) for rate, job in trained.items()]
-            policies = [label for label, _ in tuned]
-            reports = dict.fromkeys(rates, self.evaluation(name, policies=policies, part="tuning", tuned=tuned))
-        return Sweep(method, trained, reports)
+
+        def try_out(rate: float, step: Step | None = None) -> None:
+            job = self.train(method, labels, 0, rate, calibration=calibration, step=step, **options)
+            found = {"adapters": [job]} if method == "s2t-local" else {"tuned": [(method, job)]}
+            policies = [JUDGED_BY[method]]
+            report = self.evaluation(f"{name}-{rate:g}", policies=policies, part="tuning", step=step, **found)
+            sweep.trained[rate], sweep.reports[rate] = job, report
+
+        for rate in sweep.first:
+            try_out(rate)
+        for outward in sweep.further():
+            before = [sweep.reports[rate] for rate in sweep.first]
+            for rate in outward:
+                try_out(rate, Step(tuple(before), partial(sweep.is_tried, rate)))
+                before.append(sweep.reports[rate])
+        return sweep
 
     def best(self, sweep: Sweep, labels: Job, *, calibration: Job, seeds: Sequence[int] = (), **options) -> list:
         """One training for each seed at the sweep's best learning rate; that of seed 0 is the sweep's own."""
@@ -402,31 +398,69 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
+class Step:
+    """Jobs of a sweep that are run only where the rates before ask for theirs.
+
+    Attributes:
+        after: what tells.
+        is_taken: whether they are run; known when `after` is finished.
+    """
+
+    after: tuple[Job, ...]
+    is_taken: Callable[[], bool]
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Trainings at several learning rates. Read as a job, it is the one with the best accuracy on the tuning problems.
 
+    While the best rate is the lowest, half of it is tried too, and while it is the highest, twice as much: at most
+    `MAX_FURTHER_RATES` times. Of equally good rates the one tried first counts as the best.
+
     Attributes:
         method: of METHODS.
-        trained: rate -> the job that trains with it.
+        first: the rates tried in any case, from low to high.
+        trained: rate -> the job that trains with it; of all rates that might be tried.
         reports: rate -> its evaluation on the tuning problems.
     """
 
     method: str
-    trained: dict[float, Job]
-    reports: dict[float, Job]
+    first: tuple[float, ...]
+    trained: dict[float, Job] = field(default_factory=dict)
+    reports: dict[float, Job] = field(default_factory=dict)
+
+    def further(self) -> tuple[list[float], list[float]]:
+        """Rates that might be tried too: below the first ones and above, from these outwards."""
+        powers = [2.0**power for power in range(1, MAX_FURTHER_RATES + 1)]
+        return [self.first[0] / power for power in powers], [self.first[-1] * power for power in powers]
+
+    def is_tried(self, rate: float) -> bool:
+        """Whether the search comes to this rate. Known once the reports of those before are there."""
+        if rate in self.first:
+            return True
+        outward = next(rates for rates in self.further() if rate in rates)
+        last = self.first[0] if rate < self.first[0] else self.first[-1]
+        tried = list(self.first)
+        for following in outward[: outward.index(rate) + 1]:
+            if self._best_of(tried) != last:
+                return False
+            tried.append(following)
+            last = following
+        return True
+
+    def _best_of(self, rates: Sequence[float]) -> float:
+        return max(rates, key=self._accuracy)  # the first of equals
+
+    def _accuracy(self, rate: float) -> float:
+        return accuracy_of(self.reports[rate].output, JUDGED_BY[self.method])
 
     def accuracies(self) -> dict[float, float]:
-        """Rate -> accuracy in per cent on the tuning problems."""
-        label = JUDGED_BY[self.method]
-        return {
-            rate: accuracy_of(job.output, label if self.method == "s2t-local" else f"{label}-{rate:g}")
-            for rate, job in self.reports.items()
-        }
+        """Rate -> accuracy in per cent on the tuning problems, of the rates that were tried, from low to high."""
+        return {rate: self._accuracy(rate) for rate in sorted(self.trained) if self.is_tried(rate)}
 
     def best_rate(self) -> float:
-        """The best rate; of equally good ones the first. Known once the reports are there."""
-        found = self.accuracies()
-        return max(found, key=found.get)
+        """The best rate. Known once the reports are there."""
+        return self._best_of([rate for rate in self.trained if self.is_tried(rate)])
 
     @property
     def path(self) -> Path:

@@ -138,6 +138,44 @@ def test_a_command_may_wait_for_what_earlier_jobs_found(tmp_path, make):
     assert (tmp_path / "b").read_text() == "ba"
 
 
+def test_a_job_that_is_not_wanted_is_left_out_and_nobody_waits_for_it(tmp_path, make):
+    """Whether it is wanted is asked when what tells is finished; what reads it runs again when that changes."""
+    answer = tmp_path / "answer"
+
+    def plan():
+        jobs = Jobs(tmp_path, 2)
+        a = make(jobs, "a")
+        b = make(jobs, "b", a)
+        b.only_if = lambda: a.output.exists() and answer.exists()
+        c = jobs.add("c", tmp_path / "c", [str(tmp_path / "script.py"), str(tmp_path / "c")], (a, b))
+        return jobs, a, b, c
+
+    jobs, a, b, c = plan()
+    assert [job.name for job in jobs.missing()] == ["a", "b", "c"]
+    for _ in range(2):  # the second time nothing is left to do
+        jobs.run()
+        assert (tmp_path / "order").read_text() == "ac" and not jobs.missing() and jobs.is_done(b)
+    assert not b.output.exists() and jobs.seconds(b) == 0 < jobs.seconds(c)
+    answer.touch()
+    jobs, a, b, c = plan()
+    assert jobs.missing() == [b, c]
+    jobs.run()
+    assert (tmp_path / "order").read_text() == "acbc" and jobs.seconds(b) > 0
+    answer.unlink()
+    jobs, a, b, c = plan()
+    assert jobs.missing() == [c]  # it was made from one that no longer counts
+    jobs.run()
+    assert (tmp_path / "order").read_text() == "acbcc" and not jobs.missing()
+
+
+def test_a_job_behind_a_failed_one_is_not_asked_whether_it_is_wanted(tmp_path, make):
+    jobs = Jobs(tmp_path, 1)
+    bad = make(jobs, "a", more=["fail"])
+    make(jobs, "b", bad).only_if = lambda: bad.output.read_text() == "a"
+    with pytest.raises(jobs_module.JobFailed, match="1 failed, 1 that read them were not run"):
+        jobs.run()
+
+
 def test_what_ended_half_way_is_not_done(tmp_path, make):
     jobs = Jobs(tmp_path, 1)
     job = make(jobs, "a")
@@ -301,8 +339,17 @@ def test_pairs_are_read_and_refused(tmp_path):
     assert Pair.load(data, str(tmp_path)).dataset == f"{tmp_path}/gsm8k"
 
 
+def write_accuracies(sweep, found):
+    """Reports of a sweep: rate -> accuracy on the tuning problems."""
+    for rate, accuracy in found.items():
+        report = sweep.reports[rate].output
+        report.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"label": pipeline_module.JUDGED_BY[sweep.method], "accuracy": accuracy}]
+        report.write_text(json.dumps({"rows": rows}))
+
+
 def test_a_sweep_is_the_training_with_the_best_tuning_accuracy(tmp_path):
-    rates = {"s2t-local": [0.1, 0.2], "sft": [0.3, 0.4]}
+    rates = {"s2t-local": [0.2, 0.1], "sft": [0.3, 0.4, 0.5]}
     pipeline = Pipeline(pair_of(learning_rates=rates), Jobs(tmp_path), tmp_path)
     labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
     sweep = pipeline.sweep("sft", labels, calibration=calibration)
@@ -311,24 +358,51 @@ def test_a_sweep_is_the_training_with_the_best_tuning_accuracy(tmp_path):
     job = pipeline.evaluation("x", policies=["greedy", "sft"], tuned=[("sft", job) for job in trained])
     assert set(job.needs) >= {*sweep.trained.values(), *sweep.reports.values(), *trained[1:]}
 
-    report = sweep.reports[0.3].output
-    report.parent.mkdir(parents=True)
-    rows = [{"label": "sft-0.3", "accuracy": 50.0}, {"label": "sft-0.4", "accuracy": 60.0}]
-    report.write_text(json.dumps({"rows": rows}))
-    assert sweep.accuracies() == {0.3: 50.0, 0.4: 60.0} and sweep.best_rate() == 0.4
+    write_accuracies(sweep, {0.3: 50.0, 0.4: 60.0, 0.5: 60.0})
+    assert sweep.accuracies() == {0.3: 50.0, 0.4: 60.0, 0.5: 60.0} and sweep.best_rate() == 0.4  # first of equals
     assert sweep.path == sweep.trained[0.4].path
     arguments = trained[1].arguments()
     assert arguments[arguments.index("--learning_rate") + 1] == "0.4"
     given = [text for text in job.arguments() if text.startswith("sft=")]
     assert given == [f"sft={job.path}" for job in trained]
-    assert not any(text.startswith("sft=") for text in sweep.reports[0.3].arguments())
+    judged = sweep.reports[0.3].arguments()
+    assert option(judged, "tuned") == [f"sft={sweep.trained[0.3].path}"] and option(judged, "policies") == ["sft"]
 
     ours = pipeline.sweep("s2t-local", labels, calibration=calibration)
-    for rate, accuracy in ((0.1, 70.0), (0.2, 70.0)):  # a tie goes to the first
-        report = ours.reports[rate].output
-        report.parent.mkdir(parents=True)
-        report.write_text(json.dumps({"rows": [{"label": "s2t-local:always", "accuracy": accuracy}]}))
-    assert ours.best_rate() == 0.1
+    write_accuracies(ours, {0.1: 70.0, 0.2: 70.0, 0.05: 70.0})
+    assert ours.best_rate() == 0.1 and ours.accuracies() == {0.05: 70.0, 0.1: 70.0, 0.2: 70.0}
+    judged = ours.reports[0.05].arguments()
+    assert option(judged, "adapters") == [str(ours.trained[0.05].path)]
+
+
+@pytest.mark.parametrize(
+    ("first", "found", "tried", "best"),
+    [
+        ([1, 2, 4], {1: 5, 2: 9, 4: 7}, [1, 2, 4], 2),  # it lies between others that were tried
+        ([1, 2], {1: 9, 2: 5, 4: 7, 0.5: 8}, [0.5, 1, 2], 1),
+        ([1, 2], {1: 5, 2: 9, 4: 5, 8: 99}, [1, 2, 4], 2),  # beyond a worse one nobody looks
+        ([1, 2], {1: 5, 2: 6, 4: 7, 8: 8, 16: 9}, [1, 2, 4, 8, 16], 16),  # as far as it goes
+        ([1, 2], {1: 5, 2: 4, 0.5: 6, 0.25: 6, 0.125: 7}, [0.25, 0.5, 1, 2], 0.5),  # equal: no reason to go on
+    ],
+)
+def test_a_sweep_goes_on_while_its_best_is_at_an_end(tmp_path, first, found, tried, best):
+    pipeline = Pipeline(pair_of(learning_rates={"sft": first}), Jobs(tmp_path), tmp_path)
+    labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
+    sweep = pipeline.sweep("sft", labels, calibration=calibration)
+    assert sorted(sweep.trained) == [0.125, 0.25, 0.5, *first, *(first[-1] * k for k in (2, 4, 8))]
+    asked = []  # as it is while jobs run: nothing is asked before the reports that tell are there
+    for rate in sweep.trained:
+        jobs = {sweep.trained[rate], sweep.reports[rate]}
+        before = {other for other in sweep.reports if sweep.reports[other] in sweep.trained[rate].needs}
+        if rate in first:
+            assert not before and all(job.only_if is None for job in jobs)
+        else:
+            assert before >= set(first) and all({sweep.reports[r] for r in before} <= set(job.needs) for job in jobs)
+        if before <= set(asked) and all(job.only_if is None or job.only_if() for job in jobs):
+            write_accuracies(sweep, {rate: found[rate]})
+            asked.append(rate)
+    assert sorted(asked) == tried and list(sweep.accuracies()) == tried
+    assert sweep.best_rate() == best and sweep.path == sweep.trained[best].path
 
 
 def test_only_what_reads_the_teacher_is_given_one(tmp_path):
@@ -345,6 +419,7 @@ def test_jobs_are_named_by_what_they_differ_in(tmp_path):
     fewer, tuning = pipeline.labels("calibration", 7), pipeline.labels("tuning")
     adapter = pipeline.selector(labels, calibration=calibration)
     sweeps = {method: pipeline.sweep(method, labels, calibration=calibration) for method in ("s2t-local", "sft")}
+    pair_of_others = pair_of(learning_rates={"s2t-local": [0.2, 0.3]})
 
     def select(*args, **options):
         return pipeline.selector(*args, **({"calibration": calibration} | options))
@@ -393,7 +468,7 @@ def test_jobs_are_named_by_what_they_differ_in(tmp_path):
     with pytest.raises(ValueError, match="Two jobs are named 'p-evaluate-x'"):
         for policies in (["greedy"], ["teacher"]):
             pipeline.evaluation("x", policies=policies)
-    others = pipeline.sweep("s2t-local", labels, calibration=calibration, rates=[0.2, 0.3])
+    others = Pipeline(pair_of_others, Jobs(tmp_path), tmp_path).sweep("s2t-local", labels, calibration=calibration)
     with pytest.raises(ValueError, match="Two jobs are named 'p-train-label-best-seed0'"):
         pipeline.selector(labels, calibration=calibration, rate=others)
 
@@ -436,10 +511,7 @@ def test_a_selector_on_top_of_a_tuned_student_reads_nothing_of_the_untuned(tmp_p
         assert option(made.arguments(), "model") == [str(merge.path)] and merge in closure(made)
     assert "-calibration" not in adapter.name  # that of its own student goes without saying
     assert set(merge.needs) == {*sweep.trained.values(), *sweep.reports.values()}
-    report = sweep.reports[0.3].output
-    report.parent.mkdir(parents=True)
-    found = {"sft-0.3": 50.0, "sft-0.4": 60.0}
-    report.write_text(json.dumps({"rows": [{"label": label, "accuracy": value} for label, value in found.items()]}))
+    write_accuracies(sweep, {0.3: 50.0, 0.4: 60.0, 0.8: 55.0})
     command = merge.arguments()
     assert option(command, "adapter") == [str(sweep.trained[0.4].path)] and option(command, "model") == ["M"]
     assert option(command, "dtype") == ["float32"]
@@ -521,7 +593,7 @@ def options_of(script: str) -> set[str]:
     from trl import SFTConfig
 
     name = Path(script).stem
-    if name in ("splits", "corpus", "pretrain", "merge") or "benchmarks" in script:
+    if name in ("splits", "corpus", "merge") or "benchmarks" in script:
         import re
 
         options = {text for part in splits.PARTS for text in (part, f"num-{part}")}

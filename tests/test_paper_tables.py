@@ -23,6 +23,7 @@ retention = importlib.import_module("retention")
 sys.path.remove(str(RECIPES))
 evaluate, records, jobs_module = (sys.modules[name] for name in ("evaluate", "records", "jobs"))
 Pair, Pipeline = sys.modules["pipeline"].Pair, sys.modules["pipeline"].Pipeline
+JUDGED_BY = sys.modules["pipeline"].JUDGED_BY
 
 NUM_PROBLEMS, NUM_SEEDS = 30, 2
 SIZES = {"label": 100, "tuning": 10, "calibration": 20, "test": 30, "fresh": 40, "words": 5}
@@ -94,15 +95,8 @@ def write_sweeps(pipeline, best):
     for name, job in pipeline.jobs.all.items():
         if not name.startswith("p-evaluate-sweep-"):
             continue
-        rates = [rate for rates in RATES.values() for rate in rates]
-        rows = [
-            {"label": f"{method}-{rate:g}", "accuracy": 60.0 if rate in best else 50.0}
-            for method in ("sft", "kd")
-            for rate in rates
-        ]
-        own = float(name.rpartition("-")[2]) if "s2t-local" in name else None
-        rows.append({"label": "s2t-local:always", "accuracy": 60.0 if own in best else 50.0})
-        write_json(job.output, {"rows": rows})
+        accuracy = 60.0 if float(name.rpartition("-")[2]) in best else 50.0
+        write_json(job.output, {"rows": [{"label": label, "accuracy": accuracy} for label in JUDGED_BY.values()]})
 
 
 def write_labels(folder, rows):
@@ -315,8 +309,8 @@ def test_policies_with_several_numbers_of_candidates(make_pipeline, random):
 
     rates = "accuracy on the tuning problems by learning rate"
     assert result.notes[:2] == [
-        f"s2t-local: {rates} 0.1: 50.0, 0.2: 60.0; 0.2 taken (the end of what was tried)",
-        f"sft: {rates} 0.3: 50.0, 0.4: 60.0; 0.4 taken (the end of what was tried)",
+        f"s2t-local: {rates} 0.1: 50.0, 0.2: 60.0, 0.4: 60.0; 0.2 taken",  # the first of equals
+        f"sft: {rates} 0.3: 50.0, 0.4: 60.0, 0.8: 50.0; 0.4 taken",
     ]
     for note, (one, other), names in zip(
         result.notes[2:],
@@ -419,7 +413,7 @@ def test_variants_are_compared_with_the_first(make_pipeline, random):
 
 def test_accuracy_by_number_of_labels(make_pipeline, random):
     pipeline = make_pipeline(sizes=SIZES | {"calibration": 25})
-    spec = {"name": "x", "problems": [10, 50], "epochs": {10: 64, 50: 8}, "rates": RATES, "min_calibration": 4}
+    spec = {"name": "x", "problems": [10, 50], "epochs": {10: 64, 50: 8}, "min_calibration": 4}
     collect = tables.efficiency(pipeline, spec | {"policy": "s2t-local:always"})
     write_sweeps(pipeline, {0.1, 0.4, 0.6})
     tokens = {}
