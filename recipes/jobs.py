@@ -8,6 +8,7 @@ what a recipe does.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -26,7 +27,8 @@ from transformers_s2t.config import write_json
 
 
 #: Imported once, before the first job.
-PRELOAD = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "transformers_s2t")
+PRELOAD = ("torch", "transformers", "peft", "datasets", "accelerate", "trl.trainer.sft_trainer")
+PRELOAD += ("transformers_s2t.s2t_trainer", "transformers_s2t.router_training")
 
 
 @dataclass(eq=False)
@@ -240,6 +242,7 @@ def run_command(command: list[str], log: str) -> None:
     """Runs a recipe in this process as `python` would, with its output appended to a file."""
     import runpy
 
+    gc.freeze()  # what was imported before the fork stays: no collection has to look through it
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)

@@ -1,6 +1,7 @@
 """The jobs behind the tables of docs/results, and the tables: what runs when, what is made again, what is printed."""
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ paper = importlib.import_module("paper")
 results = importlib.import_module("results")
 splits = importlib.import_module("splits")
 sys.path.remove(str(RECIPES))
+PRELOAD = jobs_module.PRELOAD
 Jobs, Pair, Pipeline, Sweep = jobs_module.Jobs, pipeline_module.Pair, pipeline_module.Pipeline, pipeline_module.Sweep
 
 
@@ -60,6 +62,12 @@ def make(tmp_path):
         return jobs.add(name, tmp_path / name, command, needs)
 
     return add
+
+
+@pytest.mark.parametrize("name", PRELOAD)
+def test_what_is_imported_before_the_jobs_is_there(name):
+    """A name that there is not would be passed over in silence, and every job would import for itself."""
+    assert importlib.util.find_spec(name) is not None
 
 
 def test_jobs_run_after_what_they_read_and_once(tmp_path, make):

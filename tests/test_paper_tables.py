@@ -253,6 +253,14 @@ def test_no_hit_is_told_beyond_the_candidates_that_were_stored(make_pipeline, ra
 POLICIES = ["greedy", "maj@8", "prior:always", "s2t-local:margin:0.1", "s2t-local:always", "s2t:always", "teacher"]
 
 
+def test_a_best_rate_at_the_end_of_what_was_tried_is_called_so(make_pipeline):
+    pipeline = make_pipeline()
+    sweep = pipeline.sweep("sft", pipeline.labels("label"), calibration=pipeline.labels("calibration"))
+    for rate, accuracy in {0.3: 50.0, 0.4: 60.0, 0.8: 70.0, 1.6: 80.0, 3.2: 90.0}.items():
+        write_json(sweep.reports[rate].output, {"rows": [{"label": "sft", "accuracy": accuracy}]})
+    assert tables.training_rate_note("sft", sweep).endswith("3.2: 90.0; 3.2 taken (the end of what was tried)")
+
+
 def test_policies_with_several_numbers_of_candidates(make_pipeline, random):
     pipeline = make_pipeline()
     spec = {"name": "x", "policies": POLICIES, "baselines": ["sft"], "num_candidates": [8, 2]}
