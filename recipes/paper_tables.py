@@ -389,11 +389,12 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
 def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy by number of label problems, for S2T-Local and both imitations; each with its best learning rate.
 
-    `problems`: numbers. `epochs`: number -> passes over the problems, the
+    `problems`: numbers. `seeds`: trainings of each. `epochs`: number -> passes over the problems, the
     same for all. `samples`: texts of each problem that S2T-Local learns from, sampled, in as many fewer passes.
     """
     runs: dict[tuple[int, str], tuple] = {}
     samples = spec.get("samples", 1)
+    seeds = range(spec.get("seeds", pipeline.pair.num_seeds))
     for number in spec["problems"]:
         held_out = max(spec.get("min_calibration", 30), round(0.6 * number))
         held_out = None if held_out >= pipeline.pair.sizes["calibration"] else held_out
@@ -406,7 +407,7 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
                 texts = pipeline.labels("label", number, rollout_policy="sample", num_rollouts=samples)
                 options["num_train_epochs"] = epochs / samples
             sweep = pipeline.sweep(method, texts, calibration=calibration, **options)
-            trained = pipeline.best(sweep, texts, calibration=calibration, **options)
+            trained = pipeline.best(sweep, texts, calibration=calibration, seeds=seeds, **options)
             if method == "s2t-local":
                 label, more = spec["policy"], {"adapters": trained}
             else:
@@ -454,12 +455,13 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
     """A selector on top of a student that imitates already, trained on fresh problems.
 
     `methods`: "sft", "kd". The tuned student is merged into a model; labels of it, a selector for it. `label`:
-    arguments of recipes/label.py for these.
+    arguments of recipes/label.py for these. `seeds`: of each method's students.
     """
     base = Base.of(pipeline)
+    seeds = spec.get("seeds", pipeline.pair.num_seeds)
     runs = {}
     for method in spec["methods"]:
-        for seed, imitation in enumerate(base.imitation(method)[1]):
+        for seed, imitation in enumerate(base.imitation(method)[1][:seeds]):
             on_top = pipeline.on_top_of(imitation, f"{method}{seed}")
             calibration = on_top.labels("calibration")
             labels = on_top.labels("fresh", **spec.get("label", {}))
@@ -467,7 +469,7 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
             wanted = ["greedy", "s2t-local:always", "s2t-local-bare:always", "s2t:always"]
             runs[method, seed] = on_top.evaluation(f"{spec['name']}-{method}", policies=wanted, adapters=[adapter])
     name = f"{spec['name']}-alone"
-    alone = pipeline.evaluation(name, policies=["greedy", "s2t-local:always"], adapters=base.adapters)
+    alone = pipeline.evaluation(name, policies=["greedy", "s2t-local:always"], adapters=base.adapters[:seeds])
 
     def collect() -> Result:
         report = read_report(alone)  # what the parts reach by themselves
