@@ -121,6 +121,10 @@ def teacher_tokens_of(labels: Job) -> int:
     return int(sum(map(len, data["input_ids"])))
 
 
+def problems_note(report: Mapping[str, Any]) -> str:
+    return f"{report['meta']['num_problems']} test problems."
+
+
 def training_rate_note(method: str, sweep: Sweep) -> str:
     found = sweep.accuracies()
     tried = ", ".join(f"{value:g}: {accuracy:.1f}" for value, accuracy in found.items())
@@ -210,10 +214,10 @@ def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
 def policies(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy of policies on the same problems.
 
-    `policies`: as of evaluate.py. `num_candidates`: values of K to run them with; `at_other_sizes`: those to run at
-    all but the first of these. `baselines`: also the tuned
-    imitations ("sft", "kd"), each with the best of the pair's learning rates and one training for each seed.
-    `compare`: pairs of labels whose difference is told.
+    `policies`: as of evaluate.py. `limit`: test problems, by default all. `num_candidates`: values of K to run them
+    with; `at_other_sizes`: those to run at all but the first of these. `baselines`: also the tuned imitations ("sft",
+    "kd"), each with the best of the pair's learning rates and one training for each seed. `compare`: pairs of labels
+    whose difference is told.
     """
     base = Base.of(pipeline, thresholds=any(re.search(r":(?!always)", policy) for policy in spec["policies"]))
     sweeps = {} if base.sweep is None else {"s2t-local": base.sweep}
@@ -222,7 +226,7 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
         sweeps[method], trained = base.imitation(method)
         tuned += [(method, job) for job in trained]
     wanted = list(dict.fromkeys([*spec["policies"], *spec.get("baselines", ())]))
-    options = {}
+    options = {"limit": spec.get("limit")}
     if any(policy.startswith("prior") for policy in wanted):
         options["prior_labels"] = str(base.labels.path)
     sizes = spec.get("num_candidates", [8])
@@ -257,9 +261,10 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
         columns += [] if sizes == [8] else [("K", "num_candidates", "count")]
         columns += [("teacher at inference", "llm", "text"), *ACCURACY]
         columns += [("fired, %", "achieved_rate", "share"), ("flipped, %", "flip_rate", "share"), *COST]
-        notes = [training_rate_note(method, sweep) for method, sweep in sweeps.items()]
         first = evaluations[sizes[0]]
-        labels = {row["label"]: label_of(row) for row in read_report(first)["rows"]}
+        report = read_report(first)
+        notes = [problems_note(report), *(training_rate_note(method, sweep) for method, sweep in sweeps.items())]
+        labels = {row["label"]: label_of(row) for row in report["rows"]}
         for one, other in spec.get("compare", ()):
             notes.append(sentence(labels[one], labels[other], difference(first, one, first, other)))
         return Result(columns, rows, notes, [job_text(job) for job in evaluations.values()], cost)
@@ -310,8 +315,9 @@ def fidelity(pipeline: Pipeline, spec: dict) -> Collect:
 def variants(pipeline: Pipeline, spec: dict) -> Collect:
     """S2T-Local with one thing changed at a time.
 
-    `label_problems`: how many. `variants`: list of `name` and what differs: `train`, `label` (arguments of the
-    recipes), `router: false`, `rounds: 2`, `decoding` (arguments of evaluate.py). `policy`: what is compared.
+    `label_problems`: how many. `limit`: test problems, by default all. `variants`: list of `name` and what differs:
+    `train`, `label` (arguments of the recipes), `router: false`, `rounds: 2`, `decoding` (arguments of evaluate.py).
+    `policy`: what is compared.
     """
     limit, calibration = spec.get("label_problems"), pipeline.labels("calibration")
     seeds = range(spec.get("seeds", pipeline.pair.num_seeds))
@@ -345,6 +351,7 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
                 f"{spec['name']}{tag({'variant': name.replace(' ', '_')})}",
                 policies=["greedy", policy],
                 adapters=adapters,
+                limit=spec.get("limit"),
                 **variant.get("decoding", {}),
             ),
             adapters,
@@ -377,9 +384,10 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
         ]
         number = limit or pipeline.pair.label_problems or pipeline.pair.sizes["label"]
         notes = [
+            problems_note(read_report(base_job)),
             f"{number} label problems, {len(seeds)} seeds each; policy {base_policy} unless the row says otherwise. "
             "Agree@1 with the teacher at points with a choice, on the calibration problems, on which the weights of "
-            "the fused score were fitted."
+            "the fused score were fitted.",
         ]
         return Result(columns, rows, notes, [job_text(job) for _, job, _ in evaluations.values()], cost)
 
@@ -389,8 +397,9 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
 def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy by number of label problems, for S2T-Local and both imitations; each with its best learning rate.
 
-    `problems`: numbers. `seeds`: trainings of each. `epochs`: number -> passes over the problems, the
-    same for all. `samples`: texts of each problem that S2T-Local learns from, sampled, in as many fewer passes.
+    `problems`: numbers. `seeds`: trainings of each. `epochs`: number -> passes over the problems, the same for all.
+    `samples`: texts of each problem that S2T-Local learns from, sampled, in as many fewer passes. No selector has a
+    router: `policy` must not ask for one.
     """
     runs: dict[tuple[int, str], tuple] = {}
     samples = spec.get("samples", 1)
@@ -403,6 +412,8 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
         for method in METHODS:
             options: dict[str, Any] = {"num_train_epochs": epochs}
             texts = labels
+            if method == "s2t-local":
+                options["route"] = False
             if method == "s2t-local" and samples > 1:
                 texts = pipeline.labels("label", number, rollout_policy="sample", num_rollouts=samples)
                 options["num_train_epochs"] = epochs / samples

@@ -380,13 +380,16 @@ class Pipeline:
             report = self.evaluation(f"{name}-{rate:g}", policies=policies, part="tuning", step=step, **found)
             sweep.trained[rate], sweep.reports[rate] = job, report
 
+        def try_where_asked(rate: float, before: Sequence[float]) -> None:
+            try_out(rate, Step(tuple(sweep.reports[other] for other in before), partial(sweep.is_tried, rate)))
+
         for rate in sweep.first:
             try_out(rate)
-        for outward in sweep.further():
-            before = [sweep.reports[rate] for rate in sweep.first]
-            for rate in outward:
-                try_out(rate, Step(tuple(before), partial(sweep.is_tried, rate)))
-                before.append(sweep.reports[rate])
+        for rate in sweep.between():
+            try_where_asked(rate, sweep.first)
+        for outward in sweep.outward():
+            for number, rate in enumerate(outward):
+                try_where_asked(rate, [*sweep.first, *sweep.between(), *outward[:number]])
         return sweep
 
     def best(self, sweep: Sweep, labels: Job, *, calibration: Job, seeds: Sequence[int] = (), **options) -> list:
@@ -414,8 +417,9 @@ class Step:
 class Sweep:
     """Trainings at several learning rates. Read as a job, it is the one with the best accuracy on the tuning problems.
 
-    While the best rate is the lowest, half of it is tried too, and while it is the highest, twice as much: at most
-    `MAX_FURTHER_RATES` times. Of equally good rates the one tried first counts as the best.
+    After the first rates those between them are tried that are half or double of the best. While the best rate is then
+    the lowest, half of it is tried too, and while it is the highest, twice as much: at most `MAX_FURTHER_RATES` times.
+    Of equally good rates the one tried first counts as the best.
 
     Attributes:
         method: of METHODS.
@@ -429,7 +433,12 @@ class Sweep:
     trained: dict[float, Job] = field(default_factory=dict)
     reports: dict[float, Job] = field(default_factory=dict)
 
-    def further(self) -> tuple[list[float], list[float]]:
+    def between(self) -> list[float]:
+        """Rates between the first ones that might be tried too: half or double of one of them."""
+        gaps = zip(self.first, self.first[1:])
+        return sorted({rate for low, high in gaps for rate in (2 * low, high / 2) if low < rate < high})
+
+    def outward(self) -> tuple[list[float], list[float]]:
         """Rates that might be tried too: below the first ones and above, from these outwards."""
         powers = [2.0**power for power in range(1, MAX_FURTHER_RATES + 1)]
         return [self.first[0] / power for power in powers], [self.first[-1] * power for power in powers]
@@ -438,9 +447,11 @@ class Sweep:
         """Whether the search comes to this rate. Known once the reports of those before are there."""
         if rate in self.first:
             return True
-        outward = next(rates for rates in self.further() if rate in rates)
+        if self.first[0] < rate < self.first[-1]:
+            return self._best_of(self.first) in (rate / 2, 2 * rate)
+        outward = next(rates for rates in self.outward() if rate in rates)
         last = self.first[0] if rate < self.first[0] else self.first[-1]
-        tried = list(self.first)
+        tried = [*self.first, *filter(self.is_tried, self.between())]
         for following in outward[: outward.index(rate) + 1]:
             if self._best_of(tried) != last:
                 return False

@@ -391,14 +391,20 @@ def test_a_sweep_is_the_training_with_the_best_tuning_accuracy(tmp_path):
         ([1, 2], {1: 5, 2: 9, 4: 5, 8: 99}, [1, 2, 4], 2),  # beyond a worse one nobody looks
         ([1, 2], {1: 5, 2: 6, 4: 7, 8: 8, 16: 9}, [1, 2, 4, 8, 16], 16),  # as far as it goes
         ([1, 2], {1: 5, 2: 4, 0.5: 6, 0.25: 6, 0.125: 7}, [0.25, 0.5, 1, 2], 0.5),  # equal: no reason to go on
+        ([1, 4], {1: 5, 2: 8, 4: 6}, [1, 2, 4], 2),  # between two that were tried
+        ([1, 4], {1: 5, 2: 8, 4: 9, 8: 7}, [1, 2, 4, 8], 4),
+        ([1, 4, 16], {1: 5, 2: 9, 4: 6, 8: 6, 16: 5}, [1, 2, 4, 8, 16], 2),  # on both sides of the best of the first
+        ([1, 4, 16], {1: 7, 2: 6, 4: 5, 16: 6, 0.5: 8, 0.25: 7}, [0.25, 0.5, 1, 2, 4, 16], 0.5),
+        ([1, 3], {1: 5, 1.5: 7, 3: 6}, [1, 1.5, 3], 1.5),
     ],
 )
-def test_a_sweep_goes_on_while_its_best_is_at_an_end(tmp_path, first, found, tried, best):
+def test_a_sweep_looks_around_the_best_and_goes_on_while_it_is_at_an_end(tmp_path, first, found, tried, best):
     pipeline = Pipeline(pair_of(learning_rates={"sft": first}), Jobs(tmp_path), tmp_path)
     labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
     sweep = pipeline.sweep("sft", labels, calibration=calibration)
-    assert sorted(sweep.trained) == [0.125, 0.25, 0.5, *first, *(first[-1] * k for k in (2, 4, 8))]
-    asked = []  # as it is while jobs run: nothing is asked before the reports that tell are there
+    within = {(1, 4): [2], (1, 4, 16): [2, 8], (1, 3): [1.5, 2]}.get(tuple(first), [])
+    assert sorted(sweep.trained) == [0.125, 0.25, 0.5, *sorted(first + within), *(first[-1] * k for k in (2, 4, 8))]
+    asked, left_out = [], []  # as it is while jobs run: nothing is asked before the reports that tell are there
     for rate in sweep.trained:
         jobs = {sweep.trained[rate], sweep.reports[rate]}
         before = {other for other in sweep.reports if sweep.reports[other] in sweep.trained[rate].needs}
@@ -406,9 +412,12 @@ def test_a_sweep_goes_on_while_its_best_is_at_an_end(tmp_path, first, found, tri
             assert not before and all(job.only_if is None for job in jobs)
         else:
             assert before >= set(first) and all({sweep.reports[r] for r in before} <= set(job.needs) for job in jobs)
-        if before <= set(asked) and all(job.only_if is None or job.only_if() for job in jobs):
+        assert before <= {*asked, *left_out}
+        if all(job.only_if is None or job.only_if() for job in jobs):
             write_accuracies(sweep, {rate: found[rate]})
             asked.append(rate)
+        else:
+            left_out.append(rate)
     assert sorted(asked) == tried and list(sweep.accuracies()) == tried
     assert sweep.best_rate() == best and sweep.path == sweep.trained[best].path
 

@@ -87,7 +87,7 @@ def write_report(job, correct, ids=None):
         greedy = runs[0] if label == "greedy" else greedy
         configs = [SimpleNamespace(adapter_scope="candidate")]
         rows += evaluate.make_rows(policy, runs, greedy, args, configs)
-    write_json(job.output, {"rows": rows})
+    write_json(job.output, {"meta": {"num_problems": len(ids)}, "rows": rows})
 
 
 def write_sweeps(pipeline, best):
@@ -316,12 +316,13 @@ def test_policies_with_several_numbers_of_candidates(make_pipeline, random):
     assert teachers == {"S2T (teacher selects) · every step", "teacher, greedy"}
 
     rates = "accuracy on the tuning problems by learning rate"
-    assert result.notes[:2] == [
+    assert result.notes[:3] == [
+        "30 test problems.",
         f"s2t-local: {rates} 0.1: 50.0, 0.2: 60.0, 0.4: 60.0; 0.2 taken",  # the first of equals
         f"sft: {rates} 0.3: 50.0, 0.4: 60.0, 0.8: 50.0; 0.4 taken",
     ]
     for note, (one, other), names in zip(
-        result.notes[2:],
+        result.notes[3:],
         spec["compare"],
         ["S2T-Local · every step minus LoRA on the teacher's texts", "LoRA on the teacher's texts minus greedy"],
         strict=True,
@@ -403,7 +404,8 @@ def test_variants_are_compared_with_the_first(make_pipeline, random):
         else:
             assert row["agree"] == pytest.approx(100 * np.mean([fused for fused, _ in agreed[place]]))
             assert row["bare_agree"] == pytest.approx(100 * np.mean([alone for _, alone in agreed[place]]))
-    assert result.notes[0].startswith("50 label problems, 2 seeds each; policy s2t-local:always")
+    assert result.notes[0] == "30 test problems."
+    assert result.notes[1].startswith("50 label problems, 2 seeds each; policy s2t-local:always")
     assert "minus default" in rendered(result) and set(result.cost) == {variant["name"] for variant in variants}
 
     assert not any(name.startswith("p-router-") and "unrouted" in name for name in pipeline.jobs.all)
@@ -413,6 +415,19 @@ def test_variants_are_compared_with_the_first(make_pipeline, random):
         adapter = job.arguments()[job.arguments().index("--adapter") + 1]
         assert adapter.endswith(f"label50-undecoded-seed{seed}")
         assert job_of(pipeline, f"calibrate-label50-undecoded-seed{seed}") in job.needs
+
+
+@pytest.mark.parametrize(("kind", "more"), [("policies", {}), ("variants", {"variants": [{"name": "default"}]})])
+def test_a_table_can_measure_fewer_test_problems_than_the_pair_has(make_pipeline, kind, more):
+    spec = {"name": "x", "policies": ["greedy", "s2t-local:always"], "policy": "s2t-local:always"} | more
+    for limit, told in ((7, ["--limit", "7"]), (None, [])):
+        pipeline = make_pipeline()
+        tables.KINDS[kind](pipeline, spec | ({} if limit is None else {"limit": limit}))
+        [job] = [job for name, job in pipeline.jobs.all.items() if name.startswith("p-evaluate-x")]
+        write_sweeps(pipeline, {0.1})
+        arguments = job.arguments()
+        start = arguments.index("--limit") if "--limit" in arguments else len(arguments)
+        assert arguments[start : start + 2] == told and pipeline.data("test") in job.needs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,6 +454,7 @@ def test_accuracy_by_number_of_labels(make_pipeline, random):
             job = job_of(pipeline, f"evaluate-x-{method}-{number}")
             write_report(job, {"greedy": random.random((1, NUM_PROBLEMS)) < 0.4, label: right_SN})
             assert f"labels/label{number}" not in job.arguments()
+    assert not any(name.startswith("p-router-") for name in pipeline.jobs.all)
     result = collect()
     for row, (number, calibration) in zip(result.rows, ((10, "calibration6"), (50, "calibration")), strict=True):
         assert row["problems"] == number
