@@ -463,29 +463,41 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
 
 
 def stacking(pipeline: Pipeline, spec: dict) -> Collect:
-    """A selector on top of a student that imitates already, trained on fresh problems.
+    """A selector on top of a student that imitates already, trained on fresh problems, beside imitating them too.
 
-    `methods`: "sft", "kd". The tuned student is merged into a model; labels of it, a selector for it. `label`:
-    arguments of recipes/label.py for these. `seeds`: of each method's students.
+    `methods`: "sft", "kd". The tuned student is merged into a model; labels of it, and for it a selector and a second
+    round of the same imitation, each with the best learning rate for the first seed's student. `label`: arguments of
+    recipes/label.py for these labels. `train`: arguments that both trainings share. `seeds`: students of each method.
     """
     base = Base.of(pipeline)
     seeds = spec.get("seeds", pipeline.pair.num_seeds)
-    runs = {}
+    options = spec.get("train", {})
+    runs, sweeps = {}, {}
     for method in spec["methods"]:
         for seed, imitation in enumerate(base.imitation(method)[1][:seeds]):
             on_top = pipeline.on_top_of(imitation, f"{method}{seed}")
             calibration = on_top.labels("calibration")
             labels = on_top.labels("fresh", **spec.get("label", {}))
-            adapter = on_top.selector(labels, seed, calibration=calibration, decode=False)
-            wanted = ["greedy", "s2t-local:always", "s2t-local-bare:always", "s2t:always"]
-            runs[method, seed] = on_top.evaluation(f"{spec['name']}-{method}", policies=wanted, adapters=[adapter])
+            trained = {}
+            for kind, more in (("s2t-local", {"route": False}), (method, {})):
+                settings = {"calibration": calibration} | options | more
+                if seed == 0:
+                    trained[kind] = sweeps[method, kind] = on_top.sweep(kind, labels, **settings)
+                else:
+                    trained[kind] = on_top.train(kind, labels, seed, sweeps[method, kind], **settings)
+            runs[method, seed] = on_top.evaluation(
+                f"{spec['name']}-{method}",
+                policies=["greedy", "s2t-local:always", "s2t-local-bare:always", method, "s2t:always"],
+                adapters=[trained["s2t-local"]],
+                tuned=[(method, trained[method])],
+            )
     name = f"{spec['name']}-alone"
     alone = pipeline.evaluation(name, policies=["greedy", "s2t-local:always"], adapters=base.adapters[:seeds])
 
     def collect() -> Result:
         report = read_report(alone)  # what the parts reach by themselves
         rows = [row_of(row, report, student="as it was") for row in report["rows"]]
-        notes = []
+        notes = [problems_note(report)]
         for method in spec["methods"]:
             jobs = [job for (found, _), job in runs.items() if found == method]
             reports = [read_report(job) for job in jobs]
@@ -514,6 +526,10 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
             gap_N = 100 * (np.concatenate(on_top).mean(0) - ours_SN.mean(0))
             found = {"difference": float(gap_N.mean()), "difference_ci": bootstrap_interval(gap_N)}
             notes.append(sentence(f"S2T-Local on top of {method}", "S2T-Local alone", found))
+            gap_N = 100 * (correct[ours] - correct[method]).mean(0)
+            found = {"difference": float(gap_N.mean()), "difference_ci": bootstrap_interval(gap_N)}
+            notes.append(sentence(f"S2T-Local on top of {method}", f"{method} on top of {method}", found))
+        notes += [f"after {method}, {training_rate_note(kind, sweep)}" for (method, kind), sweep in sweeps.items()]
         columns = [("student", "student", "text"), ("policy", "policy", "text"), *ACCURACY]
         return Result(columns, rows, notes, [job_text(job) for job in (alone, *runs.values())])
 

@@ -93,7 +93,7 @@ def write_report(job, correct, ids=None):
 def write_sweeps(pipeline, best):
     """Reports of all sweeps: the learning rates in `best` are the best ones, the others are not."""
     for name, job in pipeline.jobs.all.items():
-        if not name.startswith("p-evaluate-sweep-"):
+        if not name.startswith("p-evaluate-") or "sweep-" not in name:
             continue
         accuracy = 60.0 if float(name.rpartition("-")[2]) in best else 50.0
         write_json(job.output, {"rows": [{"label": label, "accuracy": accuracy} for label in JUDGED_BY.values()]})
@@ -484,23 +484,38 @@ def test_accuracy_by_number_of_labels(make_pipeline, random):
 
 def test_stacking_pairs_every_selector_with_its_own_student(make_pipeline, random):
     pipeline = make_pipeline()
-    collect = tables.stacking(pipeline, {"name": "x", "methods": ["sft", "kd"]})
-    write_sweeps(pipeline, {0.1, 0.3, 0.5})
-    labels = ["greedy", "s2t-local:always", "s2t-local-bare:always", "s2t:always"]
+    spec = {"name": "x", "methods": ["sft", "kd"], "label": {"rollout_policy": "sample"}, "train": {"max_steps": 9}}
+    collect = tables.stacking(pipeline, spec)
+    write_sweeps(pipeline, {0.1, 0.4, 0.5})
     right = {}
     for method in ("sft", "kd"):
+        labels = ["greedy", "s2t-local:always", "s2t-local-bare:always", method, "s2t:always"]
         for seed in range(NUM_SEEDS):
             right[method, seed] = {label: random.random(NUM_PROBLEMS) < 0.5 for label in labels}
             job = job_of(pipeline, f"evaluate-{method}{seed}-x-{method}")
             write_report(job, {label: right_N[None] for label, right_N in right[method, seed].items()})
-            merged = job.arguments()[job.arguments().index("--model") + 1]
+            arguments = job.arguments()
+            merged = arguments[arguments.index("--model") + 1]
             assert merged == str(job_of(pipeline, f"merge-{method}{seed}").path)
+            assert arguments[arguments.index("--policies") + 1 :][: len(labels)] == labels
+            fresh = job_of(pipeline, f"labels-{method}{seed}-fresh-rollout_policy=sample")
+            folders = [arguments[arguments.index(option) + 1] for option in ("--adapters", "--tuned")]
+            for folder, rate in zip(folders, ("0.1", "0.4" if method == "sft" else "0.5")):
+                output = folder.removeprefix(f"{method}=")
+                trainings = [job for name, job in pipeline.jobs.all.items() if name.startswith("p-train-")]
+                [train] = [job for job in trainings if output in job.arguments()]
+                told = train.arguments()  # on the labels of its own student, at the rate that was best for the first
+                assert told[told.index("--labels") + 1] == str(fresh.path) and fresh in train.needs
+                assert told[told.index("--model") + 1] == merged and told[told.index("--seed") + 1] == str(seed)
+                assert told[told.index("--learning_rate") + 1] == rate
+                assert told[told.index("--max_steps") + 1] == "9"
     alone_SN = random.random((NUM_SEEDS, NUM_PROBLEMS)) < 0.5
     alone = {"greedy": random.random((1, NUM_PROBLEMS)) < 0.4, "s2t-local:always": alone_SN}
     write_report(job_of(pipeline, "evaluate-x-alone"), alone)
     result = collect()
     named = {(row["student"], row["policy"]): row for row in result.rows}
     assert len(named) == len(result.rows) == 2 + 2 * len(labels)
+    assert ("after sft", "LoRA on the teacher's texts") in named and ("after kd", "LoRA distillation") in named
     assert named["as it was", "S2T-Local · every step"]["accuracy"] == pytest.approx(100 * alone_SN.mean())
     for method in ("sft", "kd"):
         own = [right[method, seed] for seed in range(NUM_SEEDS)]
@@ -523,11 +538,23 @@ def test_stacking_pairs_every_selector_with_its_own_student(make_pipeline, rando
             hurt = [int((~found[label] & found["greedy"]).sum()) for found in own]
             assert row["flips"] == f"{np.mean(helped):g} / {np.mean(hurt):g}"
             assert row["mcnemar_p"] == pytest.approx(max(binomial_p(*pair) for pair in zip(helped, hurt)))
-    for note, method in zip(result.notes, ("sft", "kd"), strict=True):
-        gap = points_between([right[method, seed]["s2t-local:always"] for seed in range(NUM_SEEDS)], alone_SN)
-        low, high = interval_of(gap)
-        names = f"S2T-Local on top of {method} minus S2T-Local alone"
-        assert note == f"{names}: {sum(gap) / NUM_PROBLEMS:+.1f} [{low:+.1f}, {high:+.1f}] points"
+    notes = ["30 test problems."]
+    for method in ("sft", "kd"):
+        ours = [right[method, seed]["s2t-local:always"] for seed in range(NUM_SEEDS)]
+        again = [right[method, seed][method] for seed in range(NUM_SEEDS)]
+        for other, gap in (
+            ("S2T-Local alone", points_between(ours, alone_SN)),
+            (f"{method} on top of {method}", points_between(ours, again)),
+        ):
+            told = f"{sum(gap) / NUM_PROBLEMS:+.1f} [{{:+.1f}}, {{:+.1f}}] points".format(*interval_of(gap))
+            notes.append(f"S2T-Local on top of {method} minus {other}: {told}")
+    assert result.notes[:5] == notes
+    rates = "accuracy on the tuning problems by learning rate"
+    assert result.notes[5:7] == [
+        f"after sft, s2t-local: {rates} 0.05: 50.0, 0.1: 60.0, 0.2: 50.0; 0.1 taken",
+        f"after sft, sft: {rates} 0.3: 50.0, 0.4: 60.0, 0.8: 50.0; 0.4 taken",
+    ]
+    assert [note.partition(":")[0] for note in result.notes[7:]] == ["after kd, s2t-local", "after kd, kd"]
     assert "| after kd | S2T (teacher selects) · every step |" in rendered(result)
 
 
