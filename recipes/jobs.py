@@ -142,13 +142,15 @@ class Jobs:
         }
 
     def run(self) -> None:
-        """Runs what is missing, in the order in which it was added where inputs allow.
+        """Runs what is missing: of the jobs whose inputs are there the one with the longest chain of others behind it,
+        so that no such chain is left for the end, when it would keep a single process busy.
 
         Raises:
             JobFailed: at the end, where a command failed; what reads its output was not run, everything else was.
         """
         todo = self.missing()
-        waiting, running = list(todo), {}
+        chain = chains_behind(todo)
+        waiting, running = sorted(todo, key=lambda job: -chain[job]), {}
         failures, behind_failures = [], set()
         if not todo:
             return
@@ -236,6 +238,16 @@ class Jobs:
             "seconds": round(seconds, 1),
         }
         write_json(self._stamp_of(job), stamp)
+
+
+def chains_behind(jobs: list[Job]) -> dict[Job, int]:
+    """How many jobs wait one for the other behind each one, in the longest chain. `jobs`: each after what it needs."""
+    length = dict.fromkeys(jobs, 0)
+    for job in reversed(jobs):
+        for need in job.needs:
+            if need in length:
+                length[need] = max(length[need], length[job] + 1)
+    return length
 
 
 def run_command(command: list[str], log: str) -> None:

@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"Left out, its tables stay as they are: {reason}")
     todo = jobs.missing()
     perhaps = sum(job.only_if is not None for job in todo)
-    more = f", {perhaps} only where a best learning rate is at the end of those tried" if perhaps else ""
+    more = f", {perhaps} only where a sweep of learning rates asks for them" if perhaps else ""
     print(
         f"{len(planned)} tables, {len(jobs.all)} jobs, {len(todo)} of them to run{more}; {num_parallel} side by side"
     )

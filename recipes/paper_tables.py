@@ -398,8 +398,8 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy by number of label problems, for S2T-Local and both imitations; each with its best learning rate.
 
     `problems`: numbers. `seeds`: trainings of each. `epochs`: number -> passes over the problems, the same for all.
-    `samples`: texts of each problem that S2T-Local learns from, sampled, in as many fewer passes. No selector has a
-    router: `policy` must not ask for one.
+    `samples`: texts of each problem that S2T-Local learns from, sampled, in as many fewer passes. Its sweeps
+    are without routers, which hardly change what is best and take as long as a selector.
     """
     runs: dict[tuple[int, str], tuple] = {}
     samples = spec.get("samples", 1)
@@ -412,13 +412,17 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
         for method in METHODS:
             options: dict[str, Any] = {"num_train_epochs": epochs}
             texts = labels
-            if method == "s2t-local":
-                options["route"] = False
             if method == "s2t-local" and samples > 1:
                 texts = pipeline.labels("label", number, rollout_policy="sample", num_rollouts=samples)
                 options["num_train_epochs"] = epochs / samples
-            sweep = pipeline.sweep(method, texts, calibration=calibration, **options)
-            trained = pipeline.best(sweep, texts, calibration=calibration, seeds=seeds, **options)
+            if method == "s2t-local":
+                sweep = pipeline.sweep(method, texts, calibration=calibration, route=False, **options)
+                trained = [
+                    pipeline.train(method, texts, seed, sweep, calibration=calibration, **options) for seed in seeds
+                ]
+            else:
+                sweep = pipeline.sweep(method, texts, calibration=calibration, **options)
+                trained = pipeline.best(sweep, texts, calibration=calibration, seeds=seeds, **options)
             if method == "s2t-local":
                 label, more = spec["policy"], {"adapters": trained}
             else:

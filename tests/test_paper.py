@@ -84,6 +84,16 @@ def test_jobs_run_after_what_they_read_and_once(tmp_path, make):
     assert jobs.seconds(a) > 0
 
 
+def test_the_job_with_the_longest_chain_behind_it_is_next(tmp_path, make):
+    jobs = Jobs(tmp_path, 1)
+    make(jobs, "x"), make(jobs, "y")
+    a = make(jobs, "a")
+    make(jobs, "c", make(jobs, "b", a))
+    make(jobs, "d", a)
+    jobs.run()
+    assert (tmp_path / "order").read_text() == "abxycd"  # of equals the one that was added first
+
+
 def test_a_changed_command_is_run_again_with_all_that_reads_it(tmp_path, make):
     jobs = Jobs(tmp_path, 1)
     make(jobs, "b", make(jobs, "a"))
