@@ -35,6 +35,8 @@ from transformers_s2t.config import write_json
 
 
 PAPER = Path(__file__).resolve().parent / "paper"
+#: Recipes side by side, unless told otherwise; on the pairs that run on a CPU each takes up to a gigabyte of memory.
+MAX_PARALLEL = 8
 #: Kinds of tables for which a pair needs no answers that can be checked.
 WITHOUT_ANSWERS = ("sufficiency", "fidelity")
 
@@ -52,7 +54,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", "where everything that is made goes (default: runs/paper)", default="runs/paper")
     add("--results", "where tables go (default: docs/results)", type=Path, default=results.RESULTS)
     add("--data", "folder that {data} in a pair's YAML stands for; pairs that want it are left out without it")
-    add("--num_parallel", "recipes side by side (default: 2 on two or more cores, 1 with a GPU)", type=int)
+    add(
+        "--num_parallel",
+        f"recipes side by side (default: one per core, at most {MAX_PARALLEL}; 1 with a GPU)",
+        type=int,
+    )
     add("--dry_run", "list the jobs that are missing, and run none", action="store_true")
     args = parser.parse_args(arguments)
     if args.num_parallel is not None and args.num_parallel < 1:
@@ -132,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not has_gpu:
         env["OMP_NUM_THREADS"] = "1"  # of many small jobs side by side, and the same sums in every run
-    num_parallel = args.num_parallel or (1 if has_gpu else min(2, os.cpu_count() or 1))
+    num_parallel = args.num_parallel or (1 if has_gpu else min(MAX_PARALLEL, os.cpu_count() or 1))
     jobs = Jobs(out, num_parallel, env)
     pipelines = {name: Pipeline(pair, jobs, out / pair.name) for name, pair in pairs.items()}
     planned = []
