@@ -420,12 +420,10 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
                 trained = [
                     pipeline.train(method, texts, seed, sweep, calibration=calibration, **options) for seed in seeds
                 ]
+                label, more = spec["policy"], {"adapters": trained}
             else:
                 sweep = pipeline.sweep(method, texts, calibration=calibration, **options)
                 trained = pipeline.best(sweep, texts, calibration=calibration, seeds=seeds, **options)
-            if method == "s2t-local":
-                label, more = spec["policy"], {"adapters": trained}
-            else:
                 label, more = method, {"tuned": [(method, job) for job in trained]}
             name = f"{spec['name']}-{method}-{number}"
             job = pipeline.evaluation(name, policies=["greedy", label], **more)
