@@ -5,7 +5,8 @@
     python recipes/train_baseline.py --method kd  --model M --teacher_model T --labels runs/demo/labels/label \
         --output_dir runs/demo/kd-seed0 --learning_rate 1e-3
 
-"sft": supervised fine-tuning on the large model's own greedy solutions of the labelled problems (TRL's SFTTrainer).
+"sft": supervised fine-tuning on the large model's own greedy solutions of the labelled problems (TRL's SFTTrainer), or
+on several that it samples of each (`--num_samples`).
 "kd": distillation of its whole next-token distribution, KL(teacher || student), along the small model's own labelled
 trajectories. Both see the problems of the labels and no others, train the prompt's tokens not at all, and take every
 option of trl.SFTConfig. recipes/evaluate.py measures them (`--tuned sft=FOLDER kd=FOLDER`).
@@ -53,6 +54,17 @@ class BaselineArguments:
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in the adapter."})
     max_problems: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
+    num_samples: int | None = field(
+        default=None,
+        metadata={"help": "For 'sft': so many texts of each problem, sampled by the teacher, not its greedy one."},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of the model that is trained, as of from_pretrained. On a CPU a tiny model takes half "
+            "the time with 'eager': the backward pass of 'sdpa' is slow there."
+        },
+    )
     teacher_batch_size: int = field(default=64, metadata={"help": "Texts of the teacher written at a time."})
     overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
 
@@ -62,6 +74,11 @@ class BaselineArguments:
         for name in ("lora_r", "teacher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
+        if self.num_samples is not None and (self.num_samples < 1 or self.method != "sft"):
+            raise ValueError(
+                f"`num_samples` must be at least 1, and is for method='sft', got {self.num_samples!r} with "
+                f"{self.method!r} (labels hold the texts of 'kd', see `num_rollouts` of recipes/label.py)."
+            )
 
 
 class DistillationTrainer(SFTTrainer):
@@ -96,20 +113,23 @@ def make_texts(args: BaselineArguments, labels: Dataset, header: TrajectoryHeade
     if args.method == "kd":
         return list(zip(labels["input_ids"], labels["prompt_length"]))
     prompts = {row["problem_id"]: row["input_ids"][: row["prompt_length"]] for row in labels}
-    order = sorted(prompts, key=lambda id: len(prompts[id]))
+    wanted = [(id, number) for id in prompts for number in range(args.num_samples or 1)]
+    order = sorted(wanted, key=lambda text: len(prompts[text[0]]))
     texts = {}
     for start in tqdm(range(0, len(order), args.teacher_batch_size), desc="The teacher's texts", unit="batch"):
-        ids = order[start : start + args.teacher_batch_size]
+        batch = order[start : start + args.teacher_batch_size]
         new = rollout(
             teacher,
-            [prompts[id] for id in ids],
+            [prompts[id] for id, _ in batch],
             header.max_new_tokens,
             pad,
             header.eos_token_ids,
+            do_sample=args.num_samples is not None,
+            rollouts=[number for _, number in batch],
             suppressed_ids=header.excluded_ids,
         )
-        texts |= {id: [*prompts[id], *tokens] for id, tokens in zip(ids, new)}
-    return [(texts[id], len(prompts[id])) for id in prompts]
+        texts |= {text: [*prompts[text[0]], *tokens] for text, tokens in zip(batch, new)}
+    return [(texts[id, number], len(prompts[id])) for id, number in wanted]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         }
     )
     dtype = "float32" if args.dtype == "auto" and default_device().type == "cpu" else args.dtype
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attn_implementation)
     lora = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -161,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
             "model": args.model,
             "teacher_model": args.teacher_model,
             "problems": len(set(labels["problem_id"])),
+            "texts": len(texts),
             "trained_tokens": trained,
             "learning_rate": config.learning_rate,
             "num_train_epochs": config.num_train_epochs,

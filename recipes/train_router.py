@@ -10,44 +10,70 @@ recipes/calibrate.py: thresholds and fusion weights of a router are its own.
 It predicts one of three things, and `--target` says which: that the teacher's best candidate above the floor gains
 more than `--min_gain` nats over the first one ("gain"), that it is another one than the first ("differs"), or
 KL(teacher || student) itself ("kl").
+
+It depends on the model, the labels and the seed, not on the selector. So another adapter of the same model, where the
+same router would be trained, can take it, within a second:
+
+    python recipes/train_router.py --adapter runs/demo/other-adapter --router_of runs/demo/adapter-seed0
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters import check_same_tokenizer, open_adapter
 from commands import run
 from models import default_device, load_model
+from safetensors import safe_open
 from trl import TrlParser
 
-from transformers_s2t.config import CALIBRATION_NAME, S2T_CONFIG_NAME
+from transformers_s2t import SelectorConfig
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME, atomic_write
 from transformers_s2t.reserved_tokens import model_hash
 from transformers_s2t.router import ROUTER_TARGETS, RouterConfig, num_layers
 from transformers_s2t.router_training import collect, default_layers, fit_router, trigger_metrics
-from transformers_s2t.seen_problems import write_seen_problems
+from transformers_s2t.seen_problems import read_seen_problems, write_seen_problems
 from transformers_s2t.trajectories import label_splits, read_labels, share_of
+
+
+#: Of an adapter, what training a router reads apart from the model.
+SETTINGS = ("min_prob_ratio", "warmup_tokens", "reserved_token_ids")
 
 
 @dataclass
 class RouterArguments:
-    """What is trained, and on what.
+    """What is trained, and on what; or from where it is taken.
 
     Raises:
         ValueError: naming the argument, its legal values and the value given.
     """
 
     adapter: str = field(metadata={"help": "Folder of the trained adapter; the router is written beside it."})
-    labels: str = field(
-        metadata={"help": "Folder written by recipes/label.py, or a Hub data set; the adapter's own will do."}
+    labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder written by recipes/label.py, or a Hub data set; the adapter's own will do. Needed unless "
+            "`router_of` is given."
+        },
     )
     eval_labels: str | None = field(
         default=None,
         metadata={
             "help": "Labels of other problems, which choose layer and epoch; by default the split 'validation' of "
             "`labels`, or a fifth of its problems."
+        },
+    )
+    router_of: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter whose router is taken instead of training the same one again: a router depends on the "
+            "model, the labels and the seed, not on the selector. Goes without `labels`; options of training are not "
+            "read."
         },
     )
     model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
@@ -69,9 +95,18 @@ class RouterArguments:
     batch_size: int = field(default=32, metadata={"help": "Trajectories per forward of the model."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
     seed: int = field(default=0, metadata={"help": "Of the head's first weights and the order of positions."})
-    overwrite: bool = field(default=False, metadata={"help": "Train anew where the adapter has a router."})
+    overwrite: bool = field(default=False, metadata={"help": "Write it anew where the adapter has a router."})
 
     def __post_init__(self):
+        if (self.labels is None) == (self.router_of is None):
+            raise ValueError(
+                f"One of `labels` and `router_of` must be given, and only one, got labels={self.labels!r} and "
+                f"router_of={self.router_of!r}."
+            )
+        if self.router_of is not None and self.eval_labels is not None:
+            raise ValueError(
+                f"`eval_labels` must be left out with `router_of`, where nothing is trained, got {self.eval_labels!r}."
+            )
         if self.target not in ROUTER_TARGETS:
             raise ValueError(f"`target` must be one of {', '.join(map(repr, ROUTER_TARGETS))}, got {self.target!r}.")
         for name in ("width", "num_top", "num_epochs", "head_batch_size", "max_positions", "batch_size"):
@@ -111,17 +146,83 @@ def read_both(args: RouterArguments):
     return labels, held_out, header
 
 
+def write_router(adapter: str, config: SelectorConfig, problem_ids: Iterable[str], save: Callable[[str], str]) -> None:
+    """Puts a router beside an adapter, and takes away what was calibrated with another one.
+
+    Args:
+        adapter: its folder.
+        config: of the adapter, as it was.
+        problem_ids: those that the router has seen.
+        save: writes the router into a folder and returns its fingerprint, as `Router.save_pretrained` does.
+    """
+    (Path(adapter) / CALIBRATION_NAME).unlink(missing_ok=True)
+    write_seen_problems(adapter, "router", problem_ids)
+    fingerprint = save(adapter)
+    # what was calibrated with another router: all thresholds where it had a say in the decisions, else its own
+    depends = config.fusion is not None and config.fusion.router != 0
+    thresholds = {} if depends else {name: by for name, by in config.thresholds.items() if name != "router"}
+    fusion = None if depends else config.fusion
+    dataclasses.replace(config, router=fingerprint, thresholds=thresholds, fusion=fusion).save_pretrained(adapter)
+
+
+def take_router(args: RouterArguments, config: SelectorConfig) -> None:
+    """Writes the router of another adapter beside this one, as training it here would have done.
+
+    Raises:
+        ValueError: where there is none, or not known what it has seen, or training here would give another one.
+    """
+    if not Path(args.router_of).is_dir():
+        raise ValueError(f"`router_of` must be the local folder of an adapter with a router, got {args.router_of!r}.")
+    other = SelectorConfig.from_pretrained(args.router_of)
+    if not other.router:
+        raise ValueError(f"`router_of`: {args.router_of!r} has no router; take one that has, or pass `labels`.")
+    file = Path(args.router_of) / ROUTER_WEIGHTS_NAME
+    data = file.read_bytes() if file.is_file() else b""
+    if hashlib.sha256(data).hexdigest()[:16] != other.router:
+        raise ValueError(f"`router_of`: {file} is not the router that {S2T_CONFIG_NAME} names, {other.router}.")
+    problem_ids = read_seen_problems(args.router_of).get("router")
+    if problem_ids is None:
+        raise ValueError(
+            f"`router_of`: {args.router_of!r} does not tell which problems its router has seen: pass `labels`."
+        )
+    with safe_open(file, framework="pt") as weights:
+        router = RouterConfig(**json.loads(weights.metadata()["router"]))
+    # an adapter that does not say what its model was takes the router of any
+    pairs = {"model_hash": (router.model_hash, config.model_hash or router.model_hash)}
+    pairs |= {name: (getattr(other, name), getattr(config, name)) for name in SETTINGS}
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise ValueError(
+                f"`router_of`: {args.router_of!r} has a router for {name}={theirs!r}, but {args.adapter!r} has "
+                f"{name}={ours!r} and would get another one: pass `labels`."
+            )
+
+    def save(folder: str) -> str:
+        with atomic_write(Path(folder) / ROUTER_WEIGHTS_NAME) as out:
+            out.write(data)
+        return other.router
+
+    write_router(args.adapter, config, problem_ids, save)
+    print(
+        f"taken from {args.router_of}: router {other.router} (target {router.target!r}, layer {router.layer}, "
+        f"{len(problem_ids)} problems seen), written to {args.adapter}. Calibrate next (recipes/calibrate.py)."
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     (args,) = TrlParser(RouterArguments).parse_args_and_config(argv)
     config = open_adapter(args.adapter)
     if config.router and not args.overwrite:
-        print(f"{args.adapter} already has a router; pass --overwrite true to train it again.")
+        print(f"{args.adapter} already has a router; pass --overwrite true to write it anew.")
         return
     if config.proposals == "adapted":
         raise ValueError(
             f"{args.adapter} writes text with the adapter on (proposals='adapted'), but labels hold what the base "
             "model would write first: a router cannot be trained on them. Use trigger='entropy' or 'margin'."
         )
+    if args.router_of is not None:
+        take_router(args, config)
+        return
     labels, held_out, header = read_both(args)
     check_same_tokenizer(args.labels, header, config)
     model = load_model(args.model or config.base_model, args.dtype, default_device())
@@ -172,14 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         num_epochs=args.num_epochs,
         batch_size=args.head_batch_size,
     )
-    (Path(args.adapter) / CALIBRATION_NAME).unlink(missing_ok=True)
-    write_seen_problems(args.adapter, "router", [*labels["problem_id"], *held_out["problem_id"]])
-    fingerprint = router.save_pretrained(args.adapter)
-    # what was calibrated with another router: all thresholds where it had a say in the decisions, else its own
-    depends = config.fusion is not None and config.fusion.router != 0
-    thresholds = {} if depends else {name: by for name, by in config.thresholds.items() if name != "router"}
-    fusion = None if depends else config.fusion
-    dataclasses.replace(config, router=fingerprint, thresholds=thresholds, fusion=fusion).save_pretrained(args.adapter)
+    write_router(args.adapter, config, [*labels["problem_id"], *held_out["problem_id"]], router.save_pretrained)
 
     print(f"\n{len(train.gain_N)} positions of {len(labels)} trajectories, {len(tuning.gain_N)} held out")
     print("held-out loss by layer: " + ", ".join(f"{layer}: {loss:.4f}" for layer, loss in losses.items()))

@@ -65,12 +65,12 @@ def train(folder, method, *options):
     return [*arguments, *options]
 
 
-def texts_of(folder, method, recipes):
+def texts_of(folder, method, recipes, **more):
     """What the method trains on, made by the recipe."""
     labels, header = read_labels(str(folder / "labels"))
     module = recipes["train_baseline"]
     args = module.BaselineArguments(
-        method, str(folder / "student"), str(folder / "teacher"), str(folder / "labels"), teacher_batch_size=4
+        method, str(folder / "student"), str(folder / "teacher"), str(folder / "labels"), teacher_batch_size=4, **more
     )
     teacher = disagreeing_pair()[1]
     return module.make_texts(args, labels, header, teacher, 0), teacher, labels
@@ -89,6 +89,23 @@ def test_fine_tuning_learns_from_the_teachers_own_greedy_texts(folder, recipes):
             suppress_tokens=list(RESERVED),
         )
         assert ids == expected[0].tolist() and start == len(prompt)
+
+
+def test_fine_tuning_can_learn_from_texts_that_the_teacher_samples(folder, recipes, tmp_path):
+    texts, _, labels = texts_of(folder, "sft", recipes, num_samples=3)
+    again, _, _ = texts_of(folder, "sft", recipes, num_samples=2)
+    greedy, _, _ = texts_of(folder, "sft", recipes)
+    assert (
+        len(texts) == 30 and [texts[3 * n + i] for n in range(10) for i in range(2)] == again
+    )  # batches do not matter
+    for n, row in enumerate(labels):
+        own = texts[3 * n : 3 * n + 3]
+        assert all(ids[:start] == row["input_ids"][: row["prompt_length"]] for ids, start in own)
+        assert len({tuple(ids) for ids, _ in own} | {tuple(greedy[n][0])}) > 1
+    output = tmp_path / "sampled"
+    options = ["--output_dir", str(output), "--num_samples", "3", "--attn_implementation", "eager"]
+    recipes["train_baseline"].main(train(folder, "sft", *options))
+    assert json.loads((output / "baseline.json").read_text())["texts"] == 30
 
 
 def test_distillation_goes_along_the_students_own_texts(folder, recipes):
@@ -205,6 +222,11 @@ def test_names_of_tuned_adapters_are_checked(folder, recipes, tmp_path, text):
         ({"method": "dpo"}, "`method` must be one of 'sft', 'kd', got 'dpo'"),
         ({"lora_r": 0}, "`lora_r` must be at least 1, got 0"),
         ({"teacher_batch_size": 0}, "`teacher_batch_size` must be at least 1, got 0"),
+        ({"num_samples": 0}, "`num_samples` must be at least 1, and is for method='sft', got 0 with 'sft'"),
+        (
+            {"num_samples": 4, "method": "kd"},
+            "`num_samples` must be at least 1, and is for method='sft', got 4 with 'kd'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(recipes, changes, message):

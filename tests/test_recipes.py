@@ -1,5 +1,6 @@
 """From labels to a calibrated selector through the recipe scripts, on tiny random models and a folder of their own."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,9 +16,16 @@ from huggingface_hub.utils import filter_repo_objects
 from tiny import RESERVED, prompts, tiny_model
 from tiny_labels import tiny_tokenizer
 
-from transformers_s2t import LocalSelector, S2TDecodingConfig, S2TTrace, SelectorConfig, s2t_generate
+from transformers_s2t import (
+    FusionWeights,
+    LocalSelector,
+    S2TDecodingConfig,
+    S2TTrace,
+    SelectorConfig,
+    s2t_generate,
+)
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME
-from transformers_s2t.seen_problems import read_seen_problems
+from transformers_s2t.seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems
 from transformers_s2t.trajectories import read_labels, shard_files
 
 
@@ -204,6 +212,145 @@ def test_a_router_whose_two_sets_share_problems_is_refused(run):
         run["train_router"].main(
             ["--adapter", str(run["folder"] / "adapter"), "--labels", labels, "--eval_labels", labels]
         )
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def other_seed(run):
+    """An adapter of the same model and labels as `routed`, with other weights and without a router; calibrated."""
+    adapter = run["folder"] / "other-seed"
+    options = ["--seed", "1", "--max_steps", "1", "--output_dir", str(adapter)]
+    run["train"].main([*run["arguments"], *options])
+    run["calibrate"].main(
+        ["--adapter", str(adapter), "--labels", str(run["folder"] / "labels" / "held-out"), "--deployed", "false"]
+    )
+    return adapter
+
+
+ROUTER_THRESHOLDS = {"margin": {0.1: -1.0}, "router": {0.1: 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "kept"),
+    [
+        ({}, {"entropy", "margin", "kl"}),
+        ({"router": "0" * 16, "thresholds": ROUTER_THRESHOLDS, "fusion": FusionWeights(1.0, 0.5)}, {"margin"}),
+        ({"router": "0" * 16, "thresholds": ROUTER_THRESHOLDS, "fusion": FusionWeights(1.0, 0.5, 0.0, 0.1)}, set()),
+    ],
+)
+def test_a_router_that_is_taken_leaves_the_files_that_training_it_leaves(
+    run, routed, other_seed, tmp_path, monkeypatch, capsys, calibrated, kept
+):
+    """Behind a calibration without a router, with another router that had no say in the fused score, and with one."""
+    source, ways = routed[0], {name: tmp_path / name for name in ("trained", "taken")}
+    for adapter in ways.values():
+        shutil.copytree(other_seed, adapter)
+        before = dataclasses.replace(SelectorConfig.from_pretrained(adapter), **calibrated)
+        before.save_pretrained(adapter)
+        assert before.fusion is not None and (adapter / CALIBRATION_NAME).is_file()
+        assert contents(adapter)["adapter_model.safetensors"] != contents(source)["adapter_model.safetensors"]
+    unchanged = contents(source)
+    options = ["--labels", str(run["folder"] / "labels" / "train"), "--target", "differs", "--overwrite", "true"]
+    run["train_router"].main(["--adapter", str(ways["trained"]), *options])
+
+    def refuse(*args):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(run["train_router"], "load_model", refuse)
+    capsys.readouterr()
+    run["train_router"].main(
+        ["--adapter", str(ways["taken"]), "--router_of", str(source), "--overwrite", str(bool(calibrated)).lower()]
+    )
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and f"taken from {source}: router {routed[1].router} (target 'differs'" in told
+    assert contents(ways["taken"]) == contents(ways["trained"]) and contents(source) == unchanged
+    config = SelectorConfig.from_pretrained(ways["taken"])
+    assert config.router == routed[1].router and set(config.thresholds) == kept
+    assert config.fusion == (before.fusion if kept else None)
+    assert read_seen_problems(ways["taken"])["router"] == read_seen_problems(source)["router"]
+    assert not (ways["taken"] / CALIBRATION_NAME).exists()
+    LocalSelector.from_pretrained(ways["taken"], tiny_model())
+
+
+def test_a_taken_router_replaces_none_unless_asked_and_is_taken_where_the_model_is_not_named(
+    run, routed, other_seed, tmp_path, capsys
+):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(other_seed, adapter)
+    config = dataclasses.replace(SelectorConfig.from_pretrained(adapter), router="0" * 16, model_hash="")
+    config.save_pretrained(adapter)
+    before, arguments = contents(adapter), ["--adapter", str(adapter), "--router_of", str(routed[0])]
+    run["train_router"].main(arguments)
+    assert "already has a router" in capsys.readouterr().out and contents(adapter) == before
+    run["train_router"].main([*arguments, "--overwrite", "true"])
+    assert SelectorConfig.from_pretrained(adapter).router == routed[1].router
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_hash": "beef"}, "has a router for model_hash='[0-9a-f]+', but .* has model_hash='beef' and would"),
+        ({"min_prob_ratio": 0.25}, r"min_prob_ratio=0\.05, but .* has min_prob_ratio=0\.25 "),
+        ({"warmup_tokens": 5}, "warmup_tokens=3, but .* has warmup_tokens=5 "),
+        ({"reserved_token_ids": (1, 2)}, r"reserved_token_ids=\(\d+, .* has reserved_token_ids=\(1, 2\) "),
+        ({"adapter_scope": "sequence", "proposals": "adapted"}, "a router cannot be trained on them"),
+    ],
+)
+def test_the_router_of_an_adapter_that_would_get_another_one_is_not_taken(
+    run, routed, other_seed, tmp_path, changed, message
+):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(other_seed, adapter)
+    dataclasses.replace(SelectorConfig.from_pretrained(adapter), **changed).save_pretrained(adapter)
+    before = contents(adapter)
+    with pytest.raises(ValueError, match=message):
+        run["train_router"].main(["--adapter", str(adapter), "--router_of", str(routed[0])])
+    assert contents(adapter) == before
+
+
+SPOILT_ROUTERS = {
+    "no folder": (shutil.rmtree, "`router_of` must be the local folder of an adapter with a router, got"),
+    "none": (
+        lambda folder: dataclasses.replace(SelectorConfig.from_pretrained(folder), router="").save_pretrained(folder),
+        "`router_of`: .* has no router",
+    ),
+    "no file": (lambda folder: (folder / ROUTER_WEIGHTS_NAME).unlink(), "`router_of`: .* is not the router that"),
+    "another file": (
+        lambda folder: (folder / ROUTER_WEIGHTS_NAME).write_bytes(b"other"),
+        "`router_of`: .* is not the router that",
+    ),
+    "unknown problems": (
+        lambda folder: (folder / SEEN_PROBLEMS_NAME).unlink(),
+        "`router_of`: .* does not tell which problems its router has seen",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT_ROUTERS)
+def test_a_router_that_is_not_there_or_not_known_is_not_taken(run, routed, other_seed, tmp_path, spoil):
+    source, before = tmp_path / "source", contents(other_seed)
+    shutil.copytree(routed[0], source)
+    change, message = SPOILT_ROUTERS[spoil]
+    change(source)
+    with pytest.raises(ValueError, match=message):
+        run["train_router"].main(["--adapter", str(other_seed), "--router_of", str(source)])
+    assert contents(other_seed) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "One of `labels` and `router_of` must be given, and only one, got labels=None and router_of=None"),
+        (["--labels", "a", "--router_of", "b"], "and only one, got labels='a' and router_of='b'"),
+        (["--router_of", "b", "--eval_labels", "c"], "`eval_labels` must be left out with `router_of`, .* got 'c'"),
+    ],
+)
+def test_a_router_is_either_trained_or_taken(run, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run["train_router"].main(["--adapter", str(run["folder"] / "adapter"), *arguments])
 
 
 def test_a_second_round_is_written_by_the_trained_selector(run, capsys):
