@@ -3,9 +3,10 @@
     python benchmarks/objective.py --recipe recipes/embedded/train.yaml --labels runs/demo/labels/label \
         --num_train 200 --num_held_out 200 --json runs/benchmarks/objective-embedded.json
 
-The labels are divided by trajectory: the first `--num_train` train, the next `--num_fusion` fit the fusion, the
-next `--num_held_out` are measured. Every variant is measured at the same points, with 8 candidates above the same
-floor, whatever it was trained with. Finished trainings are kept in the JSON and are not repeated.
+The labels are divided by problem: the texts of the first `--num_train` train, those of the next `--num_fusion` fit the
+fusion, those of the next `--num_held_out` are measured. Every variant is measured at the same points, with 8
+candidates above the same floor, whatever it was trained with. Finished trainings are kept in the JSON and are not
+repeated.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from unittest import mock
 
 import torch
 import yaml
+from datasets import Dataset
 from peft import LoraConfig
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -179,15 +181,22 @@ def train_one(args: argparse.Namespace, recipe: dict, variant: str, seed: int) -
     }
 
 
-def divide(labels, args: argparse.Namespace):
-    """Trajectories to train on, to fit the fusion on and to measure."""
-    ends = [args.num_train, args.num_train + args.num_fusion, args.num_train + args.num_fusion + args.num_held_out]
-    if ends[-1] > len(labels):
+def divide(labels: Dataset, args: argparse.Namespace) -> list[Dataset]:
+    """Trajectories to train on, to fit the fusion on and to measure: no problem has texts in two of them.
+
+    Raises:
+        ValueError: where there are fewer problems than asked for.
+    """
+    sizes = (args.num_train, args.num_fusion, args.num_held_out)
+    problems = list(dict.fromkeys(labels["problem_id"]))
+    if sum(sizes) > len(problems):
         raise ValueError(
-            f"--num_train + --num_fusion + --num_held_out must be at most {len(labels)}, the trajectories in "
-            f"{args.labels!r}, got {ends[-1]}."
+            f"--num_train + --num_fusion + --num_held_out must be at most {len(problems)}, the problems in "
+            f"{args.labels!r}, got {sum(sizes)}."
         )
-    return (labels.select(range(start, end)) for start, end in zip([0, *ends], ends))
+    part_of = dict(zip(problems, (part for part, size in enumerate(sizes) for _ in range(size))))
+    parts = [part_of.get(problem) for problem in labels["problem_id"]]
+    return [labels.select([row for row, part in enumerate(parts) if part == wanted]) for wanted in range(len(sizes))]
 
 
 def summarise(rows: list[dict]) -> list[dict]:
@@ -268,9 +277,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--recipe", type=Path, required=True, help="training recipe in YAML that variants depart from")
     add("--labels", required=True, help="folder written by recipes/label.py")
     add("--model", help="base model [the recipe's]")
-    add("--num_train", type=int, default=200, help="trajectories to train on [%(default)s]")
-    add("--num_fusion", type=int, default=100, help="trajectories to fit the fusion weights on [%(default)s]")
-    add("--num_held_out", type=int, default=200, help="trajectories to measure [%(default)s]")
+    add("--num_train", type=int, default=200, help="problems to train on [%(default)s]")
+    add("--num_fusion", type=int, default=100, help="problems to fit the fusion weights on [%(default)s]")
+    add("--num_held_out", type=int, default=200, help="problems to measure [%(default)s]")
     add("--min_prob_ratio", type=float, default=0.05, help="candidate floor of the measure [%(default)s]")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="[all]")
     add("--seeds", type=int, default=3, help="trainings of each variant [%(default)s]")
@@ -284,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
     labels, _ = read_labels(args.labels)
-    list(divide(labels, args))  # too few are found before anything is trained
+    divide(labels, args)  # too few are found before anything is trained
     settings = ("num_train", "num_fusion", "num_held_out", "min_prob_ratio", "device")
     meta = {name: getattr(args, name) for name in settings}
     # names, not places: figures travel

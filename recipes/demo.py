@@ -217,6 +217,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", "tokens of a solution at most (default: 72 for recipes/embedded, else 256)", type=int)
     add("--batch_size", "sequences per generate call (default: 250 for recipes/embedded, else 64)", type=int)
     add("--train_config", "YAML for recipes/train.py (default: train.yaml of a data set that has one)")
+    add(
+        "--label_config",
+        "YAML for recipes/label.py, for what selectors learn from (default: label.yaml of a data set that has one)",
+    )
     add("--add_reserved_tokens", "resize a model that has no reserved tokens", action="store_true")
     add("--policies", "policies to evaluate (default: those of recipes/evaluate.py)", nargs="+")
     add(
@@ -238,6 +242,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def config_of(stage: str, args: argparse.Namespace) -> list[str]:
+    """Arguments that name a recipe's YAML: the one given, or that of the data set; none where there is neither."""
+    given, own = getattr(args, f"{stage}_config"), Path(args.dataset) / f"{stage}.yaml"
+    if given is None and own.is_file():
+        given = str(own)
+    return [] if given is None else ["--config", given]
+
+
 def main() -> None:
     args = parse_arguments()
     import torch
@@ -255,8 +267,11 @@ def main() -> None:
     config = AutoConfig.from_pretrained(args.model).get_text_config()
     if not args.add_reserved_tokens:
         find_reserved_token_ids(tokenizers[0], config.vocab_size)
-    if args.train_config is not None and not Path(args.train_config).is_file():
-        raise FileNotFoundError(f"`train_config`: {args.train_config!r} does not exist.")
+    for stage in ("train", "label"):
+        given = getattr(args, f"{stage}_config")
+        if given is not None and not Path(given).is_file():
+            raise FileNotFoundError(f"`{stage}_config`: {given!r} does not exist.")
+    configs = {stage: config_of(stage, args) for stage in ("train", "label")}
     if args.chat_template is None:
         args.chat_template = tokenizers[0].chat_template is not None
     if not has_gpu:
@@ -265,7 +280,16 @@ def main() -> None:
     dtype = [] if has_gpu else ["--dtype", "float32"]
     stages = Stages(total=7, env=env, logs=out / "logs")
 
-    names = ("model", "teacher_model", "dataset", "limit_train", "train_config", "chat_template", "seed")
+    names = (
+        "model",
+        "teacher_model",
+        "dataset",
+        "limit_train",
+        "train_config",
+        "label_config",
+        "chat_template",
+        "seed",
+    )
     settings = {name: getattr(args, name) for name in names} | {"max_new_tokens": int(max_new_tokens)}
     check_same_run(out / "demo.json", settings)
 
@@ -277,7 +301,8 @@ def main() -> None:
     fitted = [labels[part] for part in PARTS if part != "test"]  # those of test only say how good the premise is
     stages.run_side_by_side(
         {
-            part: [recipe("label.py"), "--model", args.model, "--teacher_model", args.teacher_model]
+            part: [recipe("label.py"), *(configs["label"] if part == "label" else [])]
+            + ["--model", args.model, "--teacher_model", args.teacher_model]
             + ["--dataset", str(out / "data" / f"{part}.jsonl"), "--output_dir", folder]
             + ["--max_new_tokens", max_new_tokens, "--batch_size", batch_size, *chat, *dtype]
             for part, folder in labels.items()
@@ -288,13 +313,9 @@ def main() -> None:
     stages.start(f"Training: {args.num_seeds} selector{'s' if args.num_seeds > 1 else ''}, one for each seed")
     seeds = range(args.seed, args.seed + args.num_seeds)
     adapters = {seed: str(out / f"adapter-seed{seed}") for seed in seeds}
-    train_config = args.train_config
-    if train_config is None and (Path(args.dataset) / "train.yaml").is_file():
-        train_config = str(Path(args.dataset) / "train.yaml")
-    config = [] if train_config is None else ["--config", train_config]
     stages.run_side_by_side(
         {
-            f"seed {seed}": [recipe("train.py"), *config, "--model", args.model, *dtype]
+            f"seed {seed}": [recipe("train.py"), *configs["train"], "--model", args.model, *dtype]
             + ["--labels", labels["label"], "--eval_labels", labels["tuning"]]
             + (["--add_reserved_tokens", "true"] if args.add_reserved_tokens else [])
             + ["--output_dir", adapter, "--seed", str(seed)]

@@ -49,10 +49,10 @@ class Job:
     name: str
     output: Path
     command: list[str] | Callable[[], list[str]]
-    needs: tuple[Job, ...] = ()
+    needs: tuple[Job, ...] = field(default=(), repr=False)  # all that is behind a job would be told many times over
     folder: Path | None = None
     alone: bool = False
-    only_if: Callable[[], bool] | None = None
+    only_if: Callable[[], bool] | None = field(default=None, repr=False)
 
     @property
     def path(self) -> Path:

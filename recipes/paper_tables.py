@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from demo import recipe
 from estimates import bootstrap_interval
 from evaluate import mcnemar
 from jobs import Job
-from pipeline import METHODS, Pipeline, Sweep, as_arguments, tag
+from pipeline import METHODS, SAMPLED, Best, Pipeline, Sweep, as_arguments, tag
 from records import read_records
 from row_names import label_of, name_of
 
@@ -50,7 +50,7 @@ class Result:
 Collect = Callable[[], Result]
 ACCURACY = [
     ("accuracy", "accuracy", "interval"),
-    ("SD over seeds", "accuracy_sd", "1f"),
+    ("seed by seed", "by_seed", "text"),
     ("gain over greedy", "gain", "signed interval"),
     ("helped / hurt", "flips", "text"),
     ("p", "mcnemar_p", "p"),
@@ -73,11 +73,17 @@ def row_of(row: dict, report: dict, **more) -> dict:
     values = {name: row[name] for name in kept}
     if row["helped"] is not None:
         values["flips"] = f"{row['helped']:g} / {row['hurt']:g}"
+    values["by_seed"] = seed_by_seed(row["accuracy_by_seed"])
     for other in report["rows"]:
         if other["label"] == "greedy":
             own = row["decoding_steps"] + sum(row["extra_forwards"].values())
             values["forwards"] = own / other["decoding_steps"]
     return {"policy": label_of(row), **values, **more}
+
+
+def seed_by_seed(accuracy_S: Sequence[float]) -> str:
+    """Accuracies of several seeds; empty for one."""
+    return ", ".join(f"{value:.1f}" for value in accuracy_S) if len(accuracy_S) > 1 else ""
 
 
 def correct_by_seed(*rows: tuple[Job, str]) -> list[np.ndarray]:
@@ -127,7 +133,9 @@ def problems_note(report: Mapping[str, Any]) -> str:
 
 def training_rate_note(method: str, sweep: Sweep) -> str:
     found = sweep.accuracies()
-    tried = ", ".join(f"{value:g}: {accuracy:.1f}" for value, accuracy in found.items())
+    tried = ", ".join(
+        f"{rate:g}: {' and '.join(f'{value:.1f}' for value in values)}" for rate, values in found.items()
+    )
     best = sweep.best_rate()
     edge = " (the end of what was tried)" if best in (min(found), max(found)) else ""
     return f"{method}: accuracy on the tuning problems by learning rate {tried}; {best:g} taken{edge}"
@@ -139,34 +147,47 @@ def training_rate_note(method: str, sweep: Sweep) -> str:
 
 @dataclass
 class Base:
-    """The labels and calibrated selectors that several tables read, trained at the pair's best learning rate."""
+    """The labels and calibrated selectors that several tables read, trained at the pair's best learning rate.
+
+    Attributes:
+        pipeline: of the pair.
+        labels: what imitations learn from.
+        selector_labels: what selectors learn from, of the same problems.
+        calibration: labels to calibrate on.
+        sweep: of the selectors' learning rate; `None` where answers cannot be checked, or there is one rate.
+        adapters: the selectors, one for each seed.
+    """
 
     pipeline: Pipeline
     labels: Job
+    selector_labels: Job
     calibration: Job
     sweep: Sweep | None
-    adapters: list[Job]
+    adapters: list[Job | Best]
 
     @classmethod
     def of(cls, pipeline: Pipeline, thresholds: bool = True) -> Base:
         """`thresholds`: calibrated for triggers too, which decodes; else fusion weights only."""
-        labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
-        sweep = None
+        labels, calibration = pipeline.selector_labels(), pipeline.labels("calibration")
+        base = cls(pipeline, pipeline.labels("label"), labels, calibration, None, [])
         if pipeline.pair.has_answers and len(pipeline.pair.learning_rates.get("s2t-local", ())) > 1:
-            sweep = pipeline.sweep("s2t-local", labels, calibration=calibration)
-        if sweep is not None and not thresholds:
-            return cls(pipeline, labels, calibration, sweep, pipeline.best(sweep, labels, calibration=calibration))
+            base.sweep = pipeline.sweep("s2t-local", labels, calibration=calibration)
+        if base.sweep is not None and not thresholds:
+            base.adapters = base.sweep.best()
+            return base
         tuning = pipeline.labels("tuning") if "tuning" in pipeline.pair.sizes else None
-        adapters = [
-            pipeline.selector(labels, seed, calibration=calibration, tuning=tuning, decode=thresholds, rate=sweep)
-            for seed in pipeline.seeds
-        ]
-        return cls(pipeline, labels, calibration, sweep, adapters)
+        settings = {"calibration": calibration, "tuning": tuning, "decode": thresholds, "rate": base.sweep}
+        base.adapters = [pipeline.selector(labels, seed, **settings) for seed in pipeline.seeds]
+        return base
 
-    def imitation(self, method: str) -> tuple[Sweep, list[Job | Sweep]]:
-        """The sweep of "sft" or "kd" on the same labels, and one training for each seed at its best rate."""
-        sweep = self.pipeline.sweep(method, self.labels, calibration=self.calibration)
-        return sweep, self.pipeline.best(sweep, self.labels, calibration=self.calibration)
+    def imitation(self, method: str) -> Sweep:
+        """The sweep of "sft", "kd" or one of SAMPLED, on the same problems and with as many steps."""
+        labels, settings = self.labels, {"calibration": self.calibration}
+        if method in SAMPLED:
+            labels = self.selector_labels if method == "kd-sampled" else self.labels
+            epochs = self.pipeline.pair.baseline["num_train_epochs"] / self.pipeline.num_rollouts
+            settings["num_train_epochs"] = f"{epochs:g}"
+        return self.pipeline.sweep(method, labels, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,19 +237,21 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
 
     `policies`: as of evaluate.py. `limit`: test problems, by default all. `num_candidates`: values of K to run them
     with; `at_other_sizes`: those to run at all but the first of these. `baselines`: also the tuned imitations ("sft",
-    "kd"), each with the best of the pair's learning rates and one training for each seed. `compare`: pairs of labels
-    whose difference is told.
+    "kd", and where selectors learn from sampled texts "sft-sampled", "kd-sampled"), each with the best of the pair's
+    learning rates and one training for each seed. `compare`: pairs of labels whose difference is told.
     """
+    baselines = [m for m in spec.get("baselines", ()) if m not in SAMPLED or pipeline.num_rollouts > 1]
     base = Base.of(pipeline, thresholds=any(re.search(r":(?!always)", policy) for policy in spec["policies"]))
     sweeps = {} if base.sweep is None else {"s2t-local": base.sweep}
     tuned = []
-    for method in spec.get("baselines", ()):
-        sweeps[method], trained = base.imitation(method)
-        tuned += [(method, job) for job in trained]
-    wanted = list(dict.fromkeys([*spec["policies"], *spec.get("baselines", ())]))
+    for method in baselines:
+        sweeps[method] = base.imitation(method)
+        tuned += [(method, trained) for trained in sweeps[method].best()]
+    left_out = set(spec.get("baselines", ())) - set(baselines)
+    wanted = [policy for policy in dict.fromkeys([*spec["policies"], *baselines]) if policy not in left_out]
     options = {"limit": spec.get("limit")}
     if any(policy.startswith("prior") for policy in wanted):
-        options["prior_labels"] = str(base.labels.path)
+        options["prior_labels"] = str(base.selector_labels.path)
     sizes = spec.get("num_candidates", [8])
     evaluations = {
         size: pipeline.evaluation(
@@ -236,7 +259,7 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
             policies=wanted if size == sizes[0] else ["greedy", *spec.get("at_other_sizes", wanted[1:])],
             adapters=base.adapters,
             tuned=tuned,
-            needs=[base.labels],
+            needs=[base.selector_labels],
             **options,
             **({} if size == 8 else {"num_candidates": size}),
         )
@@ -266,6 +289,8 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
         notes = [problems_note(report), *(training_rate_note(method, sweep) for method, sweep in sweeps.items())]
         labels = {row["label"]: label_of(row) for row in report["rows"]}
         for one, other in spec.get("compare", ()):
+            if other in left_out:
+                continue
             notes.append(sentence(labels[one], labels[other], difference(first, one, first, other)))
         return Result(columns, rows, notes, [job_text(job) for job in evaluations.values()], cost)
 
@@ -277,10 +302,11 @@ def fidelity(pipeline: Pipeline, spec: dict) -> Collect:
     base = Base.of(pipeline)
     labels = pipeline.labels("test")
     output = pipeline.folder / "agreement.json"
-    command = [recipe("agreement.py"), "--labels", str(labels.path), "--train_labels", str(base.labels.path)]
+    command = [recipe("agreement.py"), "--labels", str(labels.path)]
+    command += ["--train_labels", str(base.selector_labels.path)]
     command += ["--model", pipeline.model, "--dtype", pipeline.pair.dtype, "--output", str(output)]
     command += ["--adapters", *(str(adapter.path) for adapter in base.adapters)]
-    job = pipeline.add("agreement", output, command, [labels, base.labels, *base.adapters])
+    job = pipeline.add("agreement", output, command, [labels, base.selector_labels, *base.adapters])
 
     def collect() -> Result:
         found = read_report(job)
@@ -316,8 +342,8 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
     """S2T-Local with one thing changed at a time.
 
     `label_problems`: how many. `limit`: test problems, by default all. `variants`: list of `name` and what differs:
-    `train`, `label` (arguments of the recipes), `router: false`, `rounds: 2`, `decoding` (arguments of evaluate.py).
-    `policy`: what is compared.
+    `train`, `label` (arguments of the recipes), `router: false`, `rounds: 2` (the second one learns from one text of
+    each problem, in as many steps), `decoding` (arguments of evaluate.py). `policy`: what is compared.
     """
     limit, calibration = spec.get("label_problems"), pipeline.labels("calibration")
     seeds = range(spec.get("seeds", pipeline.pair.num_seeds))
@@ -325,20 +351,19 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
     evaluations = {}
     for variant in spec["variants"]:
         name = variant["name"]
-        labels = pipeline.labels("label", limit, **variant.get("label", {}))
+        labels = pipeline.selector_labels(limit, **variant.get("label", {}))
         settings = {"calibration": calibration, "decode": False, "rate": rate, "route": variant.get("router", True)}
         settings |= variant.get("train", {})
         if variant.get("rounds", 1) == 2:  # the first round's selector writes what the second one learns from
+            texts = {"rollout_policy": "s2t-local"}
+            epochs = {}
+            if pipeline.num_rollouts > 1:
+                epochs["num_train_epochs"] = f"{pipeline.pair.train['num_train_epochs'] * pipeline.num_rollouts:g}"
             adapters = [
                 pipeline.selector(
-                    pipeline.labels(
-                        "label",
-                        limit,
-                        rollout_policy="s2t-local",
-                        adapter=pipeline.selector(labels, seed, **settings),
-                    ),
+                    pipeline.labels("label", limit, adapter=pipeline.selector(labels, seed, **settings), **texts),
                     seed,
-                    **settings,
+                    **settings | epochs,
                 )
                 for seed in seeds
             ]
@@ -397,34 +422,24 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
 def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy by number of label problems, for S2T-Local and both imitations; each with its best learning rate.
 
-    `problems`: numbers. `seeds`: trainings of each. `epochs`: number -> passes over the problems, the same for all.
-    `samples`: texts of each problem that S2T-Local learns from, sampled, in as many fewer passes. Its sweeps
-    are without routers, which hardly change what is best and take as long as a selector.
+    `problems`: numbers. `epochs`: number -> passes over the problems of a method that has
+    one text of each; with several texts there are as many fewer, so all take as many steps.
     """
     runs: dict[tuple[int, str], tuple] = {}
-    samples = spec.get("samples", 1)
-    seeds = range(spec.get("seeds", pipeline.pair.num_seeds))
+    pair = pipeline.pair
     for number in spec["problems"]:
         held_out = max(spec.get("min_calibration", 30), round(0.6 * number))
         held_out = None if held_out >= pipeline.pair.sizes["calibration"] else held_out
-        labels, calibration = pipeline.labels("label", number), pipeline.labels("calibration", held_out)
-        epochs = spec["epochs"][number]
+        calibration = pipeline.labels("calibration", held_out)
         for method in METHODS:
-            options: dict[str, Any] = {"num_train_epochs": epochs}
-            texts = labels
-            if method == "s2t-local" and samples > 1:
-                texts = pipeline.labels("label", number, rollout_policy="sample", num_rollouts=samples)
-                options["num_train_epochs"] = epochs / samples
-            if method == "s2t-local":
-                sweep = pipeline.sweep(method, texts, calibration=calibration, route=False, **options)
-                trained = [
-                    pipeline.train(method, texts, seed, sweep, calibration=calibration, **options) for seed in seeds
-                ]
-                label, more = spec["policy"], {"adapters": trained}
-            else:
-                sweep = pipeline.sweep(method, texts, calibration=calibration, **options)
-                trained = pipeline.best(sweep, texts, calibration=calibration, seeds=seeds, **options)
-                label, more = method, {"tuned": [(method, job) for job in trained]}
+            is_local = method == "s2t-local"
+            texts = pipeline.selector_labels(number) if is_local else pipeline.labels("label", number)
+            epochs = spec["epochs"][number] / (pipeline.num_rollouts if is_local else 1)
+            usual = (pair.train if is_local else pair.baseline).get("num_train_epochs")
+            options = {} if epochs == usual else {"num_train_epochs": f"{epochs:g}"}  # not twice under two names
+            sweep = pipeline.sweep(method, texts, calibration=calibration, **options)
+            label = spec["policy"] if is_local else method
+            more = {"adapters": sweep.best()} if is_local else {"tuned": [(method, job) for job in sweep.best()]}
             name = f"{spec['name']}-{method}-{number}"
             job = pipeline.evaluation(name, policies=["greedy", label], **more)
             runs[number, method] = (label, job, sweep, texts, calibration)
@@ -437,7 +452,8 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
                 label, job, sweep, texts, calibration = runs[number, method]
                 found = next(found for found in read_report(job)["rows"] if found["label"] == label)
                 row |= {method: found["accuracy"], f"{method}_ci": found["accuracy_ci"]}
-                row[f"{method}_sd"], row[f"{method}_rate"] = found["accuracy_sd"], sweep.best_rate()
+                row[f"{method}_by_seed"] = seed_by_seed(found["accuracy_by_seed"])
+                row[f"{method}_rate"] = sweep.best_rate()
                 commands.append(job_text(job))
                 if method == "s2t-local":
                     row["tokens"] = teacher_tokens_of(texts) + teacher_tokens_of(calibration)
@@ -476,15 +492,16 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
     options = spec.get("train", {})
     runs, sweeps = {}, {}
     for method in spec["methods"]:
-        for seed, imitation in enumerate(base.imitation(method)[1][:seeds]):
+        for seed, imitation in enumerate(base.imitation(method).best()[:seeds]):
             on_top = pipeline.on_top_of(imitation, f"{method}{seed}")
             calibration = on_top.labels("calibration")
             labels = on_top.labels("fresh", **spec.get("label", {}))
             trained = {}
             for kind, more in (("s2t-local", {"route": False}), (method, {})):
                 settings = {"calibration": calibration} | options | more
-                if seed == 0:
-                    trained[kind] = sweeps[method, kind] = on_top.sweep(kind, labels, **settings)
+                if seed == 0:  # the other seeds are other students
+                    sweeps[method, kind] = on_top.sweep(kind, labels, seeds=[seed], **settings)
+                    trained[kind] = Best(sweeps[method, kind])
                 else:
                     trained[kind] = on_top.train(kind, labels, seed, sweeps[method, kind], **settings)
             runs[method, seed] = on_top.evaluation(
@@ -514,7 +531,7 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
                     "policy": label_of(next(row for row in reports[0]["rows"] if row["label"] == label)),
                     "accuracy": float(by_seed.mean()),
                     "accuracy_ci": [100 * edge for edge in bootstrap_interval(right_SN.mean(0))],
-                    "accuracy_sd": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
+                    "by_seed": seed_by_seed(by_seed),
                 }
                 if label != "greedy":
                     gain_N = 100 * (right_SN - greedy_SN).mean(0)
@@ -542,7 +559,7 @@ def retention(pipeline: Pipeline, spec: dict) -> Collect:
     """How far each method moves the model on text that it was not trained for, by recipes/retention.py."""
     base = Base.of(pipeline)
     labels = pipeline.labels("test")
-    tuned = [(method, job) for method in spec["methods"] for job in base.imitation(method)[1]]
+    tuned = [(method, job) for method in spec["methods"] for job in base.imitation(method).best()]
     needs = [labels, *base.adapters, *(job for _, job in tuned)]
     text = dict(pipeline.pair.other_text)
     if not text:
@@ -611,7 +628,7 @@ def objective(pipeline: Pipeline, spec: dict) -> Collect:
         columns += [("Agree@1, fused", "fused_agree_at_1", "interval")]
         settings = found["meta"]
         notes = [
-            f"{settings['num_train']} trajectories to train on, {settings['num_fusion']} to fit the fused score on, "
+            f"{settings['num_train']} problems to train on, {settings['num_fusion']} to fit the fused score on, "
             f"{settings['num_held_out']} others with {first['points']} points to measure; {seeds} seeds. The first of "
             f"the student: {100 * first['student_first']:.1f}, its second: {100 * first['second_candidate']:.1f}."
         ]

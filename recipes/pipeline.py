@@ -24,10 +24,14 @@ from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, write
 
 
 METHODS = ("s2t-local", "sft", "kd")
+#: The imitations once more, on as many sampled texts of each problem as selectors learn from, in as many steps.
+SAMPLED = ("sft-sampled", "kd-sampled")
 #: What a sweep is judged by: the policy whose accuracy on the tuning problems counts.
-JUDGED_BY = {"s2t-local": "s2t-local:always", "sft": "sft", "kd": "kd"}
+JUDGED_BY = {"s2t-local": "s2t-local:always"} | {method: method for method in (*METHODS[1:], *SAMPLED)}
 #: How often a sweep halves, or doubles, the learning rate while the last one is the best.
 MAX_FURTHER_RATES = 3
+#: A second rate that comes so close to the best one, in points, is trained with the other seeds too.
+CLOSE = 0.5
 
 
 @dataclass
@@ -45,6 +49,8 @@ class Pair:
         data_seed: of the division into parts.
         has_answers: whether answers can be checked; where not, only agreement can be measured.
         label, train, router, calibrate, evaluate, baseline: further arguments of the recipes.
+        selector_label: further arguments of recipes/label.py for the texts that selectors learn from; without any,
+            they learn from the labels that everything else learns from.
         learning_rates: method -> rates tried first on the tuning problems (see `Sweep`).
         system_prompt: with one, prompts go through the tokenizer's chat template.
         zero_shot_text: see recipes/evaluate.py.
@@ -67,6 +73,7 @@ class Pair:
     dtype: str = "auto"
     system_prompt: str | None = None
     label: dict[str, Any] = field(default_factory=dict)
+    selector_label: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     router: dict[str, Any] = field(default_factory=dict)
     calibrate: dict[str, Any] = field(default_factory=dict)
@@ -160,8 +167,10 @@ class Pipeline:
         self.pair, self.jobs, self.folder, self.prefix = pair, jobs, folder, prefix
         self.made_model = model
         self.seeds = range(pair.num_seeds)
+        self._routers: dict[tuple, Job] = {}  # what a router depends on -> the first adapter that has it
+        self._taken: dict[Path, Job | None] = {}  # adapter -> whose router it takes
 
-    def on_top_of(self, adapter: Job | Sweep, name: str) -> Pipeline:
+    def on_top_of(self, adapter: Job | Best, name: str) -> Pipeline:
         """The same pair with another student: this one, with an adapter merged into it."""
         output = self.folder / "merged" / name
         command = [recipe("merge.py"), "--model", self.model, "--output_dir", str(output), "--dtype", self.pair.dtype]
@@ -192,7 +201,7 @@ class Pipeline:
         name: str,
         output: Path,
         command,
-        needs: Sequence[Job | Sweep] = (),
+        needs: Sequence[Job | Sweep | Best] = (),
         folder: Path | None = None,
         step: Step | None = None,
     ) -> Job:
@@ -237,6 +246,15 @@ class Pipeline:
         shared |= {"dtype": self.pair.dtype, "limit": limit} | self.chat
         return self.add(f"labels-{name}", output, command + as_arguments(shared | self.pair.label | options), needs)
 
+    def selector_labels(self, limit: int | None = None, **options) -> Job:
+        """Labels of the part "label" as selectors learn from them; see `labels`."""
+        return self.labels("label", limit, **(self.pair.selector_label | options))
+
+    @property
+    def num_rollouts(self) -> int:
+        """Texts of each problem that selectors learn from."""
+        return self.pair.selector_label.get("num_rollouts", 1)
+
     def selector(
         self,
         labels: Job,
@@ -277,12 +295,18 @@ class Pipeline:
         trained = output / "trainer_state.json"
         job = self.add(f"train-{name}", trained, with_rate(command, settings, rate), needs, step=step)
         if route:
-            command = [recipe("train_router.py"), "--adapter", str(output), "--model", self.model]
-            command += ["--labels", str(labels.path), "--seed", str(seed)]
-            if tuning is not None:
-                command += ["--eval_labels", str(tuning.path)]
-            command += as_arguments({"dtype": pair.dtype} | pair.router)
-            needs = [job, labels, *([] if tuning is None else [tuning])]
+            command = [recipe("train_router.py"), "--adapter", str(output)]
+            same = (labels, seed, tuning)  # it knows nothing of the selector beside it
+            source = self._taken.setdefault(output, self._routers.get(same))
+            if source is not None:
+                command += ["--router_of", str(source.path)]
+                needs = [job, source]
+            else:
+                command += ["--model", self.model, "--labels", str(labels.path), "--seed", str(seed)]
+                if tuning is not None:
+                    command += ["--eval_labels", str(tuning.path)]
+                command += as_arguments({"dtype": pair.dtype} | pair.router)
+                needs = [job, labels, *([] if tuning is None else [tuning])]
             job = self.add(f"router-{name}", output / ROUTER_WEIGHTS_NAME, command, needs, step=step)
         command = [recipe("calibrate.py"), "--adapter", str(output), "--model", self.model]
         command += ["--labels", str(calibration.path)]
@@ -293,27 +317,30 @@ class Pipeline:
             settings |= {"triggers": ["margin"], "target_rates": [0.1], "check_share": 0, "limit": 20}
         else:
             settings |= {"triggers": ["margin"], "target_rates": [0.1], "deployed": False}
-        return self.add(
-            f"calibrate-{name}",
-            output / CALIBRATION_NAME,
-            command + as_arguments(settings),
-            (job, calibration),
-            output,
-            step,
-        )
+        command += as_arguments(settings)
+        job = self.add(f"calibrate-{name}", output / CALIBRATION_NAME, command, (job, calibration), output, step)
+        if route and step is None:  # it is there in any case, for others to take its router
+            self._routers.setdefault(same, job)
+        return job
 
     def baseline(
         self, method: str, labels: Job, seed: int = 0, *, rate: float | Sweep, step: Step | None = None, **options
     ) -> Job:
-        """A LoRA that imitates ("sft", "kd"); `step`: see `selector`; `options`: of recipes/train_baseline.py."""
+        """A LoRA that imitates: "sft", "kd" or one of SAMPLED.
+
+        `labels`: for "kd-sampled" those of sampled texts. `step`: see `selector`. `options`: of
+        recipes/train_baseline.py.
+        """
         shown = options if isinstance(rate, Sweep) else {"learning_rate": f"{rate:g}"} | options
         best = "-best" if isinstance(rate, Sweep) else ""
         name = f"{method}-{labels.path.name}{tag(shown)}{best}-seed{seed}"
         output = self.folder / "baselines" / name
-        command = [recipe("train_baseline.py"), "--method", method, "--model", self.model]
+        command = [recipe("train_baseline.py"), "--method", method.removesuffix("-sampled"), "--model", self.model]
         command += ["--teacher_model", self.pair.teacher_model, "--labels", str(labels.path)]
         command += ["--output_dir", str(output), "--seed", str(seed)]
         settings = {"dtype": self.pair.dtype} | self.pair.baseline | options
+        if method == "sft-sampled":
+            settings["num_samples"] = self.num_rollouts
         needs = [labels, *self.models, *([rate] if isinstance(rate, Sweep) else [])]
         return self.add(f"train-{name}", output, with_rate(command, settings, rate), needs, step=step)
 
@@ -323,8 +350,8 @@ class Pipeline:
         *,
         policies: Sequence[str],
         part: str = "test",
-        adapters: Sequence[Job | Sweep] = (),
-        tuned: Sequence[tuple[str, Job | Sweep]] = (),
+        adapters: Sequence[Job | Best] = (),
+        tuned: Sequence[tuple[str, Job | Best]] = (),
         needs: Sequence[Job] = (),
         step: Step | None = None,
         **options,
@@ -355,7 +382,7 @@ class Pipeline:
             return command + as_arguments(settings | trained)
 
         trained = [*adapters, *(job for _, job in tuned)]
-        is_known = not any(isinstance(job, Sweep) for job in trained)
+        is_known = not any(isinstance(job, Best) for job in trained)
         needs = [data, *self.models, *trained, *needs]
         name, output = f"evaluate-{self.prefix}{name}", output / "report.json"
         return self.add(name, output, whole_command() if is_known else whole_command, needs, step=step)
@@ -368,36 +395,45 @@ class Pipeline:
             return self.baseline(method, labels, seed, rate=rate, **options)
         return self.selector(labels, seed, calibration=calibration, decode=False, rate=rate, **options)
 
-    def sweep(self, method: str, labels: Job, *, calibration: Job, **options) -> Sweep:
-        """Trains with seed 0 at each learning rate and measures the accuracy on the tuning problems."""
-        sweep = Sweep(method, tuple(sorted(self.pair.learning_rates[method])))
+    def sweep(
+        self, method: str, labels: Job, *, calibration: Job, seeds: Sequence[int] | None = None, **options
+    ) -> Sweep:
+        """Trains at each learning rate and measures the accuracy on the tuning problems.
+
+        Args:
+            method: of METHODS or SAMPLED; the latter try the rates of the method that they vary.
+            labels, calibration, options: of `train`.
+            seeds: the first one tries all rates, the others the best or the best two; the pair's by default.
+        """
+        first_seed, *other_seeds = self.seeds if seeds is None else seeds
+        sweep = Sweep(method, tuple(sorted(self.pair.learning_rates[method.removesuffix("-sampled")])))
         name = f"sweep-{method}-{labels.path.name}{tag(options)}"
 
-        def try_out(rate: float, step: Step | None = None) -> None:
-            job = self.train(method, labels, 0, rate, calibration=calibration, step=step, **options)
+        def try_out(rate: float, seed: int, step: Step | None = None, judge: Step | None = None) -> tuple[Job, Job]:
+            job = self.train(method, labels, seed, rate, calibration=calibration, step=step, **options)
             found = {"adapters": [job]} if method == "s2t-local" else {"tuned": [(method, job)]}
-            policies = [JUDGED_BY[method]]
-            report = self.evaluation(f"{name}-{rate:g}", policies=policies, part="tuning", step=step, **found)
-            sweep.trained[rate], sweep.reports[rate] = job, report
+            found |= {"policies": [JUDGED_BY[method]], "part": "tuning", "step": judge or step}
+            return job, self.evaluation(f"{name}-{rate:g}-seed{seed}", **found)
 
         def try_where_asked(rate: float, before: Sequence[float]) -> None:
-            try_out(rate, Step(tuple(sweep.reports[other] for other in before), partial(sweep.is_tried, rate)))
+            step = Step(tuple(sweep.reports[other] for other in before), partial(sweep.is_tried, rate))
+            sweep.trained[rate], sweep.reports[rate] = try_out(rate, first_seed, step)
 
         for rate in sweep.first:
-            try_out(rate)
+            sweep.trained[rate], sweep.reports[rate] = try_out(rate, first_seed)
         for rate in sweep.between():
             try_where_asked(rate, sweep.first)
         for outward in sweep.outward():
             for number, rate in enumerate(outward):
                 try_where_asked(rate, [*sweep.first, *sweep.between(), *outward[:number]])
+        reports = tuple(sweep.reports.values())
+        for seed in other_seeds:
+            found = {}
+            for rate in sweep.trained:
+                steps = [Step(reports, partial(told, rate)) for told in (sweep.is_close, sweep.is_judged_again)]
+                found[rate] = try_out(rate, seed, *steps)
+            sweep.again[seed] = found
         return sweep
-
-    def best(self, sweep: Sweep, labels: Job, *, calibration: Job, seeds: Sequence[int] = (), **options) -> list:
-        """One training for each seed at the sweep's best learning rate; that of seed 0 is the sweep's own."""
-        return [
-            sweep if seed == 0 else self.train(sweep.method, labels, seed, sweep, calibration=calibration, **options)
-            for seed in seeds or self.seeds
-        ]
 
 
 @dataclass(frozen=True)
@@ -415,23 +451,27 @@ class Step:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Trainings at several learning rates. Read as a job, it is the one with the best accuracy on the tuning problems.
+    """Trainings at several learning rates, compared by their accuracy on the tuning problems.
 
     After the first rates those between them are tried that are half or double of the best. While the best rate is then
     the lowest, half of it is tried too, and while it is the highest, twice as much: at most `MAX_FURTHER_RATES` times.
-    Of equally good rates the one tried first counts as the best.
+    All that with one seed. The best rate, and the second best if it is within `CLOSE` points of it, are then trained
+    with the other seeds, and the mean over all counts: one seed does not tell a good rate from one at which some
+    trainings fail. Of equally good rates the one tried first counts as the best.
 
     Attributes:
-        method: of METHODS.
+        method: of METHODS or SAMPLED.
         first: the rates tried in any case, from low to high.
-        trained: rate -> the job that trains with it; of all rates that might be tried.
+        trained: rate -> the job that trains with it and the first seed; of all rates that might be tried.
         reports: rate -> its evaluation on the tuning problems.
+        again: other seed -> rate -> both of these, run where the rate comes close.
     """
 
     method: str
     first: tuple[float, ...]
     trained: dict[float, Job] = field(default_factory=dict)
     reports: dict[float, Job] = field(default_factory=dict)
+    again: dict[int, dict[float, tuple[Job, Job]]] = field(default_factory=dict)
 
     def between(self) -> list[float]:
         """Rates between the first ones that might be tried too: half or double of one of them."""
@@ -465,22 +505,66 @@ class Sweep:
     def _accuracy(self, rate: float) -> float:
         return accuracy_of(self.reports[rate].output, JUDGED_BY[self.method])
 
-    def accuracies(self) -> dict[float, float]:
-        """Rate -> accuracy in per cent on the tuning problems, of the rates that were tried, from low to high."""
-        return {rate: self._accuracy(rate) for rate in sorted(self.trained) if self.is_tried(rate)}
+    def _close(self) -> list[float]:
+        """The best rate by the first seed, and the second best where it comes close to it."""
+        best, *others = sorted(filter(self.is_tried, self.trained), key=lambda rate: -self._accuracy(rate))
+        return [best, *(rate for rate in others[:1] if round(self._accuracy(best) - self._accuracy(rate), 6) <= CLOSE)]
+
+    def is_close(self, rate: float) -> bool:
+        """Whether the other seeds are trained at this rate. Known once the reports of the first one are there."""
+        return self.is_tried(rate) and rate in self._close()
+
+    def is_judged_again(self, rate: float) -> bool:
+        """Whether these are measured on the tuning problems: not where only one rate is left."""
+        return self.is_close(rate) and len(self._close()) > 1
+
+    def best(self) -> list[Best]:
+        """For each seed the training with the best learning rate."""
+        return [Best(self), *(Best(self, seed) for seed in self.again)]
+
+    def accuracies(self) -> dict[float, list[float]]:
+        """Rate -> accuracies in per cent on the tuning problems, of all seeds with which they were measured.
+
+        Of the rates that were tried, from low to high.
+        """
+        found = {rate: [self._accuracy(rate)] for rate in sorted(self.trained) if self.is_tried(rate)}
+        for rate in filter(self.is_judged_again, found):
+            reports = [jobs[rate][1].output for jobs in self.again.values()]
+            found[rate] += [accuracy_of(report, JUDGED_BY[self.method]) for report in reports]
+        return found
 
     def best_rate(self) -> float:
         """The best rate. Known once the reports are there."""
-        return self._best_of([rate for rate in self.trained if self.is_tried(rate)])
+        found = self.accuracies()
+        return max(self._close(), key=lambda rate: sum(found[rate]) / len(found[rate]))  # the first of equals
+
+
+@dataclass(frozen=True)
+class Best:
+    """The training of a sweep with the best learning rate, read as a job.
+
+    Attributes:
+        sweep: of which it is.
+        seed: of the sweep's other ones; `None` for its first.
+    """
+
+    sweep: Sweep
+    seed: int | None = None
 
     @property
     def path(self) -> Path:
-        return self.trained[self.best_rate()].path
+        rate = self.sweep.best_rate()
+        return (self.sweep.trained[rate] if self.seed is None else self.sweep.again[self.seed][rate][0]).path
 
 
-def jobs_behind(made: Job | Sweep) -> list[Job]:
+def jobs_behind(made: Job | Sweep | Best) -> list[Job]:
     """What must have run before its path is known and written."""
-    return [*made.trained.values(), *dict.fromkeys(made.reports.values())] if isinstance(made, Sweep) else [made]
+    if isinstance(made, Best):
+        return jobs_behind(made.sweep)
+    if isinstance(made, Sweep):
+        again = [job for found in made.again.values() for jobs in found.values() for job in jobs]
+        return [*made.trained.values(), *made.reports.values(), *again]
+    return [made]
 
 
 def with_rate(command: list[str], settings: Mapping[str, Any], rate: float | Sweep | None):

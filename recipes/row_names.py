@@ -18,6 +18,8 @@ NAMES = {
     "takeover": "Takeover",
     "sft": "LoRA on the teacher's texts",
     "kd": "LoRA distillation",
+    "sft-sampled": "LoRA on sampled texts of the teacher",
+    "kd-sampled": "LoRA distillation on sampled texts",
     "s2t": "S2T (teacher selects)",
     "s2t-local": "S2T-Local",
     "s2t-local-bare": "S2T-Local, no fusion",

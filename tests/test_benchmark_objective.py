@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from tiny import NaiveModel, make_selector, tiny_model
 from tiny_labels import make_labels, tiny_tokenizer
 
@@ -74,12 +75,16 @@ def test_every_variant_is_measured_at_the_same_points_and_kept(arguments, tmp_pa
         objective.main([*arguments, *chosen, "--num_train", "10"])
 
 
-def test_the_parts_are_disjoint_and_too_few_trajectories_are_an_error(arguments, tmp_path):
-    labels = make_labels(40)
+def test_the_parts_share_no_problem_and_too_few_problems_are_an_error(arguments, tmp_path):
+    """Labels with several texts of each problem had been divided by text: a problem could train and be measured."""
     args = objective.make_parser().parse_args([*arguments, "--json", str(tmp_path / "x.json")])
-    parts = [set(part["problem_id"]) for part in objective.divide(labels, args)]
-    assert [len(part) for part in parts] == [16, 12, 12] and len(set.union(*parts)) == 40
-    with pytest.raises(ValueError, match="must be at most 40, the trajectories in .*, got 324"):
+    rows = [row | {"rollout": number} for number in range(3) for row in make_labels(41)]  # in no order by problem
+    for labels, texts in ((make_labels(41), 1), (Dataset.from_list(rows), 3)):
+        parts = objective.divide(labels, args)
+        assert [len(part) for part in parts] == [16 * texts, 12 * texts, 12 * texts]
+        problems = [set(part["problem_id"]) for part in parts]
+        assert [len(part) for part in problems] == [16, 12, 12] and len(set.union(*problems)) == 40
+    with pytest.raises(ValueError, match="must be at most 40, the problems in .*, got 324"):
         objective.main([*arguments, "--num_train", "300", "--json", str(tmp_path / "x.json")])
     assert not (tmp_path / "x.json").exists()
 

@@ -531,6 +531,27 @@ def test_a_data_set_is_divided_into_disjoint_parts(tmp_path):
         splits.divide(str(write_bad), demo.part_sizes(10, 10), 0)
 
 
+def test_demo_takes_the_configs_of_a_data_set_that_has_them(tmp_path):
+    args = demo.parse_arguments(["--dataset", str(tmp_path)])
+    assert demo.config_of("label", args) == demo.config_of("train", args) == []
+    for stage in ("label", "train"):
+        (tmp_path / f"{stage}.yaml").write_text("seed: 1\n")
+        assert demo.config_of(stage, args) == ["--config", str(tmp_path / f"{stage}.yaml")]
+    given = demo.parse_arguments(["--dataset", str(tmp_path), "--label_config", "mine.yaml"])
+    assert demo.config_of("label", given) == ["--config", "mine.yaml"]
+
+
+@pytest.mark.parametrize("stage", ["label", "train"])
+def test_demo_refuses_a_config_that_there_is_not(monkeypatch, tmp_path, stage):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(
+        sys, "argv", ["demo.py", f"--{stage}_config", str(tmp_path / "none.yaml"), "--output_dir", str(folder)]
+    )
+    with pytest.raises(FileNotFoundError, match=f"`{stage}_config`: .*none.yaml' does not exist"):
+        demo.main()
+    assert not folder.exists()
+
+
 def test_demo_refuses_a_folder_of_other_settings(tmp_path):
     demo.check_same_run(tmp_path / "demo.json", {"model": "a", "seed": 0})
     demo.check_same_run(tmp_path / "demo.json", {"model": "a", "seed": 0})

@@ -358,9 +358,9 @@ def test_pairs_are_read_and_refused(tmp_path):
 
 
 def write_accuracies(sweep, found):
-    """Reports of a sweep: rate -> accuracy on the tuning problems."""
-    for rate, accuracy in found.items():
-        report = sweep.reports[rate].output
+    """Reports of a sweep: rate -> accuracy on the tuning problems, or (seed, rate) -> the same."""
+    for key, accuracy in found.items():
+        report = (sweep.again[key[0]][key[1]][1] if isinstance(key, tuple) else sweep.reports[key]).output
         report.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"label": pipeline_module.JUDGED_BY[sweep.method], "accuracy": accuracy}]
         report.write_text(json.dumps({"rows": rows}))
@@ -371,24 +371,29 @@ def test_a_sweep_is_the_training_with_the_best_tuning_accuracy(tmp_path):
     pipeline = Pipeline(pair_of(learning_rates=rates), Jobs(tmp_path), tmp_path)
     labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
     sweep = pipeline.sweep("sft", labels, calibration=calibration)
-    trained = pipeline.best(sweep, labels, calibration=calibration)
-    assert trained[0] is sweep and len(trained) == 3
+    trained = sweep.best()
+    assert [best.seed for best in trained] == [None, 1, 2]
     job = pipeline.evaluation("x", policies=["greedy", "sft"], tuned=[("sft", job) for job in trained])
-    assert set(job.needs) >= {*sweep.trained.values(), *sweep.reports.values(), *trained[1:]}
+    others = {job for found in sweep.again.values() for jobs in found.values() for job in jobs}
+    assert set(job.needs) >= {*sweep.trained.values(), *sweep.reports.values(), *others}
 
     write_accuracies(sweep, {0.3: 50.0, 0.4: 60.0, 0.5: 60.0})
-    assert sweep.accuracies() == {0.3: 50.0, 0.4: 60.0, 0.5: 60.0} and sweep.best_rate() == 0.4  # first of equals
-    assert sweep.path == sweep.trained[0.4].path
-    arguments = trained[1].arguments()
-    assert arguments[arguments.index("--learning_rate") + 1] == "0.4"
+    write_accuracies(sweep, {(seed, rate): 60.0 for seed in (1, 2) for rate in (0.4, 0.5)})
+    same = [60.0] * 3
+    assert sweep.accuracies() == {0.3: [50.0], 0.4: same, 0.5: same} and sweep.best_rate() == 0.4  # first of equals
+    assert trained[0].path == sweep.trained[0.4].path
+    for best in trained[1:]:
+        arguments = sweep.again[best.seed][0.4][0].arguments()
+        assert option(arguments, "output_dir") == [str(best.path)] and option(arguments, "seed") == [str(best.seed)]
+        assert option(arguments, "learning_rate") == ["0.4"]
     given = [text for text in job.arguments() if text.startswith("sft=")]
     assert given == [f"sft={job.path}" for job in trained]
     judged = sweep.reports[0.3].arguments()
     assert option(judged, "tuned") == [f"sft={sweep.trained[0.3].path}"] and option(judged, "policies") == ["sft"]
 
     ours = pipeline.sweep("s2t-local", labels, calibration=calibration)
-    write_accuracies(ours, {0.1: 70.0, 0.2: 70.0, 0.05: 70.0})
-    assert ours.best_rate() == 0.1 and ours.accuracies() == {0.05: 70.0, 0.1: 70.0, 0.2: 70.0}
+    write_accuracies(ours, {0.1: 70.0, 0.2: 65.0, 0.05: 65.0})
+    assert ours.best_rate() == 0.1 and ours.accuracies() == {0.05: [65.0], 0.1: [70.0], 0.2: [65.0]}
     judged = ours.reports[0.05].arguments()
     assert option(judged, "adapters") == [str(ours.trained[0.05].path)]
 
@@ -428,8 +433,93 @@ def test_a_sweep_looks_around_the_best_and_goes_on_while_it_is_at_an_end(tmp_pat
             asked.append(rate)
         else:
             left_out.append(rate)
-    assert sorted(asked) == tried and list(sweep.accuracies()) == tried
-    assert sweep.best_rate() == best and sweep.path == sweep.trained[best].path
+    assert sorted(asked) == tried
+    again = {rate for rate, (_, report) in sweep.again[1].items() if report.only_if()}
+    write_accuracies(sweep, {(seed, rate): found[rate] for seed in (1, 2) for rate in again})
+    assert list(sweep.accuracies()) == tried
+    assert sweep.best_rate() == best and sweep.best()[0].path == sweep.trained[best].path
+
+
+def test_rates_that_come_close_are_judged_by_all_seeds(tmp_path):
+    """One seed does not tell a good rate from one at which some trainings fail."""
+    pipeline = Pipeline(pair_of(learning_rates={"kd": [1, 2, 3]}), Jobs(tmp_path), tmp_path)
+    labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
+    sweep = pipeline.sweep("kd", labels, calibration=calibration)
+    close = 90.0 - pipeline_module.CLOSE
+
+    def asked():
+        """Rates that the other seeds are trained with, and those at which they are measured."""
+        for jobs in sweep.again.values():
+            for trained, report in jobs.values():
+                assert {*sweep.reports.values()} <= set(trained.needs) and trained in report.needs
+        jobs = sweep.again[2]
+        assert [rate for rate in jobs if jobs[rate][0].only_if()] == [
+            rate for rate in jobs if sweep.again[1][rate][0].only_if()
+        ]
+        return [[rate for rate in jobs if jobs[rate][kind].only_if()] for kind in (0, 1)]
+
+    write_accuracies(sweep, {1: close, 2: 90.0, 3: close - 0.1})
+    assert asked() == [[1, 2], [1, 2]]
+    write_accuracies(sweep, {(1, 1): 90.0, (1, 2): 91.0, (2, 1): 90.0, (2, 2): 60.0})  # one of three fails at 2
+    assert sweep.best_rate() == 1
+    assert sweep.accuracies() == {1: [close, 90.0, 90.0], 2: [90.0, 91.0, 60.0], 3: [close - 0.1]}
+    assert [best.path for best in sweep.best()] == [
+        job.path for job in (sweep.trained[1], sweep.again[1][1][0], sweep.again[2][1][0])
+    ]
+    write_accuracies(sweep, {3: close + 0.1})
+    assert asked() == [[2, 3], [2, 3]]  # no more than two
+    write_accuracies(sweep, {1: close - 0.1, 3: close - 0.1})
+    assert asked() == [[2], []] and sweep.best_rate() == 2  # nothing is left to be compared
+    assert len(pipeline.sweep("kd", pipeline.labels("label", 5), calibration=calibration, seeds=[1]).best()) == 1
+
+
+def test_a_router_is_trained_once_for_all_selectors_that_would_have_the_same(tmp_path):
+    pipeline = Pipeline(pair_of(learning_rates={"s2t-local": [0.1, 0.2]}), Jobs(tmp_path), tmp_path)
+    labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
+    for _ in range(2):  # asked twice, the commands are the same
+        sweep = pipeline.sweep("s2t-local", labels, calibration=calibration)
+        pipeline.selector(labels, 1, calibration=calibration, rate=0.7)
+        pipeline.selector(labels, 1, calibration=calibration, rate=0.8)
+        pipeline.selector(labels, 0, calibration=calibration, rate=0.8, tuning=pipeline.labels("tuning"))
+        pipeline.selector(pipeline.labels("label", 5), 0, calibration=calibration, rate=0.8)
+    routers = {name: job for name, job in pipeline.jobs.all.items() if name.startswith("p-router-")}
+    taken = {}
+    for name, job in routers.items():
+        source = next(
+            (text for flag, text in zip(job.arguments(), job.arguments()[1:]) if flag == "--router_of"), None
+        )
+        if source is not None:
+            assert "--labels" not in job.arguments()
+            (source,) = [job for job in job.needs if str(job.path) == source]
+            assert source.only_if is None
+        taken[name] = source
+    first = pipeline.jobs.all["p-calibrate-label-learning_rate=0.1-undecoded-seed0"]
+    own = {rate: taken[f"p-router-label-learning_rate={rate:g}-undecoded-seed0"] for rate in sweep.trained}
+    assert own == {0.1: None} | {rate: first for rate in sweep.trained if rate != 0.1}
+    assert taken["p-router-label-learning_rate=0.7-seed1"] is None  # none of the sweep's is trained in any case
+    second = pipeline.jobs.all["p-calibrate-label-learning_rate=0.7-seed1"]
+    assert taken["p-router-label-learning_rate=0.8-seed1"] is second
+    assert taken["p-router-label-learning_rate=0.1-undecoded-seed1"] is None  # it was asked for before
+    assert taken["p-router-label-learning_rate=0.8-seed0"] is None  # measured on other labels
+    assert taken["p-router-label5-learning_rate=0.8-seed0"] is None  # and of other labels
+
+
+def test_selectors_may_learn_from_other_texts_of_the_same_problems(tmp_path):
+    texts = {"rollout_policy": "sample", "num_rollouts": 4}
+    pipeline = Pipeline(pair_of(selector_label=texts, label_problems=60), Jobs(tmp_path), tmp_path)
+    labels = pipeline.selector_labels()
+    assert labels is pipeline.labels("label", **texts) is pipeline.selector_labels(60) and pipeline.num_rollouts == 4
+    arguments = labels.arguments()
+    assert option(arguments, "limit") == ["60"] and option(arguments, "num_rollouts") == ["4"]
+    changed = pipeline.selector_labels(num_rollouts=1)
+    assert option(changed.arguments(), "num_rollouts") == ["1"]
+    assert option(changed.arguments(), "rollout_policy") == ["sample"]
+    for method, given in (("sft-sampled", ["4"]), ("kd-sampled", None), ("sft", None)):
+        arguments = pipeline.baseline(method, labels, rate=0.1).arguments()
+        assert option(arguments, "method") == [method.removesuffix("-sampled")]
+        assert ("--num_samples" in arguments and option(arguments, "num_samples")) == (given or False)
+    plain = Pipeline(pair_of(), Jobs(tmp_path), tmp_path)
+    assert plain.selector_labels() is plain.labels("label") and plain.num_rollouts == 1
 
 
 def test_only_what_reads_the_teacher_is_given_one(tmp_path):
@@ -500,6 +590,16 @@ def test_jobs_are_named_by_what_they_differ_in(tmp_path):
         pipeline.selector(labels, calibration=calibration, rate=others)
 
 
+def test_the_demo_trains_as_the_tables_do():
+    """recipes/embedded/*.yaml, which `make demo` reads, and the pair of the tables say the same."""
+    pair = Pair.load(paper.PAPER / "pairs" / "embedded.yaml")
+    files = (RECIPES / "embedded" / f"{name}.yaml" for name in ("label", "train"))
+    label, train = map(pipeline_module.read_yaml, files)
+    names = ("model", "teacher_model", "max_new_tokens", "batch_size", "dtype")
+    assert label == {name: getattr(pair, name) for name in names} | pair.selector_label
+    assert pair.train.items() <= train.items()
+
+
 def test_label_problems_of_a_pair_are_a_limit_like_any_other(tmp_path):
     pipeline = Pipeline(pair_of(label_problems=60), Jobs(tmp_path), tmp_path)
     assert pipeline.labels("label") is pipeline.labels("label", 60)
@@ -510,7 +610,13 @@ def test_label_problems_of_a_pair_are_a_limit_like_any_other(tmp_path):
 
 def closure(job):
     """All jobs that must have run before a job."""
-    return set(job.needs).union(*map(closure, job.needs))
+    found, waiting = set(), list(job.needs)
+    while waiting:
+        need = waiting.pop()
+        if need not in found:
+            found.add(need)
+            waiting += need.needs
+    return found
 
 
 def option(arguments, name):
@@ -524,8 +630,9 @@ def test_a_selector_on_top_of_a_tuned_student_reads_nothing_of_the_untuned(tmp_p
     rates = {"sft": [0.3, 0.4]}
     pipeline = Pipeline(pair_of(learning_rates=rates, dtype="float32"), Jobs(tmp_path), tmp_path)
     sweep = pipeline.sweep("sft", pipeline.labels("label"), calibration=pipeline.labels("calibration"))
-    on_top = pipeline.on_top_of(sweep, "sft0")
-    assert pipeline.on_top_of(sweep, "sft0").models == on_top.models
+    best = sweep.best()[0]
+    on_top = pipeline.on_top_of(best, "sft0")
+    assert pipeline.on_top_of(best, "sft0").models == on_top.models
     (merge,) = on_top.models
     pipeline.data("test")
     before = set(pipeline.jobs.all)
@@ -537,7 +644,7 @@ def test_a_selector_on_top_of_a_tuned_student_reads_nothing_of_the_untuned(tmp_p
     for made in new:
         assert option(made.arguments(), "model") == [str(merge.path)] and merge in closure(made)
     assert "-calibration" not in adapter.name  # that of its own student goes without saying
-    assert set(merge.needs) == {*sweep.trained.values(), *sweep.reports.values()}
+    assert set(merge.needs) == set(pipeline_module.jobs_behind(sweep))
     write_accuracies(sweep, {0.3: 50.0, 0.4: 60.0, 0.8: 55.0})
     command = merge.arguments()
     assert option(command, "adapter") == [str(sweep.trained[0.4].path)] and option(command, "model") == ["M"]

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +96,7 @@ def write_sweeps(pipeline, best):
     for name, job in pipeline.jobs.all.items():
         if not name.startswith("p-evaluate-") or "sweep-" not in name:
             continue
-        accuracy = 60.0 if float(name.rpartition("-")[2]) in best else 50.0
+        accuracy = 60.0 if float(name.split("-")[-2]) in best else 50.0
         write_json(job.output, {"rows": [{"label": label, "accuracy": accuracy} for label in JUDGED_BY.values()]})
 
 
@@ -309,7 +310,9 @@ def test_policies_with_several_numbers_of_candidates(make_pipeline, random):
     asked, place = named["S2T-Local · every step", 8], POLICIES.index("s2t-local:always")
     assert asked["achieved_rate"] == pytest.approx(21 / 200) and asked["flip_rate"] == pytest.approx(0.05)
     assert asked["student_tokens"] == pytest.approx((300 + place) / NUM_PROBLEMS)
-    assert asked["accuracy_sd"] == pytest.approx(100 * right[8]["s2t-local:always"].mean(1).std(ddof=1))
+    by_seed = [100 * share for share in right[8]["s2t-local:always"].mean(1)]
+    assert asked["by_seed"] == ", ".join(f"{value:.1f}" for value in by_seed)
+    assert named["greedy", 8]["by_seed"] == ""
     assert named["greedy", 8]["forwards"] == 1.0 and named["majority of 8 samples", 8]["forwards"] == (8 * 40 + 5) / 40
     assert asked["forwards"] == pytest.approx((40.5 + 5 * place) / 40)  # two seeds, of 40 and 41 steps
     teachers = {row["policy"] for row in result.rows if row["llm"] == "yes"}
@@ -318,7 +321,7 @@ def test_policies_with_several_numbers_of_candidates(make_pipeline, random):
     rates = "accuracy on the tuning problems by learning rate"
     assert result.notes[:3] == [
         "30 test problems.",
-        f"s2t-local: {rates} 0.1: 50.0, 0.2: 60.0, 0.4: 60.0; 0.2 taken",  # the first of equals
+        f"s2t-local: {rates} 0.1: 50.0, 0.2: 60.0 and 60.0, 0.4: 60.0 and 60.0; 0.2 taken",  # the first of equals
         f"sft: {rates} 0.3: 50.0, 0.4: 60.0, 0.8: 50.0; 0.4 taken",
     ]
     for note, (one, other), names in zip(
@@ -409,11 +412,11 @@ def test_variants_are_compared_with_the_first(make_pipeline, random):
     assert "minus default" in rendered(result) and set(result.cost) == {variant["name"] for variant in variants}
 
     assert not any(name.startswith("p-router-") and "unrouted" in name for name in pipeline.jobs.all)
-    second = [job for name, job in pipeline.jobs.all.items() if "labels-label50-rollout_policy=s2t-local" in name]
+    second = [job for name, job in pipeline.jobs.all.items() if name.startswith("p-labels-label50-adapter=")]
     assert len(second) == NUM_SEEDS
     for seed, job in enumerate(second):  # the selector of the same seed writes
         adapter = job.arguments()[job.arguments().index("--adapter") + 1]
-        assert adapter.endswith(f"label50-undecoded-seed{seed}")
+        assert adapter.endswith(f"label50-undecoded-seed{seed}") and "s2t-local" in job.arguments()
         assert job_of(pipeline, f"calibrate-label50-undecoded-seed{seed}") in job.needs
 
 
@@ -454,11 +457,13 @@ def test_accuracy_by_number_of_labels(make_pipeline, random):
             job = job_of(pipeline, f"evaluate-x-{method}-{number}")
             write_report(job, {"greedy": random.random((1, NUM_PROBLEMS)) < 0.4, label: right_SN})
             assert f"labels/label{number}" not in job.arguments()
-            if method == "s2t-local":  # what is measured has a router, at the rate of a sweep that has none
+            if method == "s2t-local":  # the sweep's own, seed by seed
                 given = job.arguments()[job.arguments().index("--adapters") + 1 :][:NUM_SEEDS]
-                assert all("-best-undecoded-seed" in folder for folder in given)
-    routers = {name for name in pipeline.jobs.all if name.startswith("p-router-")}
-    assert len(routers) == 2 * NUM_SEEDS and all("-best-" in name for name in routers)
+                held_out = "-calibration6" if number == 10 else ""
+                name = f"label{number}{held_out}-learning_rate=0.1-num_train_epochs={spec['epochs'][number]}"
+                assert [Path(folder).name for folder in given] == [
+                    f"{name}-undecoded-seed{seed}" for seed in range(NUM_SEEDS)
+                ]
     result = collect()
     for row, (number, calibration) in zip(result.rows, ((10, "calibration6"), (50, "calibration")), strict=True):
         assert row["problems"] == number
@@ -480,6 +485,73 @@ def test_accuracy_by_number_of_labels(make_pipeline, random):
             arguments = job.arguments()
             number = int(arguments[arguments.index("--labels") + 1].rpartition("/label")[2])
             assert arguments[arguments.index("--num_train_epochs") + 1] == str(spec["epochs"][number])
+
+
+FOUR_TEXTS = {
+    "sizes": SIZES | {"label": 50},
+    "label_problems": 20,
+    "selector_label": {"rollout_policy": "sample", "num_rollouts": 4},
+    "train": {"num_train_epochs": 2},
+    "baseline": {"num_train_epochs": 8},
+}
+
+
+def epochs_and_labels(pipeline, name):
+    """Of the trainings whose name begins so: passes, and texts of each problem."""
+    found = set()
+    for job in (job for other, job in pipeline.jobs.all.items() if other.startswith(f"p-train-{name}")):
+        arguments = job.arguments()
+        labels = arguments[arguments.index("--labels") + 1]
+        sampled = "--num_samples" in arguments and int(arguments[arguments.index("--num_samples") + 1])
+        texts = sampled or (4 if labels.endswith("num_rollouts=4") else 1)
+        found.add((float(arguments[arguments.index("--num_train_epochs") + 1]), texts))
+    return found
+
+
+def test_all_methods_take_as_many_steps_however_many_texts_a_problem_has(make_pipeline):
+    pipeline = make_pipeline(**FOUR_TEXTS)
+    tables.policies(pipeline, {"name": "x", "policies": ["greedy", "s2t-local:always"], "baselines": BASELINES})
+    trainings = {name for name in pipeline.jobs.all if name.startswith("p-train-")}
+    spec = {"name": "y", "problems": [10, 20], "epochs": {10: 16, 20: 8}, "policy": "s2t-local:always"}
+    tables.efficiency(pipeline, spec)
+    added = {name for name in pipeline.jobs.all if name.startswith("p-train-")} - trainings
+    assert added and not any("label20" in name for name in added)  # those of 20 problems were planned already
+    tables.variants(pipeline, {"name": "z", "policy": "s2t-local:always", "label_problems": 5, "variants": VARIANTS})
+    for name, product, texts in (
+        ("sft-label20", 8, 1),
+        ("kd-label20-learning", 8, 1),
+        ("sft-sampled-label20", 8, 4),
+        ("kd-sampled-label20", 8, 4),
+        ("label20", 8, 4),
+        ("label10", 16, 4),
+        ("sft-label10", 16, 1),
+        ("label5-rollout_policy=sample-num_rollouts=4-undecoded", 8, 4),
+        ("label5-rollout_policy=sample-num_rollouts=1", 8, 1),
+        ("label5-adapter=", 8, 1),
+    ):
+        assert epochs_and_labels(pipeline, name) == {(product / texts, texts)}, name
+
+
+BASELINES = ["sft", "kd", "sft-sampled", "kd-sampled"]
+VARIANTS = [
+    {"name": "default"},
+    {"name": "one text", "label": {"num_rollouts": 1}, "train": {"num_train_epochs": 8}},
+    {"name": "texts: of a first selector", "rounds": 2},
+]
+
+
+def test_sampled_texts_are_compared_where_selectors_learn_from_them(make_pipeline):
+    spec = {"name": "x", "policies": ["greedy", "sft", "sft-sampled", "s2t-local:always"], "baselines": BASELINES}
+    spec["compare"] = [["s2t-local:always", other] for other in BASELINES]
+    for settings, told in ((FOUR_TEXTS, BASELINES), ({}, ["sft", "kd"])):
+        pipeline = make_pipeline(**settings)
+        tables.policies(pipeline, spec)
+        arguments = job_of(pipeline, "evaluate-x").arguments
+        write_sweeps(pipeline, {0.1, 0.4, 0.5})
+        policies = arguments()[arguments().index("--policies") + 1 :]
+        assert {name for name in policies if name.startswith(("sft", "kd")) and "=" not in name} == set(told)
+        given = {text.partition("=")[0] for text in arguments() if re.match("(sft|kd)[a-z-]*=", text)}
+        assert given == set(told)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,7 +599,7 @@ def test_stacking_pairs_every_selector_with_its_own_student(make_pipeline, rando
             row = named[f"after {method}", name]
             by_seed = [100 * found[label].mean() for found in own]
             assert row["accuracy"] == pytest.approx(np.mean(by_seed))
-            assert row["accuracy_sd"] == pytest.approx(np.std(by_seed, ddof=1))
+            assert row["by_seed"] == ", ".join(f"{value:.1f}" for value in by_seed)
             assert row["accuracy_ci"] == pytest.approx(
                 interval_of(points_between([found[label] for found in own], [[0] * NUM_PROBLEMS]))
             )
