@@ -2,11 +2,11 @@
 
     python recipes/calibrate.py --adapter runs/demo/adapter-seed0 --labels runs/demo/labels/calibration
 
-Writes both into the adapter's s2t_config.json, so that S2TDecodingConfig(trigger="margin", target_rate=0.01) just
-works, and what was measured into calibration.json beside it. Fusion weights come from the labels, which hold what the
-teacher said. Thresholds come from running what will be deployed (adapter, scope, fusion, dtype) on the labels'
-prompts: corrected text is less in doubt than the student's own. A third of the problems is kept out of that and tells
-which rates are reached on others.
+Writes both into the s2t_config.json of the adapter, or of a copy (`--output_dir`), so that
+S2TDecodingConfig(trigger="margin", target_rate=0.01) just works, and what was measured into calibration.json beside
+it. Fusion weights come from the labels, which hold what the teacher said. Thresholds come from running what will be
+deployed (adapter, scope, fusion, dtype) on the labels' prompts: corrected text is less in doubt than the student's
+own. A third of the problems is kept out of that and tells which rates are reached on others.
 
 Problems that the selector was trained on are refused. Never calibrate on evaluation problems: the ids are noted in
 seen_problems.json, and evaluate.py and agreement.py refuse them.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,7 @@ class CalibrateArguments:
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    adapter: str = field(metadata={"help": "Folder of the trained adapter; its s2t_config.json is rewritten."})
+    adapter: str = field(metadata={"help": "Folder of the trained adapter; what is found is written into it."})
     labels: str = field(
         metadata={"help": "Labels of held-out training problems (recipes/label.py); their split 'validation', if any."}
     )
@@ -91,6 +92,10 @@ class CalibrateArguments:
     )
     batch_size: int = field(default=32, metadata={"help": "Trajectories per forward."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for a calibrated copy of `adapter`, which then stays as it is; by default none."},
+    )
     push_to_hub: str | None = field(
         default=None, metadata={"help": "Hub repository (you/name) to which the calibrated adapter is pushed."}
     )
@@ -222,18 +227,23 @@ def main(argv: list[str] | None = None) -> None:
             deployment = dataclasses.replace(deployment, teacher_model=teacher)
         table |= run_deployed(args, deployment, decoded, fit, check)
 
-    write_seen_problems(args.adapter, "calibration", labels["problem_id"])
+    folder = args.adapter
+    if args.output_dir is not None:
+        folder = args.output_dir
+        shutil.copytree(args.adapter, folder, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
+    write_seen_problems(folder, "calibration", labels["problem_id"])
     thresholds = {t: {rate: entry["threshold"] for rate, entry in by.items()} for t, by in table.items()}
-    dataclasses.replace(config, thresholds=thresholds, fusion=fusion).save_pretrained(args.adapter)
+    dataclasses.replace(config, thresholds=thresholds, fusion=fusion).save_pretrained(folder)
     measured = None if points is None else agreement(points, fusion)
     counts = (len(fit), len(check))
-    write_json(Path(args.adapter) / CALIBRATION_NAME, report(args, table, measured, fusion, was_seen, *counts))
-    write_card(Path(args.adapter) / "README.md", card_section(table, measured, len(check)))
-    print_report(args, table, measured, fusion, was_seen, len(labels), *counts)
+    write_card(Path(folder) / "README.md", card_section(table, measured, len(check)))
+    write_json(Path(folder) / CALIBRATION_NAME, report(args, table, measured, fusion, was_seen, *counts))
+    print_report(table, measured, fusion, was_seen, len(labels), *counts)
+    print(f"\nwritten to {Path(folder) / S2T_CONFIG_NAME}")
     if args.push_to_hub is not None:
         HfApi().create_repo(args.push_to_hub, exist_ok=True)
         HfApi().upload_folder(
-            repo_id=args.push_to_hub, folder_path=args.adapter, ignore_patterns=["checkpoint-*", "training_args.bin"]
+            repo_id=args.push_to_hub, folder_path=folder, ignore_patterns=["checkpoint-*", "training_args.bin"]
         )
         print(f"pushed to {args.push_to_hub}")
 
@@ -318,7 +328,7 @@ def write_card(file: Path, section: str) -> None:
         out.write(f"{card}\n\n{CARD_TITLE}\n\n{section}".lstrip().encode())
 
 
-def print_report(args, table, measured, fusion, was_seen, num_labels: int, num_fit: int, num_check: int) -> None:
+def print_report(table, measured, fusion, was_seen, num_labels: int, num_fit: int, num_check: int) -> None:
     if measured is not None:
         print(f"\n{measured['count']} decision points with a choice, of {num_labels} trajectories")
         weights = ", ".join(f"{name} {value:.3f}" for name, value in dataclasses.asdict(fusion).items())
@@ -345,7 +355,6 @@ def print_report(args, table, measured, fusion, was_seen, num_labels: int, num_f
                 low, high = entry["interval"]
                 line += f"{entry['achieved']:>10.2%}  [{low:.2%}, {high:.2%}]"
             print(line)
-    print(f"\nwritten to {Path(args.adapter) / S2T_CONFIG_NAME}")
 
 
 if __name__ == "__main__":

@@ -172,12 +172,16 @@ class Base:
         base = cls(pipeline, pipeline.labels("label"), labels, calibration, None, [])
         if pipeline.pair.has_answers and len(pipeline.pair.learning_rates.get("s2t-local", ())) > 1:
             base.sweep = pipeline.sweep("s2t-local", labels, calibration=calibration)
-        if base.sweep is not None and not thresholds:
-            base.adapters = base.sweep.best()
+        if base.sweep is None:
+            settings = {"calibration": calibration, "decode": thresholds}
+            base.adapters = [pipeline.selector(labels, seed, **settings) for seed in pipeline.seeds]
             return base
-        tuning = pipeline.labels("tuning") if "tuning" in pipeline.pair.sizes else None
-        settings = {"calibration": calibration, "tuning": tuning, "decode": thresholds, "rate": base.sweep}
-        base.adapters = [pipeline.selector(labels, seed, **settings) for seed in pipeline.seeds]
+        base.adapters = base.sweep.best()
+        if thresholds:
+            base.adapters = [
+                pipeline.with_thresholds(best, f"{labels.path.name}-best-seed{seed}", calibration)
+                for seed, best in zip(pipeline.seeds, base.adapters)
+            ]
         return base
 
     def imitation(self, method: str) -> Sweep:
@@ -422,11 +426,12 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
 def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy by number of label problems, for S2T-Local and both imitations; each with its best learning rate.
 
-    `problems`: numbers. `epochs`: number -> passes over the problems of a method that has
-    one text of each; with several texts there are as many fewer, so all take as many steps.
+    `problems`: numbers. `epochs`: number -> passes over the problems of a method that has one text of each; with
+    several texts there are as many fewer, so all take as many steps. `seeds`: trainings of each.
     """
     runs: dict[tuple[int, str], tuple] = {}
     pair = pipeline.pair
+    seeds = range(spec.get("seeds", pair.num_seeds))
     for number in spec["problems"]:
         held_out = max(spec.get("min_calibration", 30), round(0.6 * number))
         held_out = None if held_out >= pipeline.pair.sizes["calibration"] else held_out
@@ -437,9 +442,12 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
             epochs = spec["epochs"][number] / (pipeline.num_rollouts if is_local else 1)
             usual = (pair.train if is_local else pair.baseline).get("num_train_epochs")
             options = {} if epochs == usual else {"num_train_epochs": f"{epochs:g}"}  # not twice under two names
-            sweep = pipeline.sweep(method, texts, calibration=calibration, **options)
+            rates = pair.learning_rates_by_problems.get(number, {}).get(method)
+            tried = pipeline.seeds if number == pair.label_problems else seeds  # there it is that of other tables
+            sweep = pipeline.sweep(method, texts, calibration=calibration, seeds=tried, rates=rates, **options)
+            best = sweep.best()[: len(seeds)]
             label = spec["policy"] if is_local else method
-            more = {"adapters": sweep.best()} if is_local else {"tuned": [(method, job) for job in sweep.best()]}
+            more = {"adapters": best} if is_local else {"tuned": [(method, job) for job in best]}
             name = f"{spec['name']}-{method}-{number}"
             job = pipeline.evaluation(name, policies=["greedy", label], **more)
             runs[number, method] = (label, job, sweep, texts, calibration)
@@ -603,7 +611,7 @@ def retention(pipeline: Pipeline, spec: dict) -> Collect:
 
 def objective(pipeline: Pipeline, spec: dict) -> Collect:
     """Agree@1 of one training setting after another, by benchmarks/objective.py. `variants`: of its VARIANTS."""
-    labels = pipeline.labels("label")
+    labels = pipeline.selector_labels()
     output = pipeline.folder / f"{spec['name']}.json"
     seeds = spec.get("seeds", pipeline.pair.num_seeds)
     command = ["benchmarks/objective.py", "--recipe", spec["recipe"], "--model", pipeline.model]

@@ -31,7 +31,7 @@ JUDGED_BY = {"s2t-local": "s2t-local:always"} | {method: method for method in (*
 #: How often a sweep halves, or doubles, the learning rate while the last one is the best.
 MAX_FURTHER_RATES = 3
 #: A second rate that comes so close to the best one, in points, is trained with the other seeds too.
-CLOSE = 0.5
+CLOSE = 0.3
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Pair:
         selector_label: further arguments of recipes/label.py for the texts that selectors learn from; without any,
             they learn from the labels that everything else learns from.
         learning_rates: method -> rates tried first on the tuning problems (see `Sweep`).
+        learning_rates_by_problems: number of label problems -> method -> the same, where the best are other ones.
         system_prompt: with one, prompts go through the tokenizer's chat template.
         zero_shot_text: see recipes/evaluate.py.
         other_text: arguments of recipes/retention.py that name text of another kind; by default the bed's words.
@@ -80,6 +81,7 @@ class Pair:
     evaluate: dict[str, Any] = field(default_factory=dict)
     baseline: dict[str, Any] = field(default_factory=dict)
     learning_rates: dict[str, list[float]] = field(default_factory=dict)
+    learning_rates_by_problems: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     zero_shot_text: str | None = None
     other_text: dict[str, Any] = field(default_factory=dict)
 
@@ -261,7 +263,6 @@ class Pipeline:
         seed: int = 0,
         *,
         calibration: Job,
-        tuning: Job | None = None,
         route: bool = True,
         decode: bool = True,
         rate: float | Sweep | None = None,
@@ -274,7 +275,6 @@ class Pipeline:
             labels: to train on.
             seed: of the training.
             calibration: labels to calibrate on.
-            tuning: labels to measure the router on.
             route: train a router.
             decode: calibrate thresholds by decoding; otherwise fusion weights only, which is enough without a trigger.
             rate: learning rate, or where to find it.
@@ -296,32 +296,46 @@ class Pipeline:
         job = self.add(f"train-{name}", trained, with_rate(command, settings, rate), needs, step=step)
         if route:
             command = [recipe("train_router.py"), "--adapter", str(output)]
-            same = (labels, seed, tuning)  # it knows nothing of the selector beside it
+            same = (labels, seed)  # it knows nothing of the selector beside it
             source = self._taken.setdefault(output, self._routers.get(same))
             if source is not None:
                 command += ["--router_of", str(source.path)]
                 needs = [job, source]
             else:
                 command += ["--model", self.model, "--labels", str(labels.path), "--seed", str(seed)]
-                if tuning is not None:
-                    command += ["--eval_labels", str(tuning.path)]
                 command += as_arguments({"dtype": pair.dtype} | pair.router)
-                needs = [job, labels, *([] if tuning is None else [tuning])]
+                needs = [job, labels]
             job = self.add(f"router-{name}", output / ROUTER_WEIGHTS_NAME, command, needs, step=step)
-        command = [recipe("calibrate.py"), "--adapter", str(output), "--model", self.model]
-        command += ["--labels", str(calibration.path)]
-        settings = {"batch_size": pair.batch_size, "dtype": pair.dtype} | pair.calibrate
         if decode:
-            command += ["--teacher_model", self.pair.teacher_model]
+            settings = {"teacher_model": pair.teacher_model}
         elif options.get("proposals") == "adapted":
-            settings |= {"triggers": ["margin"], "target_rates": [0.1], "check_share": 0, "limit": 20}
+            settings = {"triggers": ["margin"], "target_rates": [0.1], "check_share": 0, "limit": 20}
         else:
-            settings |= {"triggers": ["margin"], "target_rates": [0.1], "deployed": False}
-        command += as_arguments(settings)
+            settings = {"triggers": ["margin"], "target_rates": [0.1], "deployed": False}
+        command = [*self._calibrate(calibration, settings), "--adapter", str(output)]
         job = self.add(f"calibrate-{name}", output / CALIBRATION_NAME, command, (job, calibration), output, step)
         if route and step is None:  # it is there in any case, for others to take its router
             self._routers.setdefault(same, job)
         return job
+
+    def with_thresholds(self, best: Best, name: str, calibration: Job) -> Job:
+        """A copy of the best selector of a sweep, calibrated for triggers too."""
+        output = self.folder / "selectors" / name
+        command = self._calibrate(calibration, {"teacher_model": self.pair.teacher_model})
+        command += ["--output_dir", str(output)]
+        return self.add(
+            f"calibrate-{name}",
+            output / CALIBRATION_NAME,
+            lambda: [*command, "--adapter", str(best.path)],
+            (best, calibration),
+            output,
+        )
+
+    def _calibrate(self, calibration: Job, settings: Mapping[str, Any]) -> list[str]:
+        """Command of recipes/calibrate.py, all but the adapter."""
+        shared = {"batch_size": self.pair.batch_size, "dtype": self.pair.dtype} | self.pair.calibrate
+        command = [recipe("calibrate.py"), "--model", self.model, "--labels", str(calibration.path)]
+        return command + as_arguments(shared | settings)
 
     def baseline(
         self, method: str, labels: Job, seed: int = 0, *, rate: float | Sweep, step: Step | None = None, **options
@@ -396,17 +410,27 @@ class Pipeline:
         return self.selector(labels, seed, calibration=calibration, decode=False, rate=rate, **options)
 
     def sweep(
-        self, method: str, labels: Job, *, calibration: Job, seeds: Sequence[int] | None = None, **options
+        self,
+        method: str,
+        labels: Job,
+        *,
+        calibration: Job,
+        seeds: Sequence[int] | None = None,
+        rates: Sequence[float] | None = None,
+        **options,
     ) -> Sweep:
         """Trains at each learning rate and measures the accuracy on the tuning problems.
 
         Args:
-            method: of METHODS or SAMPLED; the latter try the rates of the method that they vary.
+            method: of METHODS or SAMPLED.
             labels, calibration, options: of `train`.
             seeds: the first one tries all rates, the others the best or the best two; the pair's by default.
+            rates: where to begin; by default those of the pair for this method or, of SAMPLED, for the one it varies.
         """
         first_seed, *other_seeds = self.seeds if seeds is None else seeds
-        sweep = Sweep(method, tuple(sorted(self.pair.learning_rates[method.removesuffix("-sampled")])))
+        found = self.pair.learning_rates
+        rates = rates or found.get(method) or found[method.removesuffix("-sampled")]
+        sweep = Sweep(method, tuple(sorted(rates)))
         name = f"sweep-{method}-{labels.path.name}{tag(options)}"
 
         def try_out(rate: float, seed: int, step: Step | None = None, judge: Step | None = None) -> tuple[Job, Job]:
