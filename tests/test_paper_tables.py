@@ -24,7 +24,7 @@ retention = importlib.import_module("retention")
 sys.path.remove(str(RECIPES))
 evaluate, records, jobs_module = (sys.modules[name] for name in ("evaluate", "records", "jobs"))
 Pair, Pipeline = sys.modules["pipeline"].Pair, sys.modules["pipeline"].Pipeline
-JUDGED_BY = sys.modules["pipeline"].JUDGED_BY
+JUDGED_BY, MAX_FURTHER_RATES = (getattr(sys.modules["pipeline"], name) for name in ("JUDGED_BY", "MAX_FURTHER_RATES"))
 
 NUM_PROBLEMS, NUM_SEEDS = 30, 2
 SIZES = {"label": 100, "tuning": 10, "calibration": 20, "test": 30, "fresh": 40, "words": 5}
@@ -485,6 +485,20 @@ def test_accuracy_by_number_of_labels(make_pipeline, random):
             arguments = job.arguments()
             number = int(arguments[arguments.index("--labels") + 1].rpartition("/label")[2])
             assert arguments[arguments.index("--num_train_epochs") + 1] == str(spec["epochs"][number])
+
+
+def test_the_curve_has_seeds_and_first_rates_of_its_own_but_for_the_number_that_other_tables_have(make_pipeline):
+    pipeline = make_pipeline(label_problems=50, num_seeds=3, learning_rates_by_problems={10: {"sft": [3.0, 6.0]}})
+    spec = {"name": "x", "problems": [10, 50], "epochs": {10: 64, 50: 8}, "seeds": 2, "policy": "s2t-local:always"}
+    tables.efficiency(pipeline, spec)
+    write_sweeps(pipeline, {RATES["sft"][0], 3.0})
+    for number, first, seeds in ((10, 3.0, {0, 1}), (50, RATES["sft"][0], {0, 1, 2})):
+        names = " ".join(pipeline.jobs.all)
+        tried = re.findall(rf"p-train-sft-label{number}-learning_rate=([^-]+)-\S*seed(\d)", names)
+        assert min(float(rate) for rate, _ in tried) == first / 2**MAX_FURTHER_RATES
+        assert {int(seed) for _, seed in tried} == seeds
+        arguments = job_of(pipeline, f"evaluate-x-sft-{number}").arguments()
+        assert len([argument for argument in arguments if argument.startswith("sft=")]) == 2
 
 
 FOUR_TEXTS = {

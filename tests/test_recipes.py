@@ -102,6 +102,23 @@ def test_calibration_stores_every_rate_and_the_fusion(run):
     assert config.fusion is not None and config.fusion.logprob != 0
 
 
+def test_a_calibrated_copy_is_what_calibrating_in_place_gives(run, tmp_path):
+    """Also of a source that is calibrated already, with thresholds and ids of its own."""
+    labels, options = str(run["folder"] / "labels" / "held-out"), ["--target_rates", "0.3", "--deployed", "false"]
+    source, place, copy = (tmp_path / name for name in ("source", "place", "copy"))
+    for folder in (source, place):
+        shutil.copytree(run["folder"] / "adapter", folder)
+        (folder / "checkpoint-5").mkdir()
+    before = contents(source)
+    run["calibrate"].main(["--adapter", str(place), "--labels", labels, *options])
+    run["calibrate"].main(["--adapter", str(source), "--labels", labels, "--output_dir", str(copy), *options])
+    found, expected = contents(copy), contents(place)
+    found.pop(CALIBRATION_NAME), expected.pop(CALIBRATION_NAME)  # holds the command
+    assert found == expected and contents(source) == before and not (copy / "checkpoint-5").exists()
+    assert set(SelectorConfig.from_pretrained(copy).thresholds["margin"]) == {0.3}
+    LocalSelector.from_pretrained(copy, tiny_model())
+
+
 @pytest.fixture(scope="module")
 def routed(run):
     """The adapter with a router that learned from its training labels, calibrated on other ones."""
