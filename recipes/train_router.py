@@ -87,6 +87,10 @@ class RouterArguments:
     num_top: int = field(default=8, metadata={"help": "Log-probabilities among the features."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW."})
     num_epochs: int = field(default=30, metadata={"help": "At most; the best one by held-out loss is kept."})
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": "Of the head: where labels are many, only as many epochs as fit into these, but one."},
+    )
     head_batch_size: int = field(default=512, metadata={"help": "Positions per step of the head."})
     max_positions: int = field(
         default=200_000,
@@ -109,9 +113,10 @@ class RouterArguments:
             )
         if self.target not in ROUTER_TARGETS:
             raise ValueError(f"`target` must be one of {', '.join(map(repr, ROUTER_TARGETS))}, got {self.target!r}.")
-        for name in ("width", "num_top", "num_epochs", "head_batch_size", "max_positions", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
+        for name in ("width", "num_top", "num_epochs", "max_steps", "head_batch_size", "max_positions", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
         for name, low in (("min_gain", 0.0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {getattr(self, name)!r}.")
@@ -271,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         learning_rate=args.learning_rate,
         num_epochs=args.num_epochs,
+        max_steps=args.max_steps,
         batch_size=args.head_batch_size,
     )
     write_router(args.adapter, config, [*labels["problem_id"], *held_out["problem_id"]], router.save_pretrained)

@@ -421,6 +421,17 @@ def test_a_seed_decides_and_the_global_generator_is_left_alone():
     assert torch.equal(heads[0]["mean"], torch.cat([data.hidden[1], data.features_NF], dim=-1).mean(0))
 
 
+def test_many_steps_are_cut_to_whole_epochs_and_few_are_not():
+    data, held_out = make_data(120, seed=0, rule=on_hidden), make_data(60, seed=1, rule=on_hidden)
+
+    def weights(**training):
+        return fit_head(data, held_out, CONFIG, batch_size=50, **training)[0].state_dict()  # three steps an epoch
+
+    for max_steps, num_epochs in ((1, 1), (5, 1), (8, 2), (15, 5), (90, 5)):
+        cut, expected = weights(num_epochs=5, max_steps=max_steps), weights(num_epochs=num_epochs)
+        assert all(torch.equal(cut[name], expected[name]) for name in cut), max_steps
+
+
 def test_positions_whose_gain_is_unknown_do_not_count():
     data, held_out = make_data(200, seed=0, rule=on_hidden), make_data(100, seed=1, rule=on_hidden)
     known_N = torch.arange(200) % 3 > 0

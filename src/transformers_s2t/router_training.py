@@ -197,6 +197,7 @@ def fit_head(
     learning_rate: float = 2e-3,
     weight_decay: float = 1e-2,
     num_epochs: int = 30,
+    max_steps: int | None = None,
     batch_size: int = 512,
 ) -> tuple[RouterHead, float]:
     """Trains a head and keeps its best epoch on held-out problems.
@@ -209,6 +210,8 @@ def fit_head(
         held_out: of other problems.
         config: what the head reads and predicts.
         seed: of initial weights and order.
+        num_epochs: at most.
+        max_steps: fewer epochs, as many as fit into so many steps, but one at least.
 
     Returns:
         The head, and its loss on `held_out`.
@@ -239,7 +242,10 @@ def fit_head(
     size = config.hidden_size
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    steps = num_epochs * math.ceil(len(target_N) / batch_size)
+    steps_per_epoch = math.ceil(len(target_N) / batch_size)
+    if max_steps is not None:
+        num_epochs = max(1, min(num_epochs, max_steps // steps_per_epoch))
+    steps = num_epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / steps))
     best, best_loss = {name: tensor.clone() for name, tensor in head.state_dict().items()}, math.inf
     for _ in range(num_epochs):
