@@ -296,7 +296,7 @@ class Pipeline:
         job = self.add(f"train-{name}", trained, with_rate(command, settings, rate), needs, step=step)
         if route:
             command = [recipe("train_router.py"), "--adapter", str(output)]
-            same = (labels, seed)  # it knows nothing of the selector beside it
+            same = (labels, seed, settings.get("min_prob_ratio"))  # it knows nothing else of the selector beside it
             source = self._taken.setdefault(output, self._routers.get(same))
             if source is not None:
                 command += ["--router_of", str(source.path)]

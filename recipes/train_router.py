@@ -217,7 +217,7 @@ def take_router(args: RouterArguments, config: SelectorConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     (args,) = TrlParser(RouterArguments).parse_args_and_config(argv)
     config = open_adapter(args.adapter)
-    if config.router and not args.overwrite:
+    if config.router and (Path(args.adapter) / ROUTER_WEIGHTS_NAME).is_file() and not args.overwrite:
         print(f"{args.adapter} already has a router; pass --overwrite true to write it anew.")
         return
     if config.proposals == "adapted":

@@ -482,6 +482,7 @@ def test_a_router_is_trained_once_for_all_selectors_that_would_have_the_same(tmp
         pipeline.selector(labels, 1, calibration=calibration, rate=0.8)
         pipeline.selector(labels, 0, calibration=calibration, rate=0.8)
         pipeline.selector(pipeline.labels("label", 5), 0, calibration=calibration, rate=0.8)
+        pipeline.selector(labels, 0, calibration=calibration, rate=0.8, min_prob_ratio=0)
     routers = {name: job for name, job in pipeline.jobs.all.items() if name.startswith("p-router-")}
     taken = {}
     for name, job in routers.items():
@@ -502,6 +503,7 @@ def test_a_router_is_trained_once_for_all_selectors_that_would_have_the_same(tmp
     assert taken["p-router-label-learning_rate=0.1-undecoded-seed1"] is None  # it was asked for before
     assert taken["p-router-label-learning_rate=0.8-seed0"] is first
     assert taken["p-router-label5-learning_rate=0.8-seed0"] is None  # of other labels
+    assert taken["p-router-label-learning_rate=0.8-min_prob_ratio=0-seed0"] is None  # of other positions
 
 
 def test_selectors_may_learn_from_other_texts_of_the_same_problems(tmp_path):

@@ -299,11 +299,16 @@ def test_a_taken_router_replaces_none_unless_asked_and_is_taken_where_the_model_
     shutil.copytree(other_seed, adapter)
     config = dataclasses.replace(SelectorConfig.from_pretrained(adapter), router="0" * 16, model_hash="")
     config.save_pretrained(adapter)
+    (adapter / ROUTER_WEIGHTS_NAME).write_bytes(b"another")
     before, arguments = contents(adapter), ["--adapter", str(adapter), "--router_of", str(routed[0])]
     run["train_router"].main(arguments)
     assert "already has a router" in capsys.readouterr().out and contents(adapter) == before
     run["train_router"].main([*arguments, "--overwrite", "true"])
+    expected = contents(adapter)
     assert SelectorConfig.from_pretrained(adapter).router == routed[1].router
+    (adapter / ROUTER_WEIGHTS_NAME).unlink()  # the config still names it, but nobody has it
+    run["train_router"].main(arguments)
+    assert contents(adapter) == expected
 
 
 @pytest.mark.parametrize(
