@@ -1,7 +1,7 @@
 """Which training settings learn best: one change at a time around a recipe, on held-out points, several seeds.
 
-    python benchmarks/objective.py --recipe recipes/embedded/train.yaml --labels runs/demo/labels/label \
-        --num_train 200 --num_held_out 200 --json runs/benchmarks/objective-embedded.json
+    python benchmarks/objective.py --recipe benchmarks/objective-embedded.yaml --labels runs/objective \
+        --num_train 60 --num_held_out 300 --json runs/benchmarks/objective-embedded.json
 
 The labels are divided by problem: the texts of the first `--num_train` train, those of the next `--num_fusion` fit the
 fusion, those of the next `--num_held_out` are measured. Every variant is measured at the same points, with 8

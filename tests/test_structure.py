@@ -83,7 +83,9 @@ def test_decoding_needs_neither_datasets_nor_trl():
 # tests/test_distributed.py reads how they are launched, tests/test_paper.py the tables
 ELSEWHERE = ("accelerate_configs", "paper")
 RECIPE_FILES = sorted(f for f in (ROOT / "recipes").glob("*/*.yaml") if f.parent.name not in ELSEWHERE)
+RECIPE_FILES += sorted((ROOT / "benchmarks").glob("*.yaml"))
 RECIPES = {"label.yaml": "label", "train.yaml": "train", "paper.yaml": "train", "qlora.yaml": "train"}
+RECIPES["objective-embedded.yaml"] = "train"
 
 
 @pytest.mark.parametrize("file", RECIPE_FILES, ids=lambda f: f"{f.parent.name}/{f.name}")
