@@ -246,7 +246,8 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
     """
     baselines = [m for m in spec.get("baselines", ()) if m not in SAMPLED or pipeline.num_rollouts > 1]
     base = Base.of(pipeline, thresholds=any(re.search(r":(?!always)", policy) for policy in spec["policies"]))
-    sweeps = {} if base.sweep is None else {"s2t-local": base.sweep}
+    is_selected = any(policy.startswith("s2t-local") for policy in spec["policies"])
+    sweeps = {"s2t-local": base.sweep} if is_selected and base.sweep is not None else {}
     tuned = []
     for method in baselines:
         sweeps[method] = base.imitation(method)
