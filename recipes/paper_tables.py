@@ -352,26 +352,21 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
     """
     limit, calibration = spec.get("label_problems"), pipeline.labels("calibration")
     seeds = range(spec.get("seeds", pipeline.pair.num_seeds))
-    rate = None
     evaluations = {}
     for variant in spec["variants"]:
         name = variant["name"]
         labels = pipeline.selector_labels(limit, **variant.get("label", {}))
-        settings = {"calibration": calibration, "decode": False, "rate": rate, "route": variant.get("router", True)}
+        settings = {"calibration": calibration, "decode": False, "route": variant.get("router", True)}
         settings |= variant.get("train", {})
         if variant.get("rounds", 1) == 2:  # the first round's selector writes what the second one learns from
-            texts = {"rollout_policy": "s2t-local"}
             epochs = {}
             if pipeline.num_rollouts > 1:
                 epochs["num_train_epochs"] = f"{pipeline.pair.train['num_train_epochs'] * pipeline.num_rollouts:g}"
-            adapters = [
-                pipeline.selector(
-                    pipeline.labels("label", limit, adapter=pipeline.selector(labels, seed, **settings), **texts),
-                    seed,
-                    **settings | epochs,
-                )
-                for seed in seeds
-            ]
+            adapters = []
+            for seed in seeds:
+                writer = pipeline.selector(labels, seed, **settings)
+                texts = pipeline.labels("label", limit, adapter=writer, rollout_policy="s2t-local")
+                adapters.append(pipeline.selector(texts, seed, **settings | epochs))
         else:
             adapters = [pipeline.selector(labels, seed, **settings) for seed in seeds]
         policy = variant.get("policy", spec["policy"])
