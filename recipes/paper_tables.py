@@ -489,7 +489,8 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
 
     `methods`: "sft", "kd". The tuned student is merged into a model; labels of it, and for it a selector and a second
     round of the same imitation, each with the best learning rate for the first seed's student. `label`: arguments of
-    recipes/label.py for these labels. `train`: arguments that both trainings share. `seeds`: students of each method.
+    recipes/label.py for these labels. `train`: arguments that both trainings share. `learning_rates`: as of a pair, by
+    default that one's. `seeds`: students of each method.
     """
     base = Base.of(pipeline)
     seeds = spec.get("seeds", pipeline.pair.num_seeds)
@@ -504,7 +505,8 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
             for kind, more in (("s2t-local", {"route": False}), (method, {})):
                 settings = {"calibration": calibration} | options | more
                 if seed == 0:  # the other seeds are other students
-                    sweeps[method, kind] = on_top.sweep(kind, labels, seeds=[seed], **settings)
+                    rates = spec.get("learning_rates", {}).get(kind)
+                    sweeps[method, kind] = on_top.sweep(kind, labels, seeds=[seed], rates=rates, **settings)
                     trained[kind] = Best(sweeps[method, kind])
                 else:
                     trained[kind] = on_top.train(kind, labels, seed, sweeps[method, kind], **settings)
