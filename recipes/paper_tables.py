@@ -242,7 +242,8 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
     `policies`: as of evaluate.py. `limit`: test problems, by default all. `num_candidates`: values of K to run them
     with; `at_other_sizes`: those to run at all but the first of these. `baselines`: also the tuned imitations ("sft",
     "kd", and where selectors learn from sampled texts "sft-sampled", "kd-sampled"), each with the best of the pair's
-    learning rates and one training for each seed. `compare`: pairs of labels whose difference is told.
+    learning rates and one training for each seed. `second_rates`: and each of these at a second rate that tuning can
+    hardly tell from the best, where there is one ("sft-second"). `compare`: pairs of labels whose difference is told.
     """
     baselines = [m for m in spec.get("baselines", ()) if m not in SAMPLED or pipeline.num_rollouts > 1]
     base = Base.of(pipeline, thresholds=any(re.search(r":(?!always)", policy) for policy in spec["policies"]))
@@ -252,8 +253,13 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
     for method in baselines:
         sweeps[method] = base.imitation(method)
         tuned += [(method, trained) for trained in sweeps[method].best()]
+        if spec.get("second_rates"):
+            tuned += [(f"{method}-second", trained) for trained in sweeps[method].best(place=1)]
     left_out = set(spec.get("baselines", ())) - set(baselines)
     wanted = [policy for policy in dict.fromkeys([*spec["policies"], *baselines]) if policy not in left_out]
+    if spec.get("second_rates"):  # each below the best one
+        further = {method: [method, f"{method}-second"] for method in baselines}
+        wanted = [name for policy in wanted for name in further.get(policy, [policy])]
     options = {"limit": spec.get("limit")}
     if any(policy.startswith("prior") for policy in wanted):
         options["prior_labels"] = str(base.selector_labels.path)
@@ -294,7 +300,7 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
         notes = [problems_note(report), *(training_rate_note(method, sweep) for method, sweep in sweeps.items())]
         labels = {row["label"]: label_of(row) for row in report["rows"]}
         for one, other in spec.get("compare", ()):
-            if other in left_out:
+            if other in left_out or (other.endswith("-second") and other not in labels):
                 continue
             notes.append(sentence(labels[one], labels[other], difference(first, one, first, other)))
         return Result(columns, rows, notes, [job_text(job) for job in evaluations.values()], cost)
@@ -423,12 +429,13 @@ def efficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy by number of label problems, for S2T-Local and both imitations; each with its best learning rate.
 
     `problems`: numbers. `epochs`: number -> passes over the problems of a method that has one text of each; with
-    several texts there are as many fewer, so all take as many steps. `seeds`: trainings of each.
+    several texts there are as many fewer, so all take as many steps. `seeds`: trainings of each; `fewer_seeds`: number
+    of problems -> where they are fewer.
     """
     runs: dict[tuple[int, str], tuple] = {}
     pair = pipeline.pair
-    seeds = range(spec.get("seeds", pair.num_seeds))
     for number in spec["problems"]:
+        seeds = range(spec.get("fewer_seeds", {}).get(number, spec.get("seeds", pair.num_seeds)))
         held_out = max(spec.get("min_calibration", 30), round(0.6 * number))
         held_out = None if held_out >= pipeline.pair.sizes["calibration"] else held_out
         calibration = pipeline.labels("calibration", held_out)

@@ -353,6 +353,8 @@ class Pipeline:
         command += ["--teacher_model", self.pair.teacher_model, "--labels", str(labels.path)]
         command += ["--output_dir", str(output), "--seed", str(seed)]
         settings = {"dtype": self.pair.dtype} | self.pair.baseline | options
+        if method.startswith("sft"):
+            settings["teacher_texts"] = str(self.folder / "teacher_texts")
         if method == "sft-sampled":
             settings["num_samples"] = self.num_rollouts
         needs = [labels, *self.models, *([rate] if isinstance(rate, Sweep) else [])]
@@ -370,7 +372,10 @@ class Pipeline:
         step: Step | None = None,
         **options,
     ) -> Job:
-        """A report.json. `step`: see `selector`; `options`: of recipes/evaluate.py."""
+        """A report.json. `step`: see `selector`; `options`: of recipes/evaluate.py.
+
+        The policy of a training of `tuned` that turns out not to be there, at a second rate, is left out.
+        """
         data = self.data(part)
         output = self.folder / "evaluations" / f"{self.prefix}{name}"
         command = [recipe("evaluate.py"), "--model", self.model, "--dataset", str(data.path)]
@@ -389,9 +394,12 @@ class Pipeline:
         settings |= pair.evaluate | options
 
         def whole_command() -> list[str]:
+            there = [(label, job) for label, job in tuned if not isinstance(job, Best) or job.is_there]
+            left_out = {label for label, _ in tuned} - {label for label, _ in there}
             trained = {
+                "policies": [policy for policy in policies if policy not in left_out],
                 "adapters": [str(job.path) for job in adapters] or None,
-                "tuned": [f"{label}={job.path}" for label, job in tuned] or None,
+                "tuned": [f"{label}={job.path}" for label, job in there] or None,
             }
             return command + as_arguments(settings | trained)
 
@@ -542,9 +550,9 @@ class Sweep:
         """Whether these are measured on the tuning problems: not where only one rate is left."""
         return self.is_close(rate) and len(self._close()) > 1
 
-    def best(self) -> list[Best]:
-        """For each seed the training with the best learning rate."""
-        return [Best(self), *(Best(self, seed) for seed in self.again)]
+    def best(self, place: int = 0) -> list[Best]:
+        """For each seed the training with the best learning rate; place 1: with the second one that comes close."""
+        return [Best(self, seed, place) for seed in (None, *self.again)]
 
     def accuracies(self) -> dict[float, list[float]]:
         """Rate -> accuracies in per cent on the tuning problems, of all seeds with which they were measured.
@@ -557,10 +565,14 @@ class Sweep:
             found[rate] += [accuracy_of(report, JUDGED_BY[self.method]) for report in reports]
         return found
 
+    def ranked(self) -> list[float]:
+        """The best rate, and a second one where it comes close. Known once the reports are there."""
+        found = self.accuracies()
+        return sorted(self._close(), key=lambda rate: -sum(found[rate]) / len(found[rate]))  # equals as they were
+
     def best_rate(self) -> float:
         """The best rate. Known once the reports are there."""
-        found = self.accuracies()
-        return max(self._close(), key=lambda rate: sum(found[rate]) / len(found[rate]))  # the first of equals
+        return self.ranked()[0]
 
 
 @dataclass(frozen=True)
@@ -570,14 +582,21 @@ class Best:
     Attributes:
         sweep: of which it is.
         seed: of the sweep's other ones; `None` for its first.
+        place: 0 for the best rate, 1 for a second one that comes close to it, where there is one.
     """
 
     sweep: Sweep
     seed: int | None = None
+    place: int = 0
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a rate in this place. Known once the reports of the sweep are there."""
+        return self.place < len(self.sweep.ranked())
 
     @property
     def path(self) -> Path:
-        rate = self.sweep.best_rate()
+        rate = self.sweep.ranked()[self.place]
         return (self.sweep.trained[rate] if self.seed is None else self.sweep.again[self.seed][rate][0]).path
 
 

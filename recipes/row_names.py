@@ -58,6 +58,8 @@ def grouped(rows: list[dict]) -> list[tuple[str, list[dict]]]:
 def name_of(policy: str) -> str:
     if policy.startswith("best@"):
         return f"any of {policy[5:]} samples (oracle)"
+    if policy.endswith("-second"):
+        return f"{name_of(policy.removesuffix('-second'))}, second rate"
     return f"majority of {policy[4:]} samples" if policy.startswith("maj@") else NAMES.get(policy, policy)
 
 

@@ -9,7 +9,8 @@
 on several that it samples of each (`--num_samples`).
 "kd": distillation of its whole next-token distribution, KL(teacher || student), along the small model's own labelled
 trajectories. Both see the problems of the labels and no others, train the prompt's tokens not at all, and take every
-option of trl.SFTConfig. recipes/evaluate.py measures them (`--tuned sft=FOLDER kd=FOLDER`).
+option of trl.SFTConfig. With `--teacher_texts FOLDER` the teacher writes its solutions once for all learning rates and
+seeds. recipes/evaluate.py measures what was trained (`--tuned sft=FOLDER kd=FOLDER`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from commands import run
 from datasets import Dataset
 from models import default_device, load_model, padding_token_id
 from peft import LoraConfig
+from records import fingerprint, hash_of, read_records, write_records
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import SFTConfig, SFTTrainer, TrlParser
@@ -66,6 +68,13 @@ class BaselineArguments:
         },
     )
     teacher_batch_size: int = field(default=64, metadata={"help": "Texts of the teacher written at a time."})
+    teacher_texts: str | None = field(
+        default=None,
+        metadata={
+            "help": "For 'sft': a folder where the teacher's texts are kept, for other trainings that want the same; by "
+            "default they are written anew each time."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
 
     def __post_init__(self):
@@ -79,6 +88,8 @@ class BaselineArguments:
                 f"`num_samples` must be at least 1, and is for method='sft', got {self.num_samples!r} with "
                 f"{self.method!r} (labels hold the texts of 'kd', see `num_rollouts` of recipes/label.py)."
             )
+        if self.teacher_texts is not None and self.method != "sft":
+            raise ValueError(f"`teacher_texts` is for method='sft', got {self.teacher_texts!r} with {self.method!r}.")
 
 
 class DistillationTrainer(SFTTrainer):
@@ -108,11 +119,35 @@ class DistillationTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def make_texts(args: BaselineArguments, labels: Dataset, header: TrajectoryHeader, teacher: PreTrainedModel, pad: int):
+def make_texts(args: BaselineArguments, labels: Dataset, header: TrajectoryHeader, pad: int):
     """Token ids and where the trained tokens begin, problem by problem."""
     if args.method == "kd":
         return list(zip(labels["input_ids"], labels["prompt_length"]))
     prompts = {row["problem_id"]: row["input_ids"][: row["prompt_length"]] for row in labels}
+    if args.teacher_texts is None:
+        texts = write_texts(args, prompts, header, pad)
+    else:
+        settings = {name: getattr(header, name) for name in ("max_new_tokens", "eos_token_ids", "excluded_ids")}
+        settings |= {name: getattr(args, name) for name in ("dtype", "num_samples")}
+        settings |= {"teacher_model": fingerprint(args.teacher_model), "prompts": prompts}
+        key = hash_of(settings)
+        file = Path(args.teacher_texts) / f"{key}.jsonl"
+        kept = read_records(file, key)
+        if kept is None:
+            texts = write_texts(args, prompts, header, pad)
+            write_records(file, settings | {"settings_hash": key}, [{"input_ids": ids} for ids in texts])
+        else:
+            texts = [record["input_ids"] for record in kept[1]]
+            print(f"The teacher's texts are read from {file}")
+    starts = [len(ids) for ids in prompts.values() for _ in range(args.num_samples or 1)]
+    return list(zip(texts, starts))
+
+
+def write_texts(
+    args: BaselineArguments, prompts: dict[str, list[int]], header: TrajectoryHeader, pad: int
+) -> list[list[int]]:
+    """Token ids of what the teacher writes, prompts included: `num_samples` of the first problem, of the second ..."""
+    teacher = load_model(args.teacher_model, args.dtype, default_device())
     wanted = [(id, number) for id in prompts for number in range(args.num_samples or 1)]
     order = sorted(wanted, key=lambda text: len(prompts[text[0]]))
     texts = {}
@@ -129,7 +164,7 @@ def make_texts(args: BaselineArguments, labels: Dataset, header: TrajectoryHeade
             suppressed_ids=header.excluded_ids,
         )
         texts |= {text: [*prompts[text[0]], *tokens] for text, tokens in zip(batch, new)}
-    return [(texts[id, number], len(prompts[id])) for id, number in wanted]
+    return [texts[text] for text in wanted]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -146,8 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
     pad = padding_token_id(tokenizer, args.model)
-    teacher = load_model(args.teacher_model, args.dtype, default_device())
-    texts = make_texts(args, labels, header, teacher, pad)
+    texts = make_texts(args, labels, header, pad)
     dataset = Dataset.from_dict(
         {
             "input_ids": [ids for ids, _ in texts],
@@ -165,11 +199,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     config.max_length = None  # texts are as long as they were labelled
     settings = {"args": config, "train_dataset": dataset, "processing_class": tokenizer, "peft_config": lora}
-    trainer = (
-        SFTTrainer(model, **settings)
-        if args.method == "sft"
-        else DistillationTrainer(model, teacher_model=teacher, **settings)
-    )
+    if args.method == "sft":
+        trainer = SFTTrainer(model, **settings)
+    else:
+        teacher = load_model(args.teacher_model, args.dtype, default_device())
+        trainer = DistillationTrainer(model, teacher_model=teacher, **settings)
     trainer.train()
     trainer.save_model(config.output_dir)
     write_seen_problems(config.output_dir, "training", labels["problem_id"])

@@ -72,8 +72,7 @@ def texts_of(folder, method, recipes, **more):
     args = module.BaselineArguments(
         method, str(folder / "student"), str(folder / "teacher"), str(folder / "labels"), teacher_batch_size=4, **more
     )
-    teacher = disagreeing_pair()[1]
-    return module.make_texts(args, labels, header, teacher, 0), teacher, labels
+    return module.make_texts(args, labels, header, 0), disagreeing_pair()[1], labels
 
 
 def test_fine_tuning_learns_from_the_teachers_own_greedy_texts(folder, recipes):
@@ -106,6 +105,24 @@ def test_fine_tuning_can_learn_from_texts_that_the_teacher_samples(folder, recip
     options = ["--output_dir", str(output), "--num_samples", "3", "--attn_implementation", "eager"]
     recipes["train_baseline"].main(train(folder, "sft", *options))
     assert json.loads((output / "baseline.json").read_text())["texts"] == 30
+
+
+def test_the_teacher_writes_once_what_several_trainings_want(folder, recipes, tmp_path, monkeypatch):
+    module, kept = recipes["train_baseline"], {"teacher_texts": str(tmp_path / "texts")}
+    written, write_texts = [], module.write_texts
+    monkeypatch.setattr(module, "write_texts", lambda *args: written.append(1) or write_texts(*args))
+    greedy, sampled = (texts_of(folder, "sft", recipes, num_samples=number)[0] for number in (None, 3))
+    written.clear()
+    for _ in range(2):
+        assert texts_of(folder, "sft", recipes, **kept)[0] == greedy
+        assert texts_of(folder, "sft", recipes, num_samples=3, **kept)[0] == sampled
+    assert len(written) == 2 and len(list((tmp_path / "texts").iterdir())) == 2
+    for name in ("first", "second"):
+        options = ["--output_dir", str(tmp_path / name), "--max_problems", "4"]
+        module.main(train(folder, "sft", *options, "--teacher_texts", kept["teacher_texts"]))
+    assert len(written) == 3  # of other problems
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(weights, second[name]) for name, weights in first.items())
 
 
 def test_distillation_goes_along_the_students_own_texts(folder, recipes):
@@ -222,6 +239,7 @@ def test_names_of_tuned_adapters_are_checked(folder, recipes, tmp_path, text):
         ({"method": "dpo"}, "`method` must be one of 'sft', 'kd', got 'dpo'"),
         ({"lora_r": 0}, "`lora_r` must be at least 1, got 0"),
         ({"teacher_batch_size": 0}, "`teacher_batch_size` must be at least 1, got 0"),
+        ({"teacher_texts": "x", "method": "kd"}, "`teacher_texts` is for method='sft', got 'x' with 'kd'"),
         ({"num_samples": 0}, "`num_samples` must be at least 1, and is for method='sft', got 0 with 'sft'"),
         (
             {"num_samples": 4, "method": "kd"},

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -466,10 +467,22 @@ def test_rates_that_come_close_are_judged_by_all_seeds(tmp_path):
     assert [best.path for best in sweep.best()] == [
         job.path for job in (sweep.trained[1], sweep.again[1][1][0], sweep.again[2][1][0])
     ]
+    second = sweep.best(place=1)
+    assert [best.path for best in second] == [
+        job.path for job in (sweep.trained[2], sweep.again[1][2][0], sweep.again[2][2][0])
+    ]
+    named = [("kd", best) for best in sweep.best()] + [("kd-second", best) for best in second]
+    evaluation = pipeline.evaluation("x", policies=["greedy", "kd", "kd-second"], tuned=named)
+    arguments = evaluation.arguments()
+    assert option(arguments, "policies") == ["greedy", "kd", "kd-second"]
+    assert option(arguments, "tuned") == [f"{name}={best.path}" for name, best in named]
     write_accuracies(sweep, {3: close + 0.1})
     assert asked() == [[2, 3], [2, 3]]  # no more than two
     write_accuracies(sweep, {1: close - 0.1, 3: close - 0.1})
     assert asked() == [[2], []] and sweep.best_rate() == 2  # nothing is left to be compared
+    arguments = evaluation.arguments()  # and no second row
+    assert not any(best.is_there for best in second) and option(arguments, "policies") == ["greedy", "kd"]
+    assert option(arguments, "tuned") == [f"kd={best.path}" for best in sweep.best()]
     assert len(pipeline.sweep("kd", pipeline.labels("label", 5), calibration=calibration, seeds=[1]).best()) == 1
 
 
@@ -776,7 +789,7 @@ def test_every_checked_in_table_can_be_planned(tmp_path):
 
 def test_all_tables_together_read_nothing_that_was_not_made_before(tmp_path, monkeypatch):
     """Of all checked-in tables on one pair, in one run: nothing is written twice, and what is read is waited for."""
-    monkeypatch.setattr(Sweep, "best_rate", lambda self: list(self.trained)[-1])
+    monkeypatch.setattr(Sweep, "ranked", lambda self: list(self.trained)[-2:])
     planned = Jobs(tmp_path)
     pipeline = Pipeline(Pair.load(RECIPES / "paper" / "pairs" / "embedded.yaml"), planned, tmp_path)
     for file in sorted((RECIPES / "paper").glob("*.yaml")):
@@ -794,7 +807,7 @@ def test_all_tables_together_read_nothing_that_was_not_made_before(tmp_path, mon
         assert set(job.needs) <= known, job.name  # it was added before: jobs run in that order where they can
         known.add(job)
         for text in job.arguments():
-            path = text.partition("=")[2] if text.startswith(("sft=", "kd=")) else text
+            path = text.partition("=")[2] if re.match("(sft|kd)[a-z-]*=", text) else text
             for maker in makers.get(path, ()):
                 beside = maker.output.parent == job.output.parent and job in closure(maker) | {maker}
                 assert maker in needs or beside, (job.name, text)

@@ -68,7 +68,7 @@ def write_report(job, correct, ids=None):
     ids = [f"q{n}" for n in range(NUM_PROBLEMS)] if ids is None else ids
     rows, greedy = [], None
     for place, (label, right_SN) in enumerate(correct.items()):
-        policy = evaluate.Policy.parse(label, ("sft", "kd"))
+        policy = evaluate.Policy.parse(label, ("sft", "kd", "sft-second", "kd-second"))
         is_seeded = policy.is_local or policy.is_tuned
         runs = []
         for seed, right_N in enumerate(right_SN):
@@ -489,16 +489,16 @@ def test_accuracy_by_number_of_labels(make_pipeline, random):
 
 def test_the_curve_has_seeds_and_first_rates_of_its_own_but_for_the_number_that_other_tables_have(make_pipeline):
     pipeline = make_pipeline(label_problems=50, num_seeds=3, learning_rates_by_problems={10: {"sft": [3.0, 6.0]}})
-    spec = {"name": "x", "problems": [10, 50], "epochs": {10: 64, 50: 8}, "seeds": 2, "policy": "s2t-local:always"}
-    tables.efficiency(pipeline, spec)
+    spec = {"name": "x", "problems": [10, 50, 90], "epochs": {10: 64, 50: 8, 90: 4}, "policy": "s2t-local:always"}
+    tables.efficiency(pipeline, spec | {"seeds": 2, "fewer_seeds": {90: 1}})
     write_sweeps(pipeline, {RATES["sft"][0], 3.0})
-    for number, first, seeds in ((10, 3.0, {0, 1}), (50, RATES["sft"][0], {0, 1, 2})):
+    for number, first, seeds in ((10, 3.0, {0, 1}), (50, RATES["sft"][0], {0, 1, 2}), (90, RATES["sft"][0], {0})):
         names = " ".join(pipeline.jobs.all)
         tried = re.findall(rf"p-train-sft-label{number}-learning_rate=([^-]+)-\S*seed(\d)", names)
         assert min(float(rate) for rate, _ in tried) == first / 2**MAX_FURTHER_RATES
         assert {int(seed) for _, seed in tried} == seeds
         arguments = job_of(pipeline, f"evaluate-x-sft-{number}").arguments()
-        assert len([argument for argument in arguments if argument.startswith("sft=")]) == 2
+        assert len([argument for argument in arguments if argument.startswith("sft=")]) == min(2, len(seeds))
 
 
 FOUR_TEXTS = {
@@ -566,6 +566,33 @@ def test_sampled_texts_are_compared_where_selectors_learn_from_them(make_pipelin
         assert {name for name in policies if name.startswith(("sft", "kd")) and "=" not in name} == set(told)
         given = {text.partition("=")[0] for text in arguments() if re.match("(sft|kd)[a-z-]*=", text)}
         assert given == set(told)
+
+
+def test_an_imitation_has_a_row_at_a_second_rate_where_tuning_can_hardly_tell_it_from_the_first(make_pipeline, random):
+    pipeline = make_pipeline()
+    ours, names = "s2t-local:always", ["greedy", "sft", "sft-second", "s2t-local:always", "kd"]
+    spec = {"name": "x", "policies": ["greedy", "sft", ours], "baselines": ["sft", "kd"], "second_rates": True}
+    spec["compare"] = [[ours, "sft"], [ours, "sft-second"], [ours, "kd-second"]]
+    collect = tables.policies(pipeline, spec)
+    write_sweeps(pipeline, {0.2, 0.3, 0.4, 0.5})  # two of them are close for sft, one is alone for kd
+    job = job_of(pipeline, "evaluate-x")
+    arguments = job.arguments()
+    given = arguments[arguments.index("--policies") + 1 :]
+    assert given[:6] == [*names, "--adapters"]
+    for name, rate in (("sft", "0.3"), ("sft-second", "0.4"), ("kd", "0.5")):
+        folders = [text.partition("=")[2] for text in arguments if text.startswith(f"{name}=")]
+        assert len(folders) == NUM_SEEDS and all(f"learning_rate={rate}-" in folder for folder in folders)
+    right = {name: random.random((1 if name == "greedy" else NUM_SEEDS, NUM_PROBLEMS)) < 0.5 for name in names}
+    write_report(job, right)
+    result = collect()
+    rows = {row["policy"]: row["accuracy"] for row in result.rows}
+    assert rows["LoRA on the teacher's texts, second rate"] == pytest.approx(100 * right["sft-second"].mean())
+    assert [note.partition(":")[0] for note in result.notes if " minus " in note] == [
+        f"S2T-Local · every step minus LoRA on the teacher's texts{more}" for more in ("", ", second rate")
+    ]
+    spec["compare"] = [[ours, "sft-secnod"]]  # no row that may be missing
+    with pytest.raises(KeyError, match="sft-secnod"):
+        collect()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
