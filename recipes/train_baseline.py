@@ -71,7 +71,7 @@ class BaselineArguments:
     teacher_texts: str | None = field(
         default=None,
         metadata={
-            "help": "For 'sft': a folder where the teacher's texts are kept, for other trainings that want the same; by "
+            "help": "For 'sft': a folder that keeps the teacher's texts for other trainings that want the same; by "
             "default they are written anew each time."
         },
     )
