@@ -104,9 +104,10 @@ def describe_device() -> str:
 def write_table(file: Path, spec: dict[str, Any], command: str, pair: Pair, result) -> None:
     """Puts one pair's figures into a table's JSON; those of other pairs stay."""
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pairs": {}}
+    last_seed = spec.get("seeds", pair.num_seeds) - 1
     entry = {
         "title": pair.title,
-        "seeds": f"0 to {spec.get('seeds', pair.num_seeds) - 1}",
+        "seeds": f"0 to {last_seed}" if last_seed else "0",
         "device": describe_device(),
         "versions": versions(),
         "columns": [list(column) for column in result.columns],
