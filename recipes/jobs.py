@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -179,7 +180,7 @@ class Jobs:
                             continue
                         waiting.remove(job)
                         running[job] = (self._start(context, job), time.monotonic())
-                    time.sleep(0.05)
+                    wait([process.sentinel for process, _ in running.values()])
                     for job, (process, began) in list(running.items()):
                         if process.exitcode is None:
                             continue
@@ -235,7 +236,7 @@ class Jobs:
             "command": typed(job.arguments()),
             "inputs": self._inputs(job),
             "finished": time.time(),
-            "seconds": round(seconds, 1),
+            "seconds": round(seconds, 3),
         }
         write_json(self._stamp_of(job), stamp)
 
