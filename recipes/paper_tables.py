@@ -249,17 +249,15 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
     base = Base.of(pipeline, thresholds=any(re.search(r":(?!always)", policy) for policy in spec["policies"]))
     is_selected = any(policy.startswith("s2t-local") for policy in spec["policies"])
     sweeps = {"s2t-local": base.sweep} if is_selected and base.sweep is not None else {}
-    tuned = []
+    tuned, rows_of = [], {}
     for method in baselines:
         sweeps[method] = base.imitation(method)
-        tuned += [(method, trained) for trained in sweeps[method].best()]
-        if spec.get("second_rates"):
-            tuned += [(f"{method}-second", trained) for trained in sweeps[method].best(place=1)]
+        rows_of[method] = [method, f"{method}-second"] if spec.get("second_rates") else [method]
+        for place, name in enumerate(rows_of[method]):
+            tuned += [(name, trained) for trained in sweeps[method].best(place)]
     left_out = set(spec.get("baselines", ())) - set(baselines)
     wanted = [policy for policy in dict.fromkeys([*spec["policies"], *baselines]) if policy not in left_out]
-    if spec.get("second_rates"):  # each below the best one
-        further = {method: [method, f"{method}-second"] for method in baselines}
-        wanted = [name for policy in wanted for name in further.get(policy, [policy])]
+    wanted = [name for policy in wanted for name in rows_of.get(policy, [policy])]
     options = {"limit": spec.get("limit")}
     if any(policy.startswith("prior") for policy in wanted):
         options["prior_labels"] = str(base.selector_labels.path)

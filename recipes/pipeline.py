@@ -394,12 +394,11 @@ class Pipeline:
         settings |= pair.evaluate | options
 
         def whole_command() -> list[str]:
-            there = [(label, job) for label, job in tuned if not isinstance(job, Best) or job.is_there]
-            left_out = {label for label, _ in tuned} - {label for label, _ in there}
+            absent = {label for label, job in tuned if isinstance(job, Best) and not job.is_there}
             trained = {
-                "policies": [policy for policy in policies if policy not in left_out],
+                "policies": [policy for policy in policies if policy not in absent],
                 "adapters": [str(job.path) for job in adapters] or None,
-                "tuned": [f"{label}={job.path}" for label, job in there] or None,
+                "tuned": [f"{label}={job.path}" for label, job in tuned if label not in absent] or None,
             }
             return command + as_arguments(settings | trained)
 
