@@ -124,6 +124,7 @@ class Naive(LogitsProcessor):
     def __init__(self, selector: LocalSelector, config: S2TDecodingConfig, prompt_length: int):
         self.selector, self.config, self.prompt_length = selector, selector.resolve_config(config), prompt_length
         self.random = torch.Generator().manual_seed(config.seed)
+        self.adapted = selector.views().adapted
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         fires_B = torch.rand(len(scores), generator=self.random) >= self.config.resolve_threshold(None)
@@ -132,8 +133,7 @@ class Naive(LogitsProcessor):
         for row in fires_B.nonzero()[:, 0].tolist():
             candidates_K = scores[row].topk(self.config.num_candidates).indices
             texts_KT = torch.cat([input_ids[row].expand(len(candidates_K), -1), candidates_K[:, None]], dim=-1)
-            with self.selector.switch(True):
-                hidden_KTD = get_decoder(self.selector.model)(input_ids=texts_KT, use_cache=False).last_hidden_state
+            hidden_KTD = get_decoder(self.adapted)(input_ids=texts_KT, use_cache=False).last_hidden_state
             chosen = candidates_K[self.selector.read_scores(hidden_KTD[None, :, -1])[0].argmax()]
             scores[row] = float("-inf")
             scores[row, chosen] = 0.0

@@ -217,8 +217,7 @@ class Naive:
         trainer, candidates_K1 = self.trainer, self.candidate_ids_GK[group][:, None]
         prefix_P = self.input_ids_T[: self.positions_G[group]]
         ids_KT = torch.cat([prefix_P.expand(len(candidates_K1), -1), candidates_K1], dim=-1)
-        with trainer.switch(True):
-            hidden_KTD = get_decoder(trainer.base_model)(input_ids=ids_KT, use_cache=False).last_hidden_state
+        hidden_KTD = get_decoder(trainer.views().adapted)(input_ids=ids_KT, use_cache=False).last_hidden_state
         bins_KR = hidden_KTD[:, -1].float() @ trainer.rows().float().T
         scores_K = bins_KR.softmax(-1) @ torch.linspace(0.0, 1.0, bins_KR.shape[-1], device=bins_KR.device)
         target = self.teacher_logprobs_GK[group].argmax()

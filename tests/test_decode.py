@@ -49,6 +49,7 @@ from transformers_s2t import (
 )
 from transformers_s2t.fusion import decide
 from transformers_s2t.proposals import Proposals
+from transformers_s2t.views import adapter_is_on
 
 
 NEW_TOKENS = 12
@@ -421,7 +422,7 @@ def test_an_adapter_that_is_not_plain_lora_takes_two_forwards(dora, batch):
     )
     peft_model = get_peft_model(model, peft_config, adapter_name="s2t").eval()
     selector = LocalSelector(peft_model, SelectorConfig(RESERVED, num_candidates=5, min_prob_ratio=0.0), "s2t")
-    assert selector.switch.can_split is not dora
+    assert selector.can_split is not dora
     _, trace = both_roads(model, batch, selector, offer_all())
     assert ("tree" in trace.forwards) is not dora
 
@@ -484,7 +485,7 @@ def test_a_layer_that_flattens_its_tokens_takes_two_forwards(batch):
     mlp.forward = lambda hidden: forward(hidden.flatten(0, 1)).reshape(hidden.shape)
     tokens, trace = both_roads(model, batch, selector, offer_all())
     assert tokens.tolist() == expected.tolist()
-    assert not selector.switch.can_split and set(trace.forwards) == {"scorer"}
+    assert not selector.can_split and set(trace.forwards) == {"scorer"}
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
@@ -550,7 +551,7 @@ def test_a_local_selector_leaves_the_model_in_the_state_that_writes_the_text(set
         assert before.tolist() == plain(tiny_model(), batch).tolist()
     for road in ROADS:
         generate(road, model, batch, selector, offer_all())
-        assert selector.switch.enabled is adapted
+        assert adapter_is_on(model, selector.adapter_name) is adapted
         assert plain(model, batch).tolist() == before.tolist()
 
 
@@ -1108,13 +1109,18 @@ def test_a_prompt_of_embeddings_is_refused_where_a_teacher_cannot_read_it(road, 
 
 
 def test_padding_is_never_read_as_text_where_the_teacher_names_no_padding_token(batch):
-    """The processor sees no attention mask: it asks for `pad_token_id` rather than score a padded text wrongly."""
+    """By hand there is no attention mask: the processor asks for `pad_token_id` rather than score wrongly."""
     model, selector = set_up("teacher")
     selector.teacher_model.config.pad_token_id = selector.teacher_model.generation_config.pad_token_id = None
+    expected = generate("fast", model, batch, selector, offer_all()).tolist()
+    assert generate("processor", model, batch, selector, offer_all()).tolist() == expected
+    with torch.no_grad():
+        logits_BV = model(**batch).logits[:, -1]
     with pytest.raises(ValueError, match="pad_token_id="):
-        generate("processor", model, batch, selector, offer_all())
-    named = plain(model, batch, logits_processor=S2T(selector, config=offer_all(), pad_token_id=PAD))
-    assert named.tolist() == generate("fast", model, batch, selector, offer_all()).tolist()
+        S2T(selector, config=offer_all(warmup_tokens=0))(batch["input_ids"], logits_BV)
+    named = S2T(selector, config=offer_all(warmup_tokens=0), pad_token_id=PAD)(batch["input_ids"], logits_BV)
+    first = generate("fast", model, batch, selector, offer_all(warmup_tokens=0), max_new_tokens=1)[:, -1]
+    assert named.argmax(-1).tolist() == first.tolist()
 
 
 @pytest.mark.parametrize("road", ROADS)

@@ -40,7 +40,7 @@ from transformers_s2t import (
 from transformers_s2t.proposals import exclude
 from transformers_s2t.reserved_tokens import model_hash
 from transformers_s2t.router import ROUTER_WEIGHTS_NAME, HiddenTap, Router, RouterConfig, RouterHead, num_layers
-from transformers_s2t.scoring import get_decoder
+from transformers_s2t.views import get_decoder, switch_adapter
 
 
 NEW_TOKENS, K, PROMPT = 8, 4, 7  # the longest of `batch`
@@ -483,7 +483,7 @@ def test_the_router_reads_in_the_state_that_writes_whatever_state_its_model_was_
     case, other = Case(setup, 1), make_case(setup, 1)
     config = config_of(case, "router", batch)
     expected, expected_trace = fast_tokens(case, batch, config)
-    case.selector.switch.set(not case.selector.writes_adapted)
+    switch_adapter(case.model, case.selector.adapter_name, not case.selector.writes_adapted)
     trace = S2TTrace()
     assert generate("processor", other.model, batch, case.selector, config, trace).tolist() == expected
     assert is_close(trace, expected_trace)
@@ -721,7 +721,7 @@ def test_a_copy_of_the_model_is_nobodys_to_watch(copied, batch):
     assert router.model is model and router.tap.take() is None
     model(**batch)
     assert router.tap.take() is None, "a copy is watched by nobody"
-    kept = [kept for kept in gc.get_objects() if isinstance(kept, HiddenTap) and kept._last_BTD is not None]
+    kept = [kept for kept in gc.get_objects() if isinstance(kept, HiddenTap) and kept.holds_something]
     assert kept == [case.router.tap], "a tap behind a hook of the copy keeps what it saw"
     assert plain(model, batch).tolist() == plain(tiny_model(), batch).tolist()
     selector = TeacherSelector(case.selector.teacher_model, router=router)

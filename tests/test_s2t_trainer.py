@@ -23,8 +23,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers_s2t import LocalSelector, S2TConfig, S2TTrainer, SelectorConfig
 from transformers_s2t.calibration import score_labels
 from transformers_s2t.fusion import fit_fusion
-from transformers_s2t.scoring import get_decoder
 from transformers_s2t.trajectories import TrajectoryHeader
+from transformers_s2t.views import adapted_layers, get_decoder
 
 
 def make_trainer(tmp_path, model=None, labels=None, peft_config=None, eval_dataset=None, callbacks=None, **config):
@@ -64,7 +64,7 @@ def randomise(trainer):
 
 def naive_scores(trainer, row):
     """Scores (N, K) of a labelled row with one full forward per candidate, no packing and no cache."""
-    base, switch = trainer.base_model, trainer.switch
+    base, adapted = trainer.views().base, trainer.views().adapted
     rows_RD = dict(trainer.model.named_parameters())
     rows_RD = next(value for name, value in rows_RD.items() if "trainable_tokens_delta" in name)
     out = []
@@ -73,15 +73,13 @@ def naive_scores(trainer, row):
         for candidate in candidates:
             ids = torch.tensor([row["input_ids"][:position] + [candidate]])
             if trainer.args.adapter_scope == "sequence":
-                with switch(True):
-                    hidden = get_decoder(base)(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+                hidden = get_decoder(adapted)(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
             else:
-                with switch(False), torch.no_grad():
+                with torch.no_grad():
                     cache = get_decoder(base)(input_ids=ids[:, :-1], use_cache=True).past_key_values
-                with switch(True):
-                    hidden = get_decoder(base)(
-                        input_ids=ids[:, -1:], past_key_values=cache, use_cache=True
-                    ).last_hidden_state[0, -1]
+                hidden = get_decoder(adapted)(
+                    input_ids=ids[:, -1:], past_key_values=cache, use_cache=True
+                ).last_hidden_state[0, -1]
             bins = torch.softmax(hidden.float() @ rows_RD.float().T, -1) @ torch.linspace(0, 1, len(RESERVED))
             scores.append(bins)
         out.append(torch.stack(scores))
@@ -295,10 +293,8 @@ def test_prefix_kl_is_that_of_the_models_own_logits(tmp_path, family, config):
     for row in range(3):
         ids = batch["input_ids"][row, batch["attention_mask"][row].bool()][None]
         with torch.no_grad():
-            logits = {}
-            for on in (True, False):
-                with trainer.switch(on):
-                    logits[on] = trainer.base_model(input_ids=ids).logits[0]
+            views = trainer.views()
+            logits = {on: (views.adapted if on else views.base)(input_ids=ids).logits[0] for on in (True, False)}
         logprobs = {on: value[:, : RESERVED[0]].log_softmax(-1) for on, value in logits.items()}
         expected = (logprobs[False].exp() * (logprobs[False] - logprobs[True])).sum()
         assert total[row] == pytest.approx(float(expected), rel=1e-4) and count[row] == ids.shape[1]
@@ -326,7 +322,7 @@ def test_a_peft_model_with_reserved_rows_is_taken_as_it_is(tmp_path):
     config.trainable_token_indices = {"lm_head": list(RESERVED)}
     trainer = make_trainer(tmp_path, get_peft_model(tiny_model(), config))
     assert trainer.reserved_token_ids == RESERVED
-    assert trainer.switch.layers
+    assert adapted_layers(trainer.base_model, trainer.adapter_name)
 
 
 def test_labels_of_another_tokenizer_are_refused(tmp_path):

@@ -5,11 +5,9 @@ Legend: B rows, T cached tokens, M appended candidates, D hidden size.
 
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import FAMILIES, RESERVED, NaiveModel, lora_model, make_selector, prompts, single, tiny_model
 
 from transformers_s2t.scoring import (
-    AdapterSwitch,
     PrefixCache,
     ReservedRows,
     append_candidates,
@@ -280,46 +278,8 @@ def test_with_the_adapter_off_the_logits_are_the_base_models_to_the_bit(family, 
     base = logits_of(model, batch)
     selector = make_selector(model)
     assert torch.equal(logits_of(model, batch), base)
-    with selector.switch(True):
-        assert not torch.allclose(logits_of(model, batch), base, atol=0.1)
+    assert not torch.allclose(logits_of(selector.views().adapted, batch), base, atol=0.1)
     assert torch.equal(logits_of(model, batch), base)
-
-
-def test_the_switch_restores_what_was_after_errors_and_in_nests():
-    switch = AdapterSwitch(lora_model(tiny_model()), "s2t")
-    switch.set(False)
-    with pytest.raises(RuntimeError), switch(True):
-        assert switch.enabled
-        with switch(False):
-            assert not switch.enabled
-        assert switch.enabled
-        raise RuntimeError
-    assert not switch.enabled
-    switch.set(True)
-    with switch(False):
-        assert not switch.enabled
-    assert switch.enabled
-
-
-def test_the_switch_leaves_requires_grad_alone():
-    """PEFT's own `disable_adapter()` drops it, which would end the training of a selector at its first evaluation."""
-    model = lora_model(tiny_model())
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    assert set(before.values()) == {True, False}
-    switch = AdapterSwitch(model, "s2t")
-    for enabled in (False, True):
-        with switch(enabled):
-            pass
-        switch.set(enabled)
-        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
-
-
-def test_the_switch_reaches_every_adapter_layer():
-    model = lora_model(tiny_model())
-    AdapterSwitch(model, "s2t").set(False)
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    assert len(layers) > 2 * 7
-    assert all(layer.disable_adapters for layer in layers)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -165,7 +165,7 @@ def test_a_saved_adapter_decodes_with_the_scores_of_training_and_evaluation(tmp_
             logits_BV = torch.full((1, VOCAB_SIZE), -1e4)
             logits_BV[0, row["candidate_ids"][n]] = torch.tensor(row["student_logprobs"][n])
             prefix_BT = torch.tensor([row["input_ids"][:position]])
-            with torch.no_grad(), selector.generating():
+            with torch.no_grad():
                 session.step(prefix_BT, torch.ones_like(prefix_BT, dtype=torch.bool), logits_BV)
             got_K = trace.steps[-1]["scores_AK"][0]
             torch.testing.assert_close(got_K, scores_NK[n, keep], atol=1e-4, rtol=0)

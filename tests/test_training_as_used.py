@@ -164,8 +164,8 @@ def test_a_saved_adapter_loads_as_any_other(tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path / "elsewhere"))
     ids = PROMPT["input_ids"]
-    with trainer.switch(True):
-        expected = trainer.model.eval()(input_ids=ids).logits
+    trainer.model.eval()
+    expected = trainer.views().adapted(input_ids=ids).logits
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "elsewhere")(input_ids=ids).logits
     by_auto = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")(input_ids=ids).logits
     text = slice(0, RESERVED[0])  # the trainer's own head never shows the reserved rows

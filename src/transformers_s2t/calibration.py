@@ -162,14 +162,14 @@ def score_labels(
     if not rows:
         raise ValueError("The labels hold no decision point: nothing to score.")
     parts: list[tuple[torch.Tensor, ...]] = []
+    views = selector.views()
     for start in tqdm(range(0, len(rows), batch_size), desc="Scoring labels", unit="batch"):
         chunk = [labels[i] for i in rows[start : start + batch_size]]
         batch = {name: tensor.to(selector.model.device) for name, tensor in collate(chunk).items()}
         mask_BNK, _ = valid_candidates(batch["student_logprobs"], batch["position_mask"], min_prob_ratio)
         points = PackedPoints(batch["positions"], batch["candidate_ids"], mask_BNK)
         hidden_BMD, _ = packed_hidden(
-            selector.model,
-            selector.switch,
+            views,
             batch["input_ids"],
             batch["attention_mask"].bool(),
             points,
@@ -212,17 +212,16 @@ def read_router(
     """
     router, config = selector.router, selector.selector_config
     layer, excluded = router.config.layer, config.reserved_token_ids
-    with selector.generating():
-        data = collect(
-            router.model,
-            labels,
-            [layer],
-            num_top=router.config.num_top,
-            min_prob_ratio=config.min_prob_ratio,
-            warmup_tokens=0,  # every position
-            excluded_ids=excluded,
-            batch_size=batch_size,
-        )
+    data = collect(
+        selector.writer(selector.views()),
+        labels,
+        [layer],
+        num_top=router.config.num_top,
+        min_prob_ratio=config.min_prob_ratio,
+        warmup_tokens=0,  # every position
+        excluded_ids=excluded,
+        batch_size=batch_size,
+    )
     values_N = predict(router.head.cpu(), data, layer) if is_new else cross_fit(data, router.config)
     return list(values_N.split([len(row) for row in labels["divergence"]]))
 

@@ -6,8 +6,6 @@ Same tokens as the logits processor; does not know how a selector scores.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import nn
 from transformers import (
@@ -36,11 +34,12 @@ from transformers.generation import (
     WatermarkLogitsProcessor,
 )
 
+from .call import prompt_mask, running_calls
 from .config import S2TDecodingConfig
-from .logits_process import calls_of_generate, fix_tokens, resolve_selector
+from .logits_process import S2TLogitsProcessor, fix_tokens, resolve_selector
 from .proposals import exclude
-from .scoring import cache_argument, positions_from_mask
-from .selection import S2TSession, S2TTrace, Selector, check_not_nan
+from .scoring import cache_argument
+from .selection import S2TSession, S2TTrace, Selector, check_choosable
 
 
 # what `generate` puts behind the user's own processors
@@ -94,35 +93,40 @@ def s2t_generate(
             prompt that fills a model's context, more candidates than tokens, and logits that are NaN.
     """
     selector = resolve_selector(selector, teacher_model)
-    call = next((frame.f_locals for frame in calls_of_generate()), {})
-    _refuse_unsupported(model, selector, generation_config, model_kwargs, call.get("assistant_model"))
-    session = S2TSession(selector, decoding_config, input_ids.shape[1], teacher_model=teacher_model, trace=trace)
+    call = next(iter(running_calls()), None)
+    _refuse_unsupported(
+        model, selector, generation_config, logits_processor, model_kwargs, call.assistant_model if call else None
+    )
+    takes_embeds = getattr(selector, "shares_the_cache", False)
+    mask_BT = prompt_mask(input_ids, model_kwargs, generation_config, takes_embeds)
+    session = S2TSession(
+        selector, decoding_config, input_ids.shape[1], teacher_model=teacher_model, trace=trace, model=model
+    )
     if session.router is not None and session.router.model is not model:
         raise ValueError(
             "The router of `selector` was loaded for another model object than the one that generates; pass the same "
             "`model` to Router.from_pretrained(path, model)."
         )
-    session.check(
-        model_kwargs.get("attention_mask"), model.get_output_embeddings().weight.shape[0], model, input_ids=input_ids
-    )
-    watching = nullcontext() if session.router is None else session.router.tap.watching()
-    with torch.no_grad(), selector.generating(), watching:
+    session.check(mask_BT, model.get_output_embeddings().weight.shape[0], model, input_ids=input_ids)
+    with torch.no_grad():
         return _decode(
-            model,
+            selector.writer(session.views),
             input_ids,
+            mask_BT,
             logits_processor,
             stopping_criteria,
             generation_config,
             model_kwargs,
             session,
-            call.get("streamer"),
-            call.get("logits_processor") or [],
+            call.streamer if call else None,
+            call.own_processors if call else [],
         )
 
 
 def _decode(
     model: PreTrainedModel,
     input_ids: torch.LongTensor,
+    mask_BT: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
@@ -131,7 +135,10 @@ def _decode(
     streamer: BaseStreamer | None,
     own_processors: list[LogitsProcessor],
 ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
-    """The loop: the same order of operations as `GenerationMixin._sample`, with [`S2TSession.step`] in the middle."""
+    """The loop: the same order of operations as `GenerationMixin._sample`, with [`S2TSession.step`] in the middle.
+
+    `model` is a view of the one that `generate` was called on.
+    """
     selector = session.selector
     pad_token_id = generation_config._pad_token_tensor
     if pad_token_id is not None:
@@ -143,13 +150,6 @@ def _decode(
     all_logits = () if as_dict and generation_config.output_logits else None
 
     processors, warpers = _split_processors(logits_processor, own_processors)
-    mask_BT = model_kwargs.get("attention_mask")
-    if mask_BT is None:
-        embeds_BTD = model_kwargs.get("inputs_embeds")
-        shape = input_ids.shape if embeds_BTD is None else embeds_BTD.shape[:2]
-        mask_BT = torch.ones(shape, dtype=torch.bool, device=input_ids.device)
-    mask_BT = mask_BT.bool()
-
     unfinished_B = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     logits_BV = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
@@ -170,7 +170,7 @@ def _decode(
         # what rows decode to that are not asked
         warped_BV = warpers(input_ids, scores_BV)
         if do_sample:
-            check_not_nan(scores_BV)  # the error of multinomial does not say so
+            check_choosable(scores_BV)  # the error of multinomial does not say so
             default_B = torch.multinomial(nn.functional.softmax(warped_BV, dim=-1), num_samples=1).squeeze(1)
         else:
             default_B = warped_BV.argmax(-1)
@@ -221,7 +221,7 @@ def _split_processors(
 
     As on the processor road, where S2T stands behind the user's own processors and before what `generate` adds.
     """
-    own = {id(processor) for processor in list.__iter__(own_processors)}
+    own = {id(processor) for processor in own_processors}
     start = max((i + 1 for i, processor in enumerate(logits_processor) if id(processor) in own), default=0)
     tail = (i for i, processor in enumerate(logits_processor) if i >= start and isinstance(processor, _WARPERS))
     first = next(tail, len(logits_processor))
@@ -232,6 +232,7 @@ def _refuse_unsupported(
     model: PreTrainedModel,
     selector: Selector,
     generation_config: GenerationConfig,
+    logits_processor: LogitsProcessorList,
     model_kwargs: dict,
     assistant_model: PreTrainedModel | None,
 ) -> None:
@@ -255,16 +256,10 @@ def _refuse_unsupported(
     for name in ("output_hidden_states", "output_attentions"):
         if getattr(generation_config, name):
             raise ValueError(f"s2t_generate does not return what `{name}` asks for; use logits_processor=S2T(...).")
-    if model_kwargs.get("inputs_embeds") is not None and not getattr(selector, "shares_the_cache", False):
+    if any(isinstance(processor, S2TLogitsProcessor) for processor in logits_processor):
         raise ValueError(
-            "A teacher, and a selector with a cache of its own (adapter_scope='sequence' with proposals='base'), read "
-            "token ids: pass `input_ids`, not `inputs_embeds`."
+            "s2t_generate selects by itself: S2T in `logits_processor` would do it a second time. Pass one of the two."
         )
-    positions, mask_BT = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
-    if positions is not None and mask_BT is not None:
-        expected_BT = positions_from_mask(mask_BT)
-        if positions.shape != expected_BT.shape or bool(((positions != expected_BT) & mask_BT.bool()).any()):
-            raise ValueError("s2t_generate numbers tokens from the attention mask: `position_ids` must do so too.")
     cache = model_kwargs.get("past_key_values")
     if isinstance(cache, Cache):
         if any(isinstance(layer, (StaticLayer, BaseQuantizedLayer)) for layer in cache.layers):

@@ -1,49 +1,75 @@
-"""S2T as a `LogitsProcessor`: works with everything `model.generate` does, from `input_ids` and scores alone.
+"""S2T as a `LogitsProcessor`: works with everything `model.generate` does.
 
-Thin: finds out where a new call starts and which columns are padding, and lets [`S2TSession.step`] decide.
+Thin: finds out which `generate` call a step belongs to and what that knows of its text, and lets [`S2TSession.step`]
+decide.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
+import threading
 import weakref
-from types import FrameType
+from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import GenerationMixin, GenerationMode
+from transformers.generation import GenerationMode
 
+from .call import GenerateCall, prompt_mask, running_calls
 from .config import S2TDecodingConfig
 from .proposals import exclude
+from .router import new_watcher
 from .selection import S2TSession, S2TTrace, Selector, TeacherSelector, check_teacher, check_teacher_tokenizer
 
 
-_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 _ONE_TOKEN_MODES = (None, GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+@dataclass
+class _Text:
+    """The text of one call so far.
+
+    Attributes:
+        session: of the call.
+        prompt_mask_BT: bool, False at padding.
+        seen_BT: token ids at the last step.
+    """
+
+    session: S2TSession
+    prompt_mask_BT: torch.Tensor
+    seen_BT: torch.Tensor
+
+
+class _Local(threading.local):
+    """The texts of each thread: key of the call -> text; `None` stands for steps outside of `generate`."""
+
+    def __init__(self):
+        self.texts: dict[int | None, _Text] = {}
+
+    def __reduce__(self) -> tuple:  # copies and pickles begin anew
+        return _Local, ()
 
 
 class S2TLogitsProcessor(LogitsProcessor):
     """Replaces the scores of a triggered step by the selected token; other steps pass through.
 
     It keeps its own key/value cache of the scoring model, one per `generate` call, fed lazily with the tokens since
-    the last trigger. A call is recognised as going on where its `input_ids` are the last ones and one more column;
-    anything else starts afresh, so one object serves call after call and any batch. Beams and assisted decoding, which
-    reorder rows or step back, are refused.
+    the last trigger. Mask and positions are those of the call. One object serves call after call, any batch, and
+    threads side by side. Beams and assisted decoding, which reorder rows or step back, are refused.
 
     Args:
         selector: who chooses: [`LocalSelector`] or [`TeacherSelector`].
         teacher_model: with `selector=None`, short for `TeacherSelector(teacher_model)`; with a local selector, the
             oracle of the "kl" trigger.
         config: how; `None` for the selector's defaults.
-        pad_token_id: marks left padding. `None` takes it from the scoring model's generation config. A processor
-            never sees the attention mask: a run of this token at the start of a row counts as padding.
+        pad_token_id: marks left padding where the processor is called by hand, outside of `generate`: a run of this
+            token at the start of a row. `None` takes it from the scoring model's generation config.
         processing_class: with `teacher_model`, the small model's tokenizer, to be compared with the teacher's.
         trace: filled during each call.
 
     Raises:
         ValueError: for a threshold that was never calibrated, or where neither selector nor teacher is given; in the
-            first step of a call for what [`S2TSession.check`] finds.
+            first step of a call for a second S2T beside this one, and for what [`prompt_mask`] and
+            [`S2TSession.check`] find.
     """
 
     def __init__(
@@ -63,83 +89,81 @@ class S2TLogitsProcessor(LogitsProcessor):
         check_teacher(self.config, self.selector, teacher_model)
         self._router = self.selector.needed_router(self.config)
         if self._router is not None:
-            self._router.tap.start()
-            weakref.finalize(self, self._router.tap.stop)
+            watcher = new_watcher()
+            weakref.finalize(self, self._router.tap.stop, watcher)
+            self._router.tap.start(watcher)
         self.trace = trace
         scorer = getattr(self.selector, "model", None) or getattr(self.selector, "teacher_model", None)
         self._padding = _padding_token(scorer, pad_token_id)
-        self._session: S2TSession | None = None
-        self._call: int | None = None
-        self._seen_BT: torch.Tensor | None = None
-        self._num_padding_B: torch.Tensor | None = None
+        self._local = _Local()
 
     def start(self) -> None:
-        """Says that a new `generate` call begins: what was seen before is forgotten."""
-        self._session, self._seen_BT = None, None
+        """Says that a new `generate` call begins: what was seen of another one in its place is forgotten."""
+        calls = running_calls()
+        self._local.texts.pop(calls[0].key if calls else None, None)
         if self._router is not None:
             self._router.tap.clear()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (B, V) with every triggered row fixed to its selected token."""
-        if input_ids.shape[1] == 0:
-            raise ValueError("S2T as a logits processor reads the prompt's `input_ids`; `inputs_embeds` hide them.")
-        calls = calls_of_generate()
-        call = id(calls[0]) if calls else None
-        is_new = self._session is None or call != self._call or not self._goes_on(input_ids)
-        if is_new:
-            if any(frame.f_locals.get("generation_mode") not in _ONE_TOKEN_MODES for frame in calls) or (
-                self._is_reordered(input_ids) and not calls
-            ):
-                raise ValueError(
-                    "S2T selects one token per row and step: beam search (`num_beams`) and assisted decoding, which "
-                    "reorder rows or step back, are not supported."
-                )
-            self._call = call
-            self._session = S2TSession(
-                self.selector, self.config, input_ids.shape[1], teacher_model=self.teacher_model, trace=self.trace
-            )
-            self._num_padding_B = self._count_padding(input_ids)
-        self._seen_BT = input_ids
-        columns_T = torch.arange(input_ids.shape[1], device=input_ids.device)
-        mask_BT = columns_T >= self._num_padding_B[:, None]
-        if is_new:
-            model = calls[0].f_locals.get("self") if calls else None
-            self._session.check(mask_BT, scores.shape[-1], model, input_ids=input_ids)
+        calls = running_calls()
+        call = calls[0] if calls else None
+        text = self._local.texts.get(call.key if call else None)
+        if text is None or not _goes_on(input_ids, text.seen_BT):
+            text = self._begin(input_ids, scores, calls, text)
+        text.seen_BT = input_ids
+        written_BN = text.prompt_mask_BT.new_ones(len(input_ids), input_ids.shape[1] - text.prompt_mask_BT.shape[1])
+        mask_BT = torch.cat([text.prompt_mask_BT, written_BN], dim=-1)
         scores = exclude(scores, self.selector.excluded_ids)
         with torch.no_grad():
-            result = self._session.step(input_ids, mask_BT, scores, hidden_BD=self._take_hidden(calls, len(scores)))
-        if self._router is not None:
-            self._router.tap.clear()  # scoring ran through the model too
+            hidden_BD = self._take_hidden(call, text.session, len(scores))
+            result = text.session.step(input_ids, mask_BT, scores, hidden_BD=hidden_BD)
         return fix_tokens(scores, result.token_B, result.asked_B)
 
-    def _take_hidden(self, calls: list[FrameType], batch_size: int) -> torch.Tensor | None:
+    def _begin(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, calls: list[GenerateCall], before: _Text | None
+    ) -> _Text:
+        """The first step of a call, with all that can be refused of it."""
+        is_reordered = before is not None and _is_reordered(input_ids, before.seen_BT)
+        if any(call.mode not in _ONE_TOKEN_MODES for call in calls) or (is_reordered and not calls):
+            raise ValueError(
+                "S2T selects one token per row and step: beam search (`num_beams`) and assisted decoding, which "
+                "reorder rows or step back, are not supported."
+            )
+        call = calls[0] if calls else None
+        if call is not None:
+            check_one_s2t([self, *call.own_processors])
+            mask_BT = prompt_mask(input_ids, call.model_kwargs, call.generation_config).to(input_ids.device)
+        else:
+            if input_ids.shape[1] == 0:
+                raise ValueError(
+                    "S2T as a logits processor reads the prompt's `input_ids`; `inputs_embeds` hide them."
+                )
+            mask_BT = self._guess_mask(input_ids)
+        model = None if call is None else call.model
+        settings = {"teacher_model": self.teacher_model, "trace": self.trace, "model": model}
+        session = S2TSession(self.selector, self.config, input_ids.shape[1], **settings)
+        session.check(mask_BT, scores.shape[-1], model, input_ids=input_ids)
+        text = _Text(session, mask_BT, input_ids)
+        # calls that have ended are forgotten; those around this one go on after it
+        keys = {call.key for call in calls} or {None}
+        self._local.texts = {key: text for key, text in self._local.texts.items() if key in keys}
+        self._local.texts[call.key if call else None] = text
+        return text
+
+    def _take_hidden(self, call: GenerateCall | None, session: S2TSession, batch_size: int) -> torch.Tensor | None:
         """What the router reads (B, D), where exactly one forward has run since the last step: the one that gave the
         logits. A prompt that was read in parts, or a guide that runs the model too, leaves that open."""
-        if self._router is None or self._router is not self._session.router:  # exchanged since S2T was made
+        if self._router is None or self._router is not session.router:  # exchanged since S2T was made
             return None
-        if not calls or calls[0].f_locals.get("self") is not self._router.model:
+        if call is None or call.model is not self._router.model:
             return None
         is_clear = self._router.tap.saw_one_forward
         hidden_BTD = self._router.tap.take()
         return hidden_BTD[:, -1] if is_clear and len(hidden_BTD) == batch_size else None
 
-    def _goes_on(self, input_ids: torch.Tensor) -> bool:
-        seen = self._seen_BT
-        return (
-            seen is not None
-            and input_ids.shape == (seen.shape[0], seen.shape[1] + 1)
-            and input_ids.device == seen.device
-            and torch.equal(input_ids[:, :-1], seen)
-        )
-
-    def _is_reordered(self, input_ids: torch.Tensor) -> bool:
-        """Whether every row goes on with some row of the last step: beams."""
-        seen = self._seen_BT
-        if seen is None or input_ids.shape != (seen.shape[0], seen.shape[1] + 1):
-            return False
-        return bool((input_ids[:, None, :-1] == seen[None]).all(-1).any(-1).all())
-
-    def _count_padding(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def _guess_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which columns are text, where no `generate` call is there to say."""
         pad_token_id, may_be_text = self._padding
         if pad_token_id is None:
             runs_B = (input_ids == input_ids[:, :1]).long().cumprod(-1).sum(-1)
@@ -149,12 +173,36 @@ class S2TLogitsProcessor(LogitsProcessor):
                     "no `pad_token_id`: pass `pad_token_id=` to S2T (any id that no text begins with if there is no "
                     "padding)."
                 )
-            return torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+            return torch.ones_like(input_ids, dtype=torch.bool)
         is_pad_BT = input_ids == pad_token_id
         num_padding_B = is_pad_BT.long().cumprod(-1).sum(-1)
         if may_be_text:  # a text may begin with this token (pad = bos or eos): what all rows share is text
             num_padding_B = num_padding_B - num_padding_B.min()
-        return num_padding_B.clamp_max(input_ids.shape[1] - 1)
+        num_padding_B = num_padding_B.clamp_max(input_ids.shape[1] - 1)
+        return torch.arange(input_ids.shape[1], device=input_ids.device) >= num_padding_B[:, None]
+
+
+def _goes_on(input_ids: torch.Tensor, seen_BT: torch.Tensor) -> bool:
+    """Whether this is the last step's text and one more column."""
+    return (
+        input_ids.shape == (seen_BT.shape[0], seen_BT.shape[1] + 1)
+        and input_ids.device == seen_BT.device
+        and torch.equal(input_ids[:, :-1], seen_BT)
+    )
+
+
+def _is_reordered(input_ids: torch.Tensor, seen_BT: torch.Tensor) -> bool:
+    """Whether every row goes on with some row of the last step: beams."""
+    if input_ids.shape != (seen_BT.shape[0], seen_BT.shape[1] + 1):
+        return False
+    return bool((input_ids[:, None, :-1] == seen_BT[None]).all(-1).any(-1).all())
+
+
+def check_one_s2t(logits_processor: list[LogitsProcessor]) -> None:
+    """Raises a ValueError where two selectors are to decide about one step: the second would find one token left."""
+    found = {id(processor) for processor in logits_processor if isinstance(processor, S2TLogitsProcessor)}
+    if len(found) > 1:
+        raise ValueError(f"One call takes one S2T, got {len(found)}: the first would leave nothing to select from.")
 
 
 class S2T(LogitsProcessorList):
@@ -217,21 +265,6 @@ def resolve_selector(
         if teacher_model is not None:
             check_teacher_tokenizer(processing_class, teacher_model)
     return selector
-
-
-def calls_of_generate() -> list[FrameType]:
-    """Frames of the `generate` calls that this code runs in, innermost first; none where it was called by hand.
-
-    `generate` keeps from processors and custom strategies what they need to know: which model and mode it runs, the
-    user's own processors, `streamer`, `assistant_model`. Without a word: a streamer that only ever gets the prompt
-    leaves its reader waiting for ever. So they are read where they are.
-    """
-    frames, frame = [], sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _GENERATE:
-            frames.append(frame)
-        frame = frame.f_back
-    return frames
 
 
 def fix_tokens(scores_BV: torch.Tensor, token_B: torch.Tensor, asked_B: torch.Tensor) -> torch.Tensor:

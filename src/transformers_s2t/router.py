@@ -8,6 +8,7 @@ Legend: B rows, T tokens, D hidden size, F proposal features, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -28,7 +29,7 @@ from transformers.utils import cached_file
 from . import triggers
 from .config import ROUTER_WEIGHTS_NAME, _check_choice, _check_range, atomic_write
 from .reserved_tokens import model_hash
-from .scoring import get_decoder
+from .views import innermost_decoder
 
 
 ROUTER_TARGETS = ("gain", "differs", "kl")
@@ -106,10 +107,38 @@ class RouterHead(nn.Module):
         return self.out(nn.functional.gelu(self.hidden(inputs_BX)))[..., 0]
 
 
-class HiddenTap:
-    """Keeps what one layer of a model last put out, for as long as somebody watches.
+class LastHidden:
+    """What one layer put out in the last forward of one call."""
 
-    A copy of the model, or of the tap, is watched by nobody.
+    def __init__(self):
+        self.clear()
+
+    def see(self, hidden_BTD: torch.Tensor) -> None:
+        self.num_forwards += 1
+        self._last_BTD = hidden_BTD.detach()
+
+    def clear(self) -> None:
+        self.num_forwards, self._last_BTD = 0, None
+
+    def take(self) -> torch.Tensor | None:
+        """Hidden states (B, T, D) of the last forward since the last time, `None` where there was none."""
+        last_BTD = self._last_BTD
+        self.clear()
+        return last_BTD
+
+
+class _Local(threading.local):
+    """One for each thread."""
+
+    def __init__(self):
+        self.hidden = LastHidden()
+
+
+class HiddenTap:
+    """Keeps what one layer of a model put out last, for as long as somebody watches: what each thread ran itself.
+
+    For forwards that somebody else runs; S2T's own forwards run views of the model, which are watched apart. A copy of
+    the model, or of the tap, is watched by nobody.
 
     Args:
         model: causal language model.
@@ -122,67 +151,79 @@ class HiddenTap:
     def __init__(self, model: PreTrainedModel, layer: int):
         depth = num_layers(model)
         _check_range("layer", layer, 1, depth, integer=True)
-        self._module = _innermost_decoder(model) if layer == depth else _find_layers(model)[layer - 1]
+        self.module = innermost_decoder(model) if layer == depth else _find_layers(model)[layer - 1]
         self._watch_anew()
 
     def _watch_anew(self) -> None:
         self._handle = None
-        self._num_watchers = 0
-        self.clear()
+        self._watchers: set[int] = set()
+        self._lock = threading.RLock()
+        self._local = _Local()
 
     def __getstate__(self) -> dict:
-        return {"_module": self._module}
+        return {"module": self.module}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._watch_anew()
 
-    def start(self) -> None:
-        """One more watches."""
-        self._num_watchers += 1
-        if self._handle is None:
-            self._handle = self._module.register_forward_hook(_Hook(self))
-            self.clear()
+    def start(self, watcher: int) -> None:
+        """One more watches, by a number of [`new_watcher`]. More than once is as good as once."""
+        with self._lock:
+            self._watchers.add(watcher)
+            if self._handle is None:
+                self._handle = self.module.register_forward_hook(_Hook(self))
 
-    def stop(self) -> None:
-        """One less."""
-        self._num_watchers -= 1
-        if self._num_watchers == 0:
-            self._handle.remove()
-            self._watch_anew()
+    def stop(self, watcher: int) -> None:
+        """It watches no longer."""
+        with self._lock:
+            self._watchers.discard(watcher)
+            if not self._watchers and self._handle is not None:
+                self._handle.remove()
+                self._handle, self._local = None, _Local()
 
     @contextmanager
     def watching(self) -> Iterator[HiddenTap]:
-        self.start()
+        watcher = new_watcher()
+        self.start(watcher)
         try:
             yield self
         finally:
-            self.clear()
-            self.stop()
+            self.stop(watcher)
 
     def see(self, hidden_BTD: torch.Tensor) -> None:
-        self._num_forwards += 1
-        self._last_BTD = hidden_BTD.detach()
+        self._local.hidden.see(hidden_BTD)
 
     def clear(self) -> None:
-        self._num_forwards, self._last_BTD = 0, None
-        self._cleared_by = threading.get_ident()
+        self._local.hidden.clear()
+
+    @property
+    def holds_something(self) -> bool:
+        """Whether hidden states of this thread are kept."""
+        return self._local.hidden.num_forwards > 0
 
     @property
     def saw_one_forward(self) -> bool:
-        """Whether exactly one has run since this thread last cleared, and no other thread has cleared in between:
-        then it is this thread's, if it has run one."""
-        return self._num_forwards == 1 and self._cleared_by == threading.get_ident()
+        """Whether this thread has run exactly one forward since it last cleared."""
+        return self._local.hidden.num_forwards == 1
 
     def take(self) -> torch.Tensor | None:
-        """Hidden states (B, T, D) of the last forward since the last time, `None` where there was none."""
-        last_BTD = self._last_BTD
-        self.clear()
-        return last_BTD
+        """Hidden states (B, T, D) of this thread's last forward since the last time, `None` where there was none."""
+        return self._local.hidden.take()
+
+
+_WATCHERS = itertools.count()
+
+
+def new_watcher() -> int:
+    """A number that nobody else watches by."""
+    return next(_WATCHERS)
 
 
 class _Hook:
     """A forward hook that tells a tap. What copies and pickles of the model hold in its place does nothing."""
+
+    skips_views = True
 
     def __init__(self, tap: HiddenTap):
         self.tap = tap
@@ -203,16 +244,10 @@ def num_layers(model: PreTrainedModel) -> int:
     return model.config.get_text_config().num_hidden_layers
 
 
-def _innermost_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that every forward ends in before the head: OPT's goes past the outer of its two decoders."""
-    decoder = model.get_decoder()
-    return get_decoder(model) if decoder is model else decoder  # Llama 4 does not know where its decoder is
-
-
 def _find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's list of layers, told by its length: it has many names."""
     depth = num_layers(model)
-    for module in _innermost_decoder(model).modules():
+    for module in innermost_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(

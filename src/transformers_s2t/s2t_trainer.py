@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,6 @@ from .fusion import cross_fit
 from .reserved_tokens import find_reserved_token_ids, model_hash, resize_for_reserved_tokens, vocab_hash
 from .s2t_config import S2TConfig
 from .scoring import (
-    AdapterSwitch,
     PackedPoints,
     ReservedRows,
     bin_logits,
@@ -59,6 +58,7 @@ from .scoring import (
 )
 from .seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems, write_seen_problems
 from .trajectories import HUB_ID, TrajectoryCollator, TrajectoryHeader, read_held_out_labels, read_labels
+from .views import ModelViews, switch_adapter
 
 
 _STAGES = {"training", "tuning"}  # of `seen_problems`: what the weights come from
@@ -167,7 +167,6 @@ class S2TTrainer(Trainer):
         self.base_model = model.get_base_model()
         self.adapter_name = model.active_adapter
         warn_without_tree(self.base_model)
-        self.switch = AdapterSwitch(self.base_model, self.adapter_name)
         self.rows = ReservedRows(self.base_model, self.reserved_token_ids, self.adapter_name)
         # dropout is the adapter's alone: what it learns to read is the base model as it decodes (layers that can be
         # checkpointed and quantized matrices have none of their own, but want to know that this is training)
@@ -176,7 +175,9 @@ class S2TTrainer(Trainer):
             for name, module in self.base_model.named_modules()
             if "lora_dropout" not in name and not isinstance(module, (GradientCheckpointingLayer, nn.Linear))
         ]
-        self.switch.set(args.proposals == "adapted")  # `trainer.model.generate` is what will be deployed
+        switch_adapter(
+            self.base_model, self.adapter_name, args.proposals == "adapted"
+        )  # `trainer.model.generate` is what will be deployed
         self.label_header = headers["train_dataset"]
         self._model_hash = model_hash(self.base_model)  # now: later the weights may be spread over processes
 
@@ -297,9 +298,8 @@ class S2TTrainer(Trainer):
         else:  # gradients are averaged over processes: each brings its share of the whole
             num_points, num_tokens = items_2 / self.accelerator.num_processes
         with self.accelerator.autocast():  # Trainer puts it into `forward` only, which is not what runs here
-            hidden_BMD, prefix_BTD = packed_hidden(
-                self.base_model, self.switch, inputs["input_ids"], mask_BT, points, args.adapter_scope
-            )
+            views = self.views()
+            hidden_BMD, prefix_BTD = packed_hidden(views, inputs["input_ids"], mask_BT, points, args.adapter_scope)
         scores_BNK = points.unpack(candidate_scores(bin_logits(hidden_BMD, self.rows()), args.score_head))
 
         # flat over the points that have a choice
@@ -323,23 +323,32 @@ class S2TTrainer(Trainer):
         loss_BN = torch.zeros_like(scores_BNK[..., 0]).masked_scatter(point_BN, loss_N.detach())
         metrics["selection_loss"] = (loss_BN.sum(-1).float(), point_BN.sum(-1).float())
         if args.adapter_scope == "sequence" and args.prefix_kl_weight:
-            kl_P = self._text_kl(inputs["input_ids"], mask_BT, text_BT, prefix_BTD)
+            kl_P = self._text_kl(views.base, inputs["input_ids"], mask_BT, text_BT, prefix_BTD)
             total = total + args.prefix_kl_weight * kl_P.sum() / num_tokens.clamp_min(1)
             kl_BT = torch.zeros_like(prefix_BTD[..., 0], dtype=kl_P.dtype).masked_scatter(text_BT, kl_P.detach())
             metrics["prefix_kl"] = (kl_BT.sum(-1), text_BT.sum(-1).float())
         return total, scores_BNK.detach(), metrics
 
+    def views(self) -> ModelViews:
+        """The model without the adapter and with it, each at once; `trainer.model` itself stays as it is deployed."""
+        return ModelViews(self.base_model, self.adapter_name)
+
     def _text_kl(
-        self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, text_BT: torch.Tensor, tuned_BTD: torch.Tensor
+        self,
+        base_model: PreTrainedModel,
+        input_ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor,
+        text_BT: torch.Tensor,
+        tuned_BTD: torch.Tensor,
     ) -> torch.Tensor:
-        """KL(base || tuned) at every token of the text, flat, the base model being this one with the adapter off."""
-        with self.switch(False), self.accelerator.autocast():
+        """KL(base || tuned) at every token of the text, flat; `base_model` is the model with the adapter off."""
+        with self.accelerator.autocast():
             with torch.no_grad():
-                base_BTD = get_decoder(self.base_model)(
+                base_BTD = get_decoder(base_model)(
                     input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False
                 ).last_hidden_state
             return losses.chunked_text_kl(
-                functools.partial(text_logits, self.base_model),
+                functools.partial(text_logits, base_model),
                 base_BTD[text_BT],
                 tuned_BTD[text_BT],
                 torch.tensor(self.reserved_token_ids, device=mask_BT.device),
@@ -499,11 +508,6 @@ class S2TTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As in `Trainer`, without the reserved rows: decay would pull them to zero, not to where they started."""
         return [name for name in super().get_decay_parameter_names(model) if "trainable_tokens_delta" not in name]
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """As in `Trainer`; the adapter stays on until gradients are there, for checkpoints are computed again then."""
-        with self.switch(True) if self.args.gradient_checkpointing else nullcontext():
-            return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)

@@ -18,15 +18,10 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -38,9 +33,9 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.pytorch_utils import Conv1D
 
 from .proposals import floor_mask
+from .views import ModelViews, TokensNotInRows, copy_module, get_decoder, innermost_decoder, make_view
 
 
 def candidate_scores(bin_logits_R: torch.Tensor, score_head: str = "bins") -> torch.Tensor:
@@ -189,11 +184,6 @@ def is_recurrent(cache: Cache) -> bool:
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
-def get_decoder(model: PreTrainedModel) -> nn.Module:
-    """The part of a causal language model that ends in hidden states, without the output head."""
-    return getattr(model, model.base_model_prefix, None) or model.model  # Llama 4 gives a wrong prefix
-
-
 def cache_argument(model: PreTrainedModel) -> str:
     """The name under which the model takes its cache.
 
@@ -233,30 +223,22 @@ def _hidden_and_logits(model: PreTrainedModel, num_logits: int, **inputs) -> tup
 def text_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
     """The model's own logits (N, V) of last hidden states, with what it does beside its head's matrix.
 
-    The model's forward is run with a decoder that only hands over these hidden states: soft-caps and scales have too
-    many names to be looked up in a config (see [`head_is_plain`]).
+    A view of the model is run whose decoder only hands over these hidden states: soft-caps and scales have too many
+    names to be looked up in a config (see [`head_is_plain`]).
 
     Raises:
         ValueError: where the model does not go through its decoder.
     """
-    decoder, seen = model.get_decoder(), []
-    if decoder is model:  # Llama 4 does not know where its decoder is
-        decoder = get_decoder(model)
+    decoder, seen = innermost_decoder(model), []
 
     def given(*args, **kwargs) -> _GivenHidden:
         seen.append(True)
         return _GivenHidden(last_hidden_state=hidden_ND[None])
 
-    had_own = "forward" in vars(decoder)
-    own = decoder.forward
-    decoder.forward = given
-    try:
-        logits_NV = model(input_ids=torch.zeros(1, 0, dtype=torch.long, device=hidden_ND.device)).logits[0]
-    finally:
-        if had_own:
-            decoder.forward = own
-        else:
-            del decoder.forward
+    stub = copy_module(decoder, decoder._modules)
+    stub.__dict__["forward"] = given
+    view = make_view(model, {id(decoder): stub})
+    logits_NV = view(input_ids=torch.zeros(1, 0, dtype=torch.long, device=hidden_ND.device)).logits[0]
     if not seen:
         raise ValueError(f"{type(model).__name__} does not compute its logits from its decoder's hidden states.")
     return logits_NV
@@ -326,7 +308,7 @@ def append_candidates(
     """Hidden states of candidates, each appended to its prefix on its own.
 
     Args:
-        model: causal language model (adapters on or off as the caller has set them).
+        model: causal language model, or a view of one with an adapter on.
         cache: holds the prefix but for `new_ids_BN`; it is left as it was.
         prefix_mask_BT: bool, False at padding.
         candidate_ids_BM: the tokens to append.
@@ -478,16 +460,23 @@ class PrefixCache:
         return None
 
     def feed_and_append(
-        self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, candidate_ids_BM: torch.Tensor
+        self,
+        model: PreTrainedModel,
+        input_ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor,
+        candidate_ids_BM: torch.Tensor,
     ) -> torch.Tensor:
         """Hidden states (B, M, D) of candidates, in one forward with the tokens that the cache does not hold yet.
 
         Where a tree mask is exact, see [`supports_tree`]. The candidates leave no trace in the cache.
+
+        Args:
+            model: a view of this cache's model: candidates may see an adapter that their prefix does not.
         """
         device, start = self.model.device, self.num_cached
         mask_BT, candidate_ids_BM = mask_BT.to(device), candidate_ids_BM.to(device)
         appended = append_candidates(
-            self.model,
+            model,
             self.cache,
             mask_BT,
             candidate_ids_BM,
@@ -498,191 +487,6 @@ class PrefixCache:
         if self._num_fed is not None:
             self._num_fed = input_ids_BT.shape[1]
         return appended.hidden_BMD
-
-
-class AdapterSwitch:
-    """Turns one adapter of a model on and off in microseconds, leaving `requires_grad` alone.
-
-    PEFT's own `disable_adapter()` walks every parameter (tens of milliseconds on a real model): too slow for once
-    per token, and it drops `requires_grad`, which a trainer must keep.
-
-    Args:
-        model: holds the adapter.
-        adapter_name: which one. Off means what [`adapter_state`] said before it was loaded: the bare model, or the
-            model with the user's own adapter. On adds this adapter to that.
-        state: of [`adapter_state`]; `None` for the bare model.
-    """
-
-    def __init__(self, model: nn.Module, adapter_name: str, state: dict[int, tuple[bool, list[str]]] | None = None):
-        wrappers = [module for module in model.modules() if isinstance(module, TrainableTokensWrapper)]
-        head = {id(inner) for wrapper in wrappers for inner in wrapper.modules()}
-        self.adapter_name = adapter_name
-        self.layers, self._off, self._on = [], [], []
-        for layer in _adapter_layers(model):
-            disabled, active = (state or {}).get(id(layer), (True, []))
-            active = [name for name in active if name != adapter_name]
-            if id(layer) in head:  # scores read the trained rows directly; text never needs them
-                layer._disable_adapters, layer._active_adapter = disabled, active or [adapter_name]
-                continue
-            self.layers.append(layer)
-            self._off.append((disabled, active or [adapter_name]))
-            self._on.append((False, [adapter_name] if disabled else [*active, adapter_name]))
-        self._adapted = [layer for layer in self.layers if _holds_adapter(layer, adapter_name)]
-        plain = {layer for layer in self._adapted if _is_plain_lora(layer, adapter_name)}
-        self._can_split = len(plain) == len(self._adapted)
-        self._places = [(parent, name, child) for parent, name, child in _places(model) if child in plain]
-        self._bypassing = False
-
-    def set(self, enabled: bool) -> None:
-        self._apply(self._on if enabled else self._off)
-
-    def _apply(self, states: list[tuple[bool, list[str]]]) -> None:
-        for layer, (disabled, active) in zip(self.layers, states):
-            layer._disable_adapters, layer._active_adapter = disabled, active
-        if self._bypassing:
-            for parent, name, layer in self._places:
-                parent._modules[name] = layer.base_layer if layer._disable_adapters else layer
-
-    @contextmanager
-    def bypassing(self) -> Iterator[None]:
-        """Inside, the base layer stands in the place of a layer that is off.
-
-        PEFT's way there, through the layer that is off, costs a tenth of a step of a small model on a fast device:
-        ordinary steps are to cost what they cost without an adapter.
-        """
-        self._bypassing = True
-        try:
-            self._apply([(layer._disable_adapters, layer._active_adapter) for layer in self.layers])
-            yield
-        finally:
-            self._bypassing = False
-            for parent, name, layer in self._places:
-                parent._modules[name] = layer
-
-    def merge(self) -> None:
-        """Adds the adapter to the base weights for good and takes its layers out of the model.
-
-        Raises:
-            ValueError: where that would not be exact: quantized weights, adapters that are not plain LoRA, or others
-                beside this one.
-        """
-        for layer in self._adapted:
-            others = {*layer.lora_A} - {self.adapter_name} if isinstance(layer, LoraLayer) else {"?"}
-            exact = not others and self._can_split and type(layer) is LoraLinear  # PEFT has a class per quantization
-            if not exact:
-                raise ValueError(
-                    f"Adapter {self.adapter_name!r} cannot be merged exactly: that takes plain LoRA without another "
-                    f"adapter beside it, on weights that are not quantized, got {type(layer).__name__}."
-                )
-        for parent, name, layer in self._places:
-            layer.merge(safe_merge=True, adapter_names=[self.adapter_name])
-            parent._modules[name] = layer.base_layer
-        merged = {id(layer) for _, _, layer in self._places}
-        kept = [i for i, layer in enumerate(self.layers) if id(layer) not in merged]
-        self.layers, self._off, self._on = ([items[i] for i in kept] for items in (self.layers, self._off, self._on))
-        self._adapted, self._places = [], []
-
-    @property
-    def enabled(self) -> bool:
-        return (
-            bool(self.layers)
-            and self.adapter_name in self.layers[0]._active_adapter
-            and not (self.layers[0]._disable_adapters)
-        )
-
-    @contextmanager
-    def __call__(self, enabled: bool) -> Iterator[None]:
-        before = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
-        self.set(enabled)
-        try:
-            yield
-        finally:
-            self._apply(before)
-
-    @property
-    def can_split(self) -> bool:
-        """Whether [`on_tokens`] is exact: plain LoRA on linear layers, which adds to each token on its own."""
-        return self._can_split
-
-    def cannot_split(self) -> None:
-        """Remembers that a layer of this model does not see its tokens in rows."""
-        self._can_split = False
-
-    @contextmanager
-    def on_tokens(self, tokens: slice, shape: tuple[int, int] | None = None) -> Iterator[None]:
-        """On for these tokens of each row, off for the others, in one forward.
-
-        Args:
-            tokens: which ones.
-            shape: (rows, tokens) of the input, where layers that see all of it in one heap are to be split too.
-
-        Raises:
-            TokensNotInRows: by the forward inside, where a layer with the adapter flattens its input (experts do).
-        """
-        name = self.adapter_name
-
-        def adding(layer: LoraLayer) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], None]:
-            lora_a, lora_b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-            dropout = layer.lora_dropout[name]
-
-            def add(base_layer: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-                input = args[0]
-                if input.dim() == 2 and shape is not None and len(input) == shape[0] * shape[1]:
-                    input, output = input.unflatten(0, shape), output.unflatten(0, shape)
-                if input.dim() != 3:
-                    raise TokensNotInRows
-                chosen_BMD = dropout(layer._cast_input_dtype(input[:, tokens], lora_a.weight.dtype))
-                output[:, tokens] += lora_b(lora_a(chosen_BMD)) * scaling
-
-            return add
-
-        handles = [layer.base_layer.register_forward_hook(adding(layer)) for layer in self._adapted]
-        try:
-            with self(False):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class TokensNotInRows(Exception):
-    """A layer's input is not (rows, tokens, features), so that one token cannot be told from another."""
-
-
-def _is_plain_lora(layer: nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter's part of this layer's output is B A x times a number, for every token on its own."""
-    return (
-        isinstance(layer, LoraLayer)
-        and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))
-        and adapter_name in layer.lora_A
-        and adapter_name not in layer.lora_variant
-        and not layer.merged
-    )
-
-
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Every module of a model as (parent, name in it, module)."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            yield parent, name, child
-
-
-def _holds_adapter(layer: nn.Module, adapter_name: str) -> bool:
-    names = getattr(layer, "adapter_layer_names", ()) + getattr(layer, "other_param_names", ())
-    return any(adapter_name in getattr(layer, name, ()) for name in names)
-
-
-def _adapter_layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-
-
-def adapter_state(model: nn.Module) -> dict[int, tuple[bool, list[str]]]:
-    """Which adapters are active in each layer: id(layer) -> (disabled, active names)."""
-    state = {}
-    for layer in _adapter_layers(model):
-        active = layer._active_adapter
-        state[id(layer)] = (layer._disable_adapters, [active] if isinstance(active, str) else list(active))
-    return state
 
 
 class ReservedRows:
@@ -773,8 +577,7 @@ class PackedPoints:
 
 
 def packed_hidden(
-    model: PreTrainedModel,
-    switch: AdapterSwitch,
+    views: ModelViews,
     input_ids_BT: torch.Tensor,
     mask_BT: torch.Tensor,
     points: PackedPoints,
@@ -783,8 +586,7 @@ def packed_hidden(
     """Last hidden states of all candidates of whole trajectories: T + M tokens per row in place of M prefixes.
 
     Args:
-        model: causal language model that holds the adapter.
-        switch: of that adapter.
+        views: of the model and its adapter.
         input_ids_BT: trajectories, padded on the right.
         mask_BT: bool, False at padding.
         points: the candidates.
@@ -797,46 +599,43 @@ def packed_hidden(
     Where a tree mask is not exact ([`supports_packing`]), every point takes a forward of its own, see
     [`warn_without_tree`].
     """
-    if not supports_packing(model):
-        return _hidden_one_by_one(model, switch, input_ids_BT, mask_BT, points, adapter_scope)
+    if not supports_packing(views.model):
+        return _hidden_one_by_one(views, input_ids_BT, mask_BT, points, adapter_scope)
     positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
     if adapter_scope == "candidate":
-        with torch.no_grad(), switch(False):
+        with torch.no_grad():
             cache = DynamicCache()  # windowed layers keep everything too: candidates stand all along the text
-            get_decoder(model)(
+            get_decoder(views.base)(
                 input_ids=input_ids_BT,
                 attention_mask=mask_BT.long(),
                 position_ids=positions_BT,
                 past_key_values=cache,
                 use_cache=True,
             )
-        with switch(True):
-            appended = append_candidates(
-                model,
-                cache,
-                mask_BT,
-                points.candidate_ids_BM,
-                points.positions_BM,
-                limits_BM=points.positions_BM,
-                tree=True,
-            )
+        appended = append_candidates(
+            views.adapted,
+            cache,
+            mask_BT,
+            points.candidate_ids_BM,
+            points.positions_BM,
+            limits_BM=points.positions_BM,
+            tree=True,
+        )
         return appended.hidden_BMD, None
     num_prefix = input_ids_BT.shape[1]
-    mask = tree_attention(model, mask_BT, points.positions_BM, num_new=num_prefix)
-    with switch(True):
-        output = get_decoder(model)(
-            input_ids=torch.cat([input_ids_BT, points.candidate_ids_BM], dim=1),
-            attention_mask=mask,
-            position_ids=torch.cat([positions_BT, points.positions_BM], dim=1),
-            use_cache=False,
-        )
+    mask = tree_attention(views.model, mask_BT, points.positions_BM, num_new=num_prefix)
+    output = get_decoder(views.adapted)(
+        input_ids=torch.cat([input_ids_BT, points.candidate_ids_BM], dim=1),
+        attention_mask=mask,
+        position_ids=torch.cat([positions_BT, points.positions_BM], dim=1),
+        use_cache=False,
+    )
     hidden = output.last_hidden_state
     return hidden[:, num_prefix:], hidden[:, :num_prefix]
 
 
 def _hidden_one_by_one(
-    model: PreTrainedModel,
-    switch: AdapterSwitch,
+    views: ModelViews,
     input_ids_BT: torch.Tensor,
     mask_BT: torch.Tensor,
     points: PackedPoints,
@@ -848,39 +647,39 @@ def _hidden_one_by_one(
     which the backward pass still needs, and its kernels for a single token have no backward pass at all.
     """
     in_sequence = adapter_scope == "sequence"
-    decoder = get_decoder(model)
-    if model._is_stateful:  # nothing is trained that could not decode
-        first = PrefixCache(model)
+    if views.model._is_stateful:  # nothing is trained that could not decode
+        first = PrefixCache(views.base)
         with torch.no_grad():
             first.feed(input_ids_BT[:1, :1], mask_BT[:1, :1])
-        check_state_is_cached(model, first.cache)
+        check_state_is_cached(views.model, first.cache)
     prefix_BTD = None
     if in_sequence:
-        with switch(True):
-            output = decoder(input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False)
+        decoder = get_decoder(views.adapted)
+        output = decoder(input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False)
         prefix_BTD = output.last_hidden_state
     points_of_row: list[dict[int, list[int]]] = [{} for _ in input_ids_BT]  # position -> its packed candidates
     for row, m in points.real_BM.nonzero().tolist() or [(0, 0)]:  # something at least: a loss needs its graph
         points_of_row[row].setdefault(int(points.positions_BM[row, m]), []).append(m)
     rows, columns, found = [], [], []
     for row, members_at in enumerate(points_of_row):
-        prefix = PrefixCache(model)
+        prefix = PrefixCache(views.base)
         recurrent = is_recurrent(prefix.cache)
         for position, members in sorted(members_at.items()):
             ids_K = points.candidate_ids_BM[row, members]
             prefix_1P = input_ids_BT[row : row + 1, :position]
             if in_sequence or (recurrent and torch.is_grad_enabled()):
                 texts_KP = torch.cat([prefix_1P.expand(len(members), -1), ids_K[:, None]], dim=1)
-                with switch(True) if in_sequence else _on_last_token(model, switch, texts_KP.shape):
+                if in_sequence:
                     hidden_KD = decoder(input_ids=texts_KP, use_cache=False).last_hidden_state[:, -1]
+                else:
+                    hidden_KD = _hidden_of_last(views, texts_KP)
             else:
                 mask_1P = torch.ones_like(prefix_1P, dtype=torch.bool)
-                with torch.no_grad(), switch(False):
+                with torch.no_grad():
                     prefix.feed(prefix_1P, mask_1P)  # only what the point before did not
-                with switch(True):
-                    hidden_KD = append_candidates(model, prefix.cache, mask_1P, ids_K[None]).hidden_BMD[0]
+                hidden_KD = append_candidates(views.adapted, prefix.cache, mask_1P, ids_K[None]).hidden_BMD[0]
                 if recurrent:  # would catch up token by token
-                    prefix = PrefixCache(model)
+                    prefix = PrefixCache(views.base)
             rows += [row] * len(members)
             columns += members
             found.append(hidden_KD)
@@ -890,22 +689,21 @@ def _hidden_one_by_one(
     return hidden_BMD.index_put(index, found_XD), prefix_BTD
 
 
-@contextmanager
-def _on_last_token(model: PreTrainedModel, switch: AdapterSwitch, shape: tuple[int, int]) -> Iterator[None]:
-    """The adapter on for the last token of whole texts.
+def _hidden_of_last(views: ModelViews, texts_KP: torch.Tensor) -> torch.Tensor:
+    """Hidden states (K, D) behind whole texts, with the adapter on for their last token.
 
     Raises:
         ValueError: where no forward can tell it from the others.
     """
     try:
-        if not switch.can_split:
+        if not views.can_split:
             raise TokensNotInRows
-        with switch.on_tokens(slice(-1, None), shape):
-            yield
+        view = views.on_tokens(slice(-1, None), texts_KP.shape)
+        return get_decoder(view)(input_ids=texts_KP, use_cache=False).last_hidden_state[:, -1]
     except TokensNotInRows:
         raise ValueError(
-            f"{type(model).__name__} has recurrent layers, where adapter_scope='candidate' can train plain LoRA on "
-            "linear layers that see all tokens alone (no DoRA, no experts): set `target_modules` so, or "
+            f"{type(views.model).__name__} has recurrent layers, where adapter_scope='candidate' can train plain LoRA "
+            "on linear layers that see all tokens alone (no DoRA, no experts): set `target_modules` so, or "
             "adapter_scope='sequence'."
         ) from None
 

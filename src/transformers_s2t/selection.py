@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -34,13 +33,10 @@ from .config import (
 from .fusion import fused_scores
 from .proposals import Proposals, propose
 from .reserved_tokens import check_same_ids, model_hash, resize_for_reserved_tokens, vocab_hash
-from .router import Router
+from .router import LastHidden, Router
 from .scoring import (
-    AdapterSwitch,
     PrefixCache,
     ReservedRows,
-    TokensNotInRows,
-    adapter_state,
     append_candidates,
     bin_logits,
     candidate_scores,
@@ -48,6 +44,15 @@ from .scoring import (
     keep_candidate,
     pays_to_merge,
     supports_tree,
+)
+from .views import (
+    ModelViews,
+    TokensNotInRows,
+    adapted_layers,
+    adapter_is_on,
+    adapter_state,
+    merge_adapter,
+    switch_adapter,
 )
 
 
@@ -143,9 +148,32 @@ class Selector:
     def check_tokenizer(self, processing_class: PreTrainedTokenizerBase) -> None:
         """Raises a ValueError where the small model's tokenizer is not the one that this selector was made for."""
 
-    def generating(self) -> AbstractContextManager:
-        """Entered by `s2t_generate` for the length of a call: puts the model into the state that writes the text."""
-        return nullcontext()
+    def check_model(self, model: PreTrainedModel | None) -> None:
+        """Raises a ValueError where the model, as it is at the start of a call, would not write what is selected from.
+
+        Args:
+            model: the one that generates, `None` where it is not at hand.
+        """
+
+    def views(
+        self, model: PreTrainedModel | None, watches: Mapping[int, Callable[[torch.Tensor], None]]
+    ) -> ModelViews | None:
+        """How one call runs the small model; `None` where that is not at hand and need not be.
+
+        Args:
+            model: the one that generates, `None` where it is not at hand.
+            watches: see [`ModelViews`].
+        """
+        model = getattr(self, "model", model)
+        return None if model is None else ModelViews(model, watches=watches)
+
+    def writer(self, views: ModelViews) -> PreTrainedModel:
+        """What writes the text."""
+        return views.base
+
+    def reader(self, views: ModelViews) -> PreTrainedModel:
+        """What reads the prefix of candidates."""
+        return views.base
 
     def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor | Scores:
         """Scores (A, K) of the proposals of the rows `rows_A`, bigger = better."""
@@ -206,14 +234,16 @@ class LocalSelector(Selector):
         model: the small model with the adapter in it (a [`PeftModel`], or its base model after PEFT injected it).
         selector_config: [`SelectorConfig`], stored beside the adapter.
         adapter_name: of the S2T adapter inside the model.
-        state: of [`adapter_state`] before it was loaded, where the model holds adapters of the user's own.
         router: trained beside the adapter, where there is one.
 
     Raises:
         ValueError: where the model holds no trained rows for the reserved tokens.
 
     The adapter is left off: `model.generate` without S2T is the base model, token for token. (With
-    `proposals="adapted"`, the paper's form, it is left on, because the adapted model writes the text.)
+    `proposals="adapted"`, the paper's form, it is left on, because the adapted model writes the text.) Calls with S2T
+    run views of the model that share its weights, and change nothing on the model itself: threads may decode with it
+    side by side, with and without S2T. Adapters of the user's own write and score as they are active when a call
+    begins.
     """
 
     def __init__(
@@ -221,7 +251,6 @@ class LocalSelector(Selector):
         model: PreTrainedModel | PeftModel,
         selector_config: SelectorConfig,
         adapter_name: str,
-        state: dict[int, tuple[bool, list[str]]] | None = None,
         router: Router | None = None,
     ):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -236,10 +265,10 @@ class LocalSelector(Selector):
         self.thresholds = selector_config.thresholds
         self.fusion = selector_config.fusion
         self.router = router
-        self.switch = AdapterSwitch(self.model, adapter_name, state)
         self.rows = ReservedRows(self.model, selector_config.reserved_token_ids, adapter_name)
         self.excluded_ids = torch.tensor(selector_config.reserved_token_ids)
-        self.switch.set(selector_config.proposals == "adapted")
+        switch_adapter(self.model, adapter_name, self.writes_adapted)
+        self.can_split = ModelViews(self.model, adapter_name).can_split
 
     @classmethod
     def from_pretrained(
@@ -281,25 +310,22 @@ class LocalSelector(Selector):
         if config.router:  # of the same base model, which was compared above
             router = Router.from_pretrained(path, base, expected=config.router, allow_other_model=True, **hub_kwargs)
         if held := _held_as(base, weights):
-            state = {
-                layer: (disabled or set(active) <= {held}, active)
-                for layer, (disabled, active) in adapter_state(base).items()
-            }
-            return cls(base, config, held, state, router)
+            return cls(base, config, held, router)
         if adapter_name in _adapter_names(model, base):
             raise ValueError(
                 f"`model` already holds an adapter named {adapter_name!r}; pass another `adapter_name` or a new model."
             )
-        state = adapter_state(base)
+        state, training = adapter_state(base), base.training
         resize_for_reserved_tokens(base, max(config.reserved_token_ids) + 1)
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(path), adapter_name=adapter_name, **hub_kwargs)
-            model.set_adapter(adapter_name)
-        else:
-            training = model.training
-            model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, **hub_kwargs)
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(path), adapter_name=adapter_name, **hub_kwargs)
+            else:
+                model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, **hub_kwargs)
             model.train(training)
-        return cls(model, config, adapter_name, state, router)
+        finally:  # half loaded, it is off too
+            switch_adapter(base, adapter_name, False, state)
+        return cls(model, config, adapter_name, router)
 
     def merge(self) -> LocalSelector:
         """Merges the adapter into the model, so that a step costs what it costs without one. Returns the selector.
@@ -316,8 +342,7 @@ class LocalSelector(Selector):
                 f"Merging takes `proposals='adapted'`, got {self.selector_config.proposals!r}: the base model writes "
                 "the text."
             )
-        self.switch.set(True)
-        self.switch.merge()
+        merge_adapter(self.model, self.adapter_name)
         return self
 
     @property
@@ -338,10 +363,34 @@ class LocalSelector(Selector):
         """Whether the adapted model writes the text (`proposals="adapted"`, the paper's form)."""
         return self.selector_config.proposals == "adapted"
 
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        with self.switch(self.writes_adapted), self.switch.bypassing():
-            yield
+    def check_model(self, model: PreTrainedModel | None) -> None:
+        if model is not None and model is not self.model:
+            return  # another one writes: nothing is known of it
+        is_on = adapter_is_on(self.model, self.adapter_name)
+        if is_on and not self.writes_adapted:
+            raise ValueError(
+                f"The S2T adapter {self.adapter_name!r} is switched on for the text itself, which the base model is "
+                "to write (proposals='base'): call `set_adapter` with your own adapter's name, or load the selector "
+                "again."
+            )
+        if self.writes_adapted and not is_on and adapted_layers(self.model, self.adapter_name):
+            raise ValueError(
+                f"The S2T adapter {self.adapter_name!r} is switched off, but is to write the text "
+                f"(proposals='adapted'): call `set_adapter({self.adapter_name!r})`."
+            )
+
+    def views(
+        self,
+        model: PreTrainedModel | None = None,
+        watches: Mapping[int, Callable[[torch.Tensor], None]] | None = None,
+    ) -> ModelViews:
+        return ModelViews(self.model, self.adapter_name, watches)
+
+    def writer(self, views: ModelViews) -> PreTrainedModel:
+        return views.adapted if self.writes_adapted else views.base
+
+    def reader(self, views: ModelViews) -> PreTrainedModel:
+        return views.adapted if self.selector_config.adapter_scope == "sequence" else views.base
 
     def read_scores(self, hidden_AKD: torch.Tensor) -> torch.Tensor:
         """Scores (A, K) from the candidates' last hidden states."""
@@ -356,7 +405,7 @@ class LocalSelector(Selector):
         in_sequence = self.selector_config.adapter_scope == "sequence"
         prefix, num_new = session.student_prefix(self)
         batch_size, (num_asked, width) = session.mask_BT.shape[0], proposals.ids_BK.shape
-        if (in_sequence or self.switch.can_split) and supports_tree(self.model, prefix.cache):
+        if (in_sequence or self.can_split) and supports_tree(self.model, prefix.cache):
             try:
                 if num_new == 0 and session.student_cache is not None:
                     copies = width if in_sequence else 2 * width
@@ -367,11 +416,10 @@ class LocalSelector(Selector):
                     if pays_to_merge((batch_size - num_asked) * width, self.model.device):
                         return Scores(self._catch_up_and_score(session, rows_A, proposals, prefix, num_new))
             except TokensNotInRows:
-                self.switch.cannot_split()
+                self.can_split = False
         if num_new:
             session.count_forward("scorer", num_new * batch_size)
-            with self.switch(in_sequence):
-                prefix.feed(session.input_ids_BT, session.mask_BT)
+            prefix.feed(session.input_ids_BT, session.mask_BT)
         return Scores(self._score_alone(session, rows_A, proposals, prefix))
 
     def _score_alone(
@@ -382,14 +430,13 @@ class LocalSelector(Selector):
         mask_AT, ids_AK = session.mask_BT[rows_A].to(device), proposals.ids_BK.to(device)
         whole_batch = len(rows_A) == session.mask_BT.shape[0]
         session.count_forward("scorer", ids_AK.numel())
-        with self.switch(True):
-            appended = append_candidates(
-                self.model,
-                prefix.cache,
-                mask_AT,
-                ids_AK,
-                row_index=None if whole_batch else rows_A.to(device),
-            )
+        appended = append_candidates(
+            session.views.adapted,
+            prefix.cache,
+            mask_AT,
+            ids_AK,
+            row_index=None if whole_batch else rows_A.to(device),
+        )
         return self.read_scores(appended.hidden_BMD).to(proposals.logprobs_BK.device)
 
     def _catch_up_and_score(
@@ -400,8 +447,8 @@ class LocalSelector(Selector):
         ids_BK = session.input_ids_BT[:, -1:].repeat(1, width)  # rows that were not asked: any token will do
         ids_BK[rows_A] = proposals.ids_BK
         in_sequence = self.selector_config.adapter_scope == "sequence"
-        with self.switch(True) if in_sequence else self.switch.on_tokens(slice(-width, None)):
-            hidden_BKD = prefix.feed_and_append(session.input_ids_BT, session.mask_BT, ids_BK)
+        model = session.views.adapted if in_sequence else session.views.on_tokens(slice(-width, None))
+        hidden_BKD = prefix.feed_and_append(model, session.input_ids_BT, session.mask_BT, ids_BK)
         session.count_forward("scorer", len(ids_BK) * (num_new + width))
         return self.read_scores(hidden_BKD[rows_A.to(hidden_BKD.device)]).to(proposals.logprobs_BK.device)
 
@@ -418,17 +465,16 @@ class LocalSelector(Selector):
         ids_BK[rows_A] = proposals.ids_BK
         twice = self.selector_config.adapter_scope == "candidate"
         ids_BM = torch.cat([ids_BK, ids_BK], dim=1) if twice else ids_BK
-        with self.switch.on_tokens(slice(0, width)) if twice else self.switch(True):
-            appended = append_candidates(
-                self.model,
-                prefix.cache,
-                session.mask_BT,
-                ids_BM,
-                tree=True,
-                num_logits=0 if session.head_is_plain else width,
-            )
+        appended = append_candidates(
+            session.views.on_tokens(slice(0, width)) if twice else session.views.adapted,
+            prefix.cache,
+            session.mask_BT,
+            ids_BM,
+            tree=True,
+            num_logits=0 if session.head_is_plain else width,
+        )
         session.count_forward("tree", ids_BM.numel())
-        states_BKD = None if session.router is None else session.router.tap.take()[:, -width:]
+        states_BKD = None if session.router is None else session.hidden.take()[:, -width:]
         written_BKD = appended.hidden_BMD[:, -width:]
         if session.head_is_plain is None:  # then the head need only be applied to what is chosen
             session.head_is_plain = head_is_plain(self.model, written_BKD, appended.logits_BLV)
@@ -622,6 +668,7 @@ class S2TSession:
         student_cache: the cache of the `generate` call that drives this session, where it is at hand (then nothing
             is computed twice); `None` makes the session keep caches of its own.
         trace: filled as the call goes on.
+        model: the small model, where it is at hand.
     """
 
     def __init__(
@@ -632,6 +679,7 @@ class S2TSession:
         teacher_model: PreTrainedModel | None = None,
         student_cache: Cache | None = None,
         trace: S2TTrace | None = None,
+        model: PreTrainedModel | None = None,
     ):
         self.selector = selector
         self.config = selector.resolve_config(config)
@@ -648,6 +696,11 @@ class S2TSession:
         self._teacher_logits_BV: torch.Tensor | None = None
         self._scorer_prefix: PrefixCache | None = None
         self._writer_prefix: PrefixCache | None = None
+        self.hidden = LastHidden()
+        watches = {} if self.router is None else {id(self.router.tap.module): self.hidden.see}
+        if self.router is not None:
+            model = self.router.model
+        self.views = selector.views(model, watches)
         self._hidden_BD: torch.Tensor | None = None
         self._router_logits_B: torch.Tensor | None = None
         self.input_ids_BT: torch.Tensor | None = None
@@ -677,6 +730,7 @@ class S2TSession:
             ValueError: more candidates than tokens; a prompt that fills the context of the model or the teacher; a
                 teacher whose token ids mean something else.
         """
+        self.selector.check_model(model)
         num_tokens = num_head_rows - (0 if self.selector.excluded_ids is None else len(self.selector.excluded_ids))
         if self.config.num_candidates > num_tokens:
             raise ValueError(
@@ -747,10 +801,10 @@ class S2TSession:
             triggered_B = torch.zeros_like(triggered_B)
         elif self.threshold is not None:
             triggered_B = triggered_B & (value_B >= self.threshold)
-        unsound_B = active_B & (logits_BV.amax(-1).isnan() | value_B.isnan())
+        unsound_B = active_B & (~(logits_BV.amax(-1) > float("-inf")) | value_B.isnan())
         any_triggered, any_unsound = torch.stack([triggered_B.any(), unsound_B.any()]).tolist()
         if any_unsound:
-            check_not_nan(logits_BV)
+            check_choosable(logits_BV[active_B])
             check_not_nan(value_B, "trigger's values")
         if not any_triggered:  # an ordinary step costs no more than its trigger
             first_B = logits_BV.argmax(-1)
@@ -824,7 +878,7 @@ class S2TSession:
 
     def take_hidden(self) -> torch.Tensor | None:
         """The last token's hidden states (B, D) of the forward that has just run, `None` where no router is read."""
-        return None if self.router is None else self.router.tap.take()[:, -1]
+        return None if self.router is None else self.hidden.take()[:, -1]
 
     def _router_logits(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """The router's logits (B,) of this step, read at most once."""
@@ -836,13 +890,11 @@ class S2TSession:
     def _read_hidden(self) -> torch.Tensor:
         """Hidden states (B, D) at the router's layer, by reading the text since the last time."""
         if self._writer_prefix is None:
-            self._writer_prefix = PrefixCache(self.router.model)
+            self._writer_prefix = PrefixCache(self.selector.writer(self.views))
         num_new = self.input_ids_BT.shape[1] - self._writer_prefix.num_cached
         self.count_forward("router", num_new * len(self.input_ids_BT))
-        with self.router.tap.watching() as tap, self.selector.generating():
-            tap.clear()
-            self._writer_prefix.feed(self.input_ids_BT, self.mask_BT)
-            return tap.take()[:, -1]
+        self._writer_prefix.feed(self.input_ids_BT, self.mask_BT)
+        return self.hidden.take()[:, -1]
 
     def teacher_logits(self) -> torch.Tensor:
         """The teacher's next-token logits (B, V) for the current prefix, float32, run at most once a step.
@@ -862,15 +914,15 @@ class S2TSession:
             self._teacher_logits_BV = logits_BV.to(self.input_ids_BT.device)
         return self._teacher_logits_BV
 
-    def student_prefix(self, selector: LocalSelector) -> tuple[PrefixCache, int]:
+    def student_prefix(self, selector: Selector) -> tuple[PrefixCache, int]:
         """A cache of the small model over the prefix, as the selector reads it, and how many tokens it lacks.
 
         The driving call's own cache serves where it is computed the same way; otherwise one is kept and fed lazily.
         """
         if self.student_cache is not None and selector.shares_the_cache:
-            return PrefixCache(selector.model, self.student_cache), 0
+            return PrefixCache(selector.reader(self.views), self.student_cache), 0
         if self._scorer_prefix is None:
-            self._scorer_prefix = PrefixCache(selector.model)
+            self._scorer_prefix = PrefixCache(selector.reader(self.views))
         return self._scorer_prefix, self.input_ids_BT.shape[1] - self._scorer_prefix.num_cached
 
     def count_forward(self, kind: str, num_tokens: int) -> None:
@@ -885,6 +937,17 @@ def check_not_nan(values: torch.Tensor, what: str = "model's logits") -> None:
     """Raises a ValueError where there is nothing to select from or by."""
     if bool(values.isnan().any()):
         raise ValueError(f"The {what} are NaN: there is nothing to select from (check its dtype and weights).")
+
+
+def check_choosable(logits_BV: torch.Tensor) -> None:
+    """Raises a ValueError where a row has no token to choose: NaN, or all of them forbidden."""
+    check_not_nan(logits_BV)
+    barred_B = logits_BV.amax(-1) == float("-inf")
+    if bool(barred_B.any()):
+        raise ValueError(
+            f"Row {int(barred_B.nonzero()[0, 0])} has no token left to choose: its logits are all -inf after the "
+            "logits processors (`suppress_tokens`, `bad_words_ids`, constraints ...) and without reserved tokens."
+        )
 
 
 def name_of(model: PreTrainedModel | PeftModel) -> str:

@@ -1,0 +1,144 @@
+"""What a running `generate` call knows: its model and mode, the user's own arguments, the text that it was given.
+
+`generate` keeps most of that from logits processors and custom strategies, so it is read where it is: in the call's
+frame. Whatever shapes its forward (mask, positions, embeddings) is used as it is, or refused before the first token.
+
+Legend: B rows, T columns of the prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers.generation import BaseStreamer, GenerationMixin, GenerationMode
+
+from .scoring import positions_from_mask
+
+
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+#: Model inputs that S2T gives to its own forwards too, or that change no logits.
+_KNOWN_INPUTS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "cache_params",
+    "inputs_embeds",
+    "input_ids",
+    "use_cache",
+    "logits_to_keep",
+}
+
+
+class GenerateCall:
+    """A `generate` call that this code runs in.
+
+    Attributes:
+        key: no other call on this thread's stack has the same.
+        model: that generates.
+        mode: of decoding, `None` where it is not decided yet.
+    """
+
+    def __init__(self, frame):
+        self._locals = frame.f_locals
+        self.key = id(frame)
+        self.model: PreTrainedModel = self._locals["self"]
+        self.mode: GenerationMode | None = self._locals.get("generation_mode")
+
+    @property
+    def streamer(self) -> BaseStreamer | None:
+        return self._locals.get("streamer")
+
+    @property
+    def assistant_model(self) -> PreTrainedModel | None:
+        return self._locals.get("assistant_model")
+
+    @property
+    def own_processors(self) -> list[LogitsProcessor]:
+        """What the user passed as `logits_processor`."""
+        return list(list.__iter__(self._locals.get("logits_processor") or []))
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """What the first forward was given beside `input_ids`, before the first token."""
+        return self._locals.get("model_kwargs") or {}
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        return self._locals.get("generation_config")
+
+
+def running_calls() -> list[GenerateCall]:
+    """The `generate` calls that this code runs in, innermost first; none where it was called by hand."""
+    calls, frame = [], sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _GENERATE:
+            calls.append(GenerateCall(frame))
+        frame = frame.f_back
+    return calls
+
+
+def prompt_mask(
+    input_ids_BT: torch.Tensor,
+    model_kwargs: Mapping[str, Any],
+    generation_config: GenerationConfig | None,
+    takes_embeds: bool = False,
+) -> torch.Tensor:
+    """Which columns of a prompt are text, bool (B, T), as `generate` itself masks them.
+
+    Args:
+        input_ids_BT: of the prompt.
+        model_kwargs: of [`GenerateCall`] before its first token.
+        generation_config: of the call.
+        takes_embeds: whether a prompt may be given as `inputs_embeds`.
+
+    Raises:
+        ValueError: naming the argument that S2T's own forwards could not be given: positions that do not follow from
+            the mask, padding on the right, embeddings, part of a text, inputs of other kinds.
+    """
+    others = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _KNOWN_INPUTS)
+    if others:
+        raise ValueError(
+            f"S2T reads a text by its token ids and mask alone: the model inputs {', '.join(map(repr, others))} would "
+            "be left out where candidates are scored. Leave them out of the call."
+        )
+    embeds_BTD = model_kwargs.get("inputs_embeds")
+    if embeds_BTD is not None and not takes_embeds:
+        raise ValueError(
+            "A logits processor, a teacher, and a selector with a cache of its own (adapter_scope='sequence' with "
+            "proposals='base') read token ids: pass `input_ids`, not `inputs_embeds`."
+        )
+    batch_size, length = (input_ids_BT if embeds_BTD is None else embeds_BTD).shape[:2]
+    mask_BT = model_kwargs.get("attention_mask")
+    if mask_BT is None:  # `generate` drops a mask of ones, and notes its length
+        covered = getattr(generation_config, "_mask_length", None) or length
+        mask_BT = torch.ones(batch_size, covered, dtype=torch.bool, device=input_ids_BT.device)
+    if tuple(mask_BT.shape) != (batch_size, length):
+        raise ValueError(
+            f"S2T reads the whole text: `attention_mask` must have the shape of the prompt, ({batch_size}, {length}), "
+            f"got {tuple(mask_BT.shape)}. To go on from `past_key_values`, pass the ids of all the text so far."
+        )
+    mask_BT = mask_BT.bool()
+    if not bool(mask_BT[:, -1].all()):
+        raise ValueError(
+            "The prompt must end in a token of its own in every row: `attention_mask` is 0 in the last column of row "
+            f"{int((~mask_BT[:, -1]).nonzero()[0, 0])}. Pad on the left (`processing_class.padding_side = 'left'`)."
+        )
+    positions = model_kwargs.get("position_ids")
+    if positions is not None:
+        expected_BT = positions_from_mask(mask_BT)
+        if positions.dim() != 2 or positions.shape[-1] != length:
+            raise ValueError(
+                f"`position_ids` must have the shape of the prompt, ({batch_size}, {length}), got "
+                f"{tuple(positions.shape)}."
+            )
+        if bool(((positions.to(mask_BT.device) != expected_BT) & mask_BT).any()):
+            raise ValueError(
+                "S2T numbers tokens from the attention mask, as `generate` does by itself: `position_ids` must be 0, "
+                "1, 2 ... over the tokens that are not masked. Leave them out."
+            )
+    return mask_BT
