@@ -63,6 +63,11 @@ class GenerateCall:
         return list(list.__iter__(self._locals.get("logits_processor") or []))
 
     @property
+    def custom_generate(self) -> Any:
+        """What the user passed as `custom_generate`."""
+        return self._locals.get("custom_generate")
+
+    @property
     def model_kwargs(self) -> dict[str, Any]:
         """What the first forward was given beside `input_ids`, before the first token."""
         return self._locals.get("model_kwargs") or {}

@@ -6,6 +6,8 @@ Same tokens as the logits processor; does not know how a selector scores.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from transformers import (
@@ -22,6 +24,7 @@ from transformers.generation import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     GenerateDecoderOnlyOutput,
+    GenerationMixin,
     GenerationMode,
     LogitNormalization,
     MinPLogitsWarper,
@@ -121,6 +124,35 @@ def s2t_generate(
             call.streamer if call else None,
             call.own_processors if call else [],
         )
+
+
+def _guard_continuous_batching() -> None:
+    """Makes `generate_batch` (and `cache_implementation="paged"`, which leads there) refuse S2T.
+
+    It drops `logits_processor` and `custom_generate` without a word, so the base model's text would come back; nothing
+    of S2T is called there that could say so.
+    """
+    owner = next(kind for kind in GenerationMixin.__mro__ if "generate_batch" in vars(kind))
+    generate_batch = owner.generate_batch
+
+    @functools.wraps(generate_batch)
+    def guarded(self, *args, **kwargs):
+        call = next(iter(running_calls()), None)  # of `generate(cache_implementation="paged")`
+        strategies = {kwargs.get("custom_generate"), call.custom_generate if call else None}
+        given = kwargs.get("logits_processor") or []
+        processors = [*(list.__iter__(given) if isinstance(given, list) else [given])]
+        processors += call.own_processors if call else []
+        if s2t_generate in strategies or any(isinstance(one, S2TLogitsProcessor) for one in processors):
+            raise ValueError(
+                "Continuous batching (`generate_batch`, cache_implementation='paged') ignores logits processors and "
+                "custom strategies: S2T would not take part. Use `generate` with a batch of prompts."
+            )
+        return generate_batch(self, *args, **kwargs)
+
+    owner.generate_batch = guarded
+
+
+_guard_continuous_batching()
 
 
 def _decode(

@@ -178,6 +178,7 @@ class S2TTrainer(Trainer):
         switch_adapter(
             self.base_model, self.adapter_name, args.proposals == "adapted"
         )  # `trainer.model.generate` is what will be deployed
+        self._compiled_views: ModelViews | None = None
         self.label_header = headers["train_dataset"]
         self._model_hash = model_hash(self.base_model)  # now: later the weights may be spread over processes
 
@@ -226,11 +227,6 @@ class S2TTrainer(Trainer):
                 f"{type(self.base_model).__name__} takes a forward for every decision point, and processes that share "
                 "its weights (FSDP, ZeRO-3) would wait for each other: use DDP or ZeRO-2."
             )
-        if args.torch_compile:
-            for module in self.base_model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    backend = args.torch_compile_backend or "inductor"
-                    module.compile(dynamic=True, backend=backend, mode=args.torch_compile_mode)
         self.can_return_loss = True  # with no label names: evaluation then reports a loss
         self.label_names = []
         self.model_accepts_loss_kwargs = False
@@ -331,7 +327,17 @@ class S2TTrainer(Trainer):
 
     def views(self) -> ModelViews:
         """The model without the adapter and with it, each at once; `trainer.model` itself stays as it is deployed."""
-        return ModelViews(self.base_model, self.adapter_name)
+        if not self.args.torch_compile:
+            return ModelViews(self.base_model, self.adapter_name)
+        if self._compiled_views is None:  # after the model was prepared: its modules are final
+            views = ModelViews(self.base_model, self.adapter_name)
+            backend, mode = self.args.torch_compile_backend or "inductor", self.args.torch_compile_mode
+            for module in (*views.base.modules(), *views.adapted.modules()):
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.compile(dynamic=True, backend=backend, mode=mode)
+            self._compiled_views = views
+        self._compiled_views.follow_modes()
+        return self._compiled_views
 
     def _text_kl(
         self,

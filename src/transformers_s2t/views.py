@@ -81,6 +81,7 @@ def copy_module(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.
             value = type(value)((id, hook) for id, hook in value.items() if not getattr(hook, "skips_views", False))
         copied.__dict__[name] = value
     copied.__dict__["_modules"] = children
+    copied.__dict__["_copy_of"] = module
     copied.__dict__["_compiled_call_impl"] = None  # torch.compile's is bound to the module
     return copied
 
@@ -144,6 +145,9 @@ def innermost_decoder(model: PreTrainedModel) -> nn.Module:
 # A model that holds an adapter
 
 
+_MODES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+
+
 class ModelViews:
     """A model without one of its adapters, with it, and with it on some tokens. Made anew for every call.
 
@@ -190,6 +194,14 @@ class ModelViews:
     def can_split(self) -> bool:
         """Whether [`on_tokens`] is exact: plain LoRA on linear layers, which adds to each token on its own."""
         return all(_is_plain_lora(layer, self.adapter_name) for layer in self._layers)
+
+    def follow_modes(self) -> None:
+        """For views that are kept: takes over whether each module trains and checkpoints, as the model has it now."""
+        for view in (self.base, self.adapted):
+            for module in view.modules():
+                if (original := module.__dict__.get("_copy_of")) is not None:
+                    modes = {name: value for name, value in original.__dict__.items() if name in _MODES}
+                    module.__dict__.update(modes)
 
     def on_tokens(self, tokens: slice, shape: tuple[int, int] | None = None) -> PreTrainedModel:
         """On for these tokens of each row, off for the others, in one forward. One such forward at a time.
