@@ -53,8 +53,9 @@ def make_view(
     def visit(module: nn.Module) -> nn.Module:
         if (done := made.get(id(module))) is not None:
             return done
-        children = {name: child if child is None else visit(child) for name, child in module._modules.items()}
-        is_changed = any(child is not module._modules[name] for name, child in children.items())
+        before = module._modules.copy()
+        children = {name: child if child is None else visit(child) for name, child in before.items()}
+        is_changed = any(child is not before[name] for name, child in children.items())
         made[id(module)] = copy_module(module, children) if is_changed or id(module) in copied else module
         if id(module) in watches:
             made[id(module)].register_forward_hook(functools.partial(_tell, watches[id(module)]))
@@ -75,18 +76,19 @@ def _tell(watch: Callable[[torch.Tensor], None], module: nn.Module, args: tuple,
 
 def copy_module(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
     """The module with other children, the same tensors, and registers of hooks of its own."""
-    copied = object.__new__(type(module))
-    for name, value in module.__dict__.items():
+    attributes = module.__dict__.copy()
+    for name, value in attributes.items():
         if "hooks" in name and isinstance(value, dict):  # registers of hooks, by id
-            value = type(value)((id, hook) for id, hook in value.items() if not getattr(hook, "skips_views", False))
-        copied.__dict__[name] = value
-    copied.__dict__["_modules"] = children
-    copied.__dict__["_copy_of"] = module
-    copied.__dict__["_compiled_call_impl"] = None  # torch.compile's is bound to the module
+            hooks = list(value.items())
+            attributes[name] = type(value)((id, hook) for id, hook in hooks if not getattr(hook, "skips_views", False))
+    attributes |= {"_modules": children, "_copy_of": module}
+    attributes["_compiled_call_impl"] = None  # torch.compile's is bound to the module
+    copied = object.__new__(type(module))
+    copied.__dict__.update(attributes)
     return copied
 
 
-def _rebind(value: Any, changed: Mapping[int, nn.Module]) -> Any:
+def _rebind(value: Any, changed: Mapping[int, nn.Module], seen: tuple[FunctionType, ...] = ()) -> Any:
     """A function that was bound to modules, bound to what stands in their place in a view.
 
     Accelerate, Liger, torch.compile and others give single modules a `forward` of their own: methods, partials and
@@ -95,25 +97,30 @@ def _rebind(value: Any, changed: Mapping[int, nn.Module]) -> Any:
     if isinstance(value, nn.Module):
         return changed.get(id(value), value)
     if isinstance(value, MethodType):
-        return MethodType(value.__func__, _rebind(value.__self__, changed))
+        return MethodType(value.__func__, _rebind(value.__self__, changed, seen))
     if isinstance(value, functools.partial):
-        keywords = {name: _rebind(argument, changed) for name, argument in value.keywords.items()}
+        keywords = {name: _rebind(argument, changed, seen) for name, argument in value.keywords.items()}
         bound = functools.partial(
-            _rebind(value.func, changed), *(_rebind(argument, changed) for argument in value.args), **keywords
+            _rebind(value.func, changed, seen),
+            *(_rebind(argument, changed, seen) for argument in value.args),
+            **keywords,
         )
         bound.__dict__.update(value.__dict__)
         return bound
-    if isinstance(value, FunctionType):
+    if isinstance(value, FunctionType) and value not in seen:
+        seen = (*seen, value)
         if (compiled := getattr(value, "_torchdynamo_orig_callable", None)) is not None:
-            return _rebind(compiled, changed)
+            return _rebind(compiled, changed, seen)
         if value.__closure__:
-            return _rebind_closure(value, changed)
+            return _rebind_closure(value, changed, seen)
     return value
 
 
-def _rebind_closure(function: FunctionType, changed: Mapping[int, nn.Module]) -> FunctionType:
+def _rebind_closure(
+    function: FunctionType, changed: Mapping[int, nn.Module], seen: tuple[FunctionType, ...]
+) -> FunctionType:
     held = [_content(cell) for cell in function.__closure__]
-    rebound = [content if content is function else _rebind(content, changed) for content in held]
+    rebound = [_rebind(content, changed, seen) for content in held]
     if all(new is old or (isinstance(new, MethodType) and new == old) for new, old in zip(rebound, held)):
         return function
     cells = tuple(cell if new is old else CellType(new) for cell, new, old in zip(function.__closure__, rebound, held))
