@@ -12,8 +12,9 @@ forward of the whole text within float error, or both refuse (ValueError, TypeEr
 - "late": a refusal in the middle of a text. "wrong": anything else. Either makes the exit status 1.
 
 The reference (`decode`) knows no caches, no batches of texts and nothing of the package but its documented formulas.
-It reads a text as `generate` is told to: by the mask and the positions given, or those that `generate` makes up. What
-is masked in front of a text or behind it is no part of it; what is masked inside is there and is not seen.
+It reads a text as `generate` is told to, and so does its teacher: by the mask and the positions given, or those that
+`generate` makes up. What is masked in front of a text or behind it is no part of it; what is masked inside of it is
+there and is not seen.
 
 Legend: B rows, T prompt columns, K candidates, D hidden size, V vocabulary, R reserved tokens.
 """
@@ -28,7 +29,8 @@ import random
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,7 @@ from tiny import BOS, EOS, PAD, ROADS, SCOPES, lora_model, tiny_model
 from tiny_architectures import FAMILIES, SLIDING, WINDOW, NaiveCausalLM
 from tqdm import tqdm
 from transformers import (
+    DynamicCache,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
@@ -50,12 +53,19 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from transformers_s2t import S2T, LocalSelector, S2TDecodingConfig, S2TTrace, SelectorConfig, TeacherSelector
-from transformers_s2t import s2t_generate as s2t_generate
+from transformers_s2t import (
+    S2T,
+    LocalSelector,
+    S2TDecodingConfig,
+    S2TTrace,
+    SelectorConfig,
+    TeacherSelector,
+    s2t_generate,
+)
 
 
 TIE = 1e-4
-TOLERANCE = 2e-4  # of trigger values, scores and log-probabilities; relative above 1
+TOLERANCE = 1e-4  # of trigger values, scores and log-probabilities; relative above 1
 IMPOSSIBLE = -1e4  # the score of a candidate that a teacher with a smaller head cannot emit
 FAILURES = ("wrong", "late")
 KINDS = ("exact", "tie", "refused", "differs", *FAILURES)
@@ -82,8 +92,10 @@ class Case:
         pad: `generate`'s padding token; `filler` "any": the padded columns hold other tokens (then a mask says so).
         in_call: padding and end-of-sequence tokens are arguments of `generate`; the configs name others.
         mask: "given", "ones" or "absent"; `holes` are masked too, as (row, index in its prompt).
-        positions: "absent", "right", "shifted" by 3, with a "gap" in the middle, or the "columns" of the batch.
+        positions: "absent", "right", "one-row" (right, for all rows in one), "shifted" by 3, with a "gap" in the
+            middle, or the "columns" of the batch.
         inputs: "ids", "embeds" or "both"; `noise` is added to the embeddings.
+        cached: so many columns of the prompt lie in a cache that `generate` is given.
         quantile: of the trigger's values without selection, where the threshold lies.
         again: the logits processor has served the same call before.
     """
@@ -117,6 +129,7 @@ class Case:
     positions: str = "absent"
     inputs: str = "ids"
     noise: float = 0.0
+    cached: int = 0
 
     trigger: str = "always"
     quantile: float = 0.5
@@ -163,6 +176,7 @@ class Case:
 
     @property
     def pad_of_generate(self) -> int | None:
+        """The token that `generate` pads with."""
         return self.eos[0] if self.pad is None and self.eos else self.pad
 
     def describe(self) -> str:
@@ -217,7 +231,7 @@ def draw(number: int) -> Case:
     num_rows = rng.randint(1, 4)
     case["extra"] = rng.randint(1, 3) if case["padding"] != "none" and (num_rows == 1 or sometimes(0.25)) else 0
     case["mask"] = one_of(given=6, ones=1.5, absent=2)
-    case["mask_dtype"] = rng.choice(["int64", "int64", "bool"])
+    case["mask_dtype"] = rng.choice(["int64", "int64", "int64", "bool", "float32"])
     if case["mask"] == "given" and sometimes(0.2):
         case["filler"] = "any"
 
@@ -244,6 +258,9 @@ def draw(number: int) -> Case:
         case["inputs"] = one_of(ids=8, embeds=0.6, both=0.8)
         if case["inputs"] != "ids" and local and case["trigger"] != "kl" and sometimes(0.5):
             case["noise"] = 0.3
+        same = case["padding"] == "none" and case["mask"] != "absent" and not case.get("holes")
+        if case["positions"] == "right" and same and sometimes(0.5):
+            case["positions"] = "one-row"
 
     # what `generate` is asked for
     case["new_tokens"] = rng.randint(3, 10)
@@ -262,6 +279,10 @@ def draw(number: int) -> Case:
         case |= {"do_sample": True, "temperature": rng.choice([1.0, 0.7, 1.5]), "top_k": rng.choice([0, 0, 10])}
         case |= {"top_p": rng.choice([1.0, 1.0, 0.9]), "num_return_sequences": rng.choice([1, 1, 2, 3])}
     case["again"] = sometimes(0.15)
+    width = max(map(len, prompts)) + case["extra"]
+    plain = case["padding"] != "right" and case["inputs"] == "ids" and case.get("num_return_sequences", 1) == 1
+    if plain and case["mask"] != "absent" and width > 1 and sometimes(0.12):
+        case["cached"] = rng.randint(1, width - 1)
     return Case(**case)
 
 
@@ -285,7 +306,7 @@ class Built:
 def build(case: Case) -> Built:
     pad, eos = case.pad, list(case.eos) or None
     if case.in_call:
-        pad, eos = (None if pad == PAD else PAD), None
+        pad, eos = (None if pad in (PAD, None) else PAD), None
     common = {"bos_token_id": BOS, "eos_token_id": eos}
 
     def make(architecture: str, attn: str, seed: int, vocab_size: int, pad: int | None, **config):
@@ -296,11 +317,13 @@ def build(case: Case) -> Built:
         return tiny_model(family, seed, attn, **(config | common | own))
 
     shape = {"hidden_size": case.hidden_size, "num_hidden_layers": case.layers, "tie_word_embeddings": case.tied}
-    student = functools.partial(make, case.architecture, seed=case.number, vocab_size=case.vocab_size, pad=pad, **shape)
+    shape |= {"seed": case.number, "vocab_size": case.vocab_size, "pad": pad}
+    student = functools.partial(make, case.architecture, **shape)
     model = caller = student(case.attn)
     teacher = naive_teacher = None
     if case.needs_teacher:
-        pads = {"same": pad, "none": None, "other": 4}
+        known = None if pad is None or pad >= case.teacher_vocab else pad
+        pads = {"same": known, "none": None, "other": 4}
         settings = {"seed": case.number + 1, "vocab_size": case.teacher_vocab, "pad": pads[case.teacher_pad]}
         settings |= {"hidden_size": 32, "num_hidden_layers": 2}
         teacher = make(case.teacher, case.attn, **settings)
@@ -330,6 +353,18 @@ class Prompt:
     mask_BT: torch.Tensor
     positions_BT: torch.Tensor
     embeds_BTD: torch.Tensor
+
+    def cache(self, model: torch.nn.Module, num_columns: int) -> DynamicCache:
+        """A cache of the first columns."""
+        cache, columns = DynamicCache(config=model.config), slice(0, num_columns)
+        with torch.no_grad():
+            model(
+                input_ids=self.ids_BT[:, columns],
+                attention_mask=self.mask_BT[:, columns],
+                position_ids=self.positions_BT[:, columns],
+                past_key_values=cache,
+            )
+        return cache
 
 
 def write_prompt(case: Case, model: torch.nn.Module) -> Prompt:
@@ -363,7 +398,7 @@ def write_prompt(case: Case, model: torch.nn.Module) -> Prompt:
             positions_BT = positions_BT + 4 * (positions_BT > positions_BT.amax(-1, keepdim=True) // 2)
         elif case.positions == "columns":
             positions_BT = torch.arange(width).expand_as(ids_BT)
-        arguments["position_ids"] = positions_BT
+        arguments["position_ids"] = positions_BT[:1] if case.positions == "one-row" else positions_BT
     with torch.no_grad():
         embeds_BTD = model.get_input_embeddings()(ids_BT)
     embeds_BTD = embeds_BTD + case.noise * embeds_BTD.std() * torch.randn(embeds_BTD.shape, generator=generator)
@@ -440,9 +475,11 @@ def call(road: str, case: Case, built: Built, prompt: Prompt, threshold: float |
             settings |= {"logits_processor": LogitsProcessorList(own)} if own else {}
         for _ in range(1 + (case.again and road == "processor")):
             count.num_tokens = 0
+            if case.cached:
+                settings["past_key_values"] = prompt.cache(built.model, case.cached)
             torch.manual_seed(case.number)
             sequences = built.caller.generate(**settings)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is what came of this way
+    except Exception as error:  # whatever it is, it is what came of this way
         return Outcome(error=error, num_tokens=count.num_tokens)
     return Outcome(sequences, trace, num_tokens=count.num_tokens)
 
@@ -465,9 +502,9 @@ class WholeText(NaiveCausalLM):
         return self.base.get_input_embeddings()(torch.tensor(ids))
 
     @torch.no_grad()
-    def read(self, text, tokens_adapted="none", candidates=()):
-        """What the head reads (N, D), logits (N, V) and all layers' hidden states (N, D) after the text, or after the
-        text and each candidate."""
+    def read(self, text, tokens_adapted="none", candidates=(), all_layers=False):
+        """What the head reads (N, D), logits (N, V) and, on request, all layers' hidden states (N, D) after the text,
+        or after the text and each candidate."""
         texts = [[*text.ids, *([candidate])] for candidate in candidates] or [text.ids]
         length = len(texts[0])
         embeds_NTD = torch.stack([self.embed(ids) for ids in texts])
@@ -481,9 +518,9 @@ class WholeText(NaiveCausalLM):
             attention_mask=mask_T.expand(len(texts), -1),
             position_ids=positions_T.expand(len(texts), -1),
             use_cache=False,
-            output_hidden_states=True,
+            output_hidden_states=all_layers,
         )
-        return self.hidden_BD, output.logits[:, -1], [states[:, -1] for states in output.hidden_states]
+        return self.hidden_BD, output.logits[:, -1], [states[:, -1] for states in output.hidden_states or ()]
 
 
 @dataclass
@@ -667,7 +704,7 @@ def decode(case: Case, built: Built, prompt: Prompt, threshold: float | None) ->
         logits_BV, hidden_BD = torch.zeros(len(texts), case.vocab_size), [None] * len(texts)
         for row, text in enumerate(texts):
             if unfinished[row]:
-                _, logits_1V, states = built.naive.read(text, case.writes_with)
+                _, logits_1V, states = built.naive.read(text, case.writes_with, all_layers=case.needs_router)
                 logits_BV[row] = logits_1V[0]
                 hidden_BD[row] = states[built.router.config.layer][0] if built.router else None
         for processor in processors:
@@ -711,7 +748,7 @@ def threshold_of(case: Case, built: Built, prompt: Prompt) -> float | None:
         return None
     if case.trigger == "random":
         return case.quantile
-    rows = decode(case, built, prompt, math.inf).rows
+    rows = decode(replace(case, new_tokens=min(case.new_tokens, 5)), built, prompt, math.inf).rows
     values = sorted(step.value for row in rows for step in row)
     if len(values) == 1:
         return values[0] - 1.0
@@ -734,7 +771,7 @@ class Difference(NamedTuple):
 
 
 def differences(case: Case, expected: Expected, outcome: Outcome, prompt: Prompt) -> list[Difference]:
-    """The first difference of each row, and how a tie excuses none of it. Row -1: of the whole."""
+    """The first difference of each row, whether or not a tie excuses it. Row -1: of the whole."""
     num_columns = 0 if case.inputs == "embeds" else prompt.ids_BT.shape[1]
     found = []
     if outcome.sequences.shape[0] != len(expected.rows) or not torch.equal(
@@ -765,36 +802,54 @@ def differences(case: Case, expected: Expected, outcome: Outcome, prompt: Prompt
     return found
 
 
-def off(value: float, reference: float) -> bool:
-    return not abs(value - reference) <= TOLERANCE * max(1.0, abs(reference))
+def numbers_of(step: Step, traced: dict) -> list[tuple[str, float, float]]:
+    """Name, traced number and the reference's."""
+    numbers = [("trigger value", traced["value"], step.value)]
+    if step.scores and "scores" in traced:
+        for id, score, logprob in zip(traced["candidate_ids"], traced["scores"], traced["logprobs"]):
+            if id in step.scores:
+                numbers.append((f"score of {id}", score, step.scores[id][0]))
+                numbers.append((f"log-probability of {id}", logprob, step.scores[id][1]))
+    return numbers
+
+
+def error_of(value: float, reference: float) -> float:
+    """Relative above 1."""
+    return abs(value - reference) / max(1.0, abs(reference))
 
 
 def wrong_with(step: Step, traced: dict, token: int) -> str | None:
     """What a traced step has that the reference has not."""
-    if off(traced["value"], step.value):
-        return f"trigger value {traced['value']:.5f}, not {step.value:.5f}"
+    for name, value, reference in numbers_of(step, traced):
+        if not error_of(value, reference) <= TOLERANCE:
+            return f"{name} is {value:.5f}, not {reference:.5f}"
     for name in ("triggered", "asked", "first"):
         if traced[name] != getattr(step, name):
             return f"{name} {traced[name]}, not {getattr(step, name)}"
-    if step.scores:
-        if set(traced["candidate_ids"]) != set(step.scores):
-            return f"candidates {sorted(traced['candidate_ids'])}, not {sorted(step.scores)}"
-        for id, score, logprob in zip(traced["candidate_ids"], traced["scores"], traced["logprobs"]):
-            for name, value, reference in zip(("score", "logprob"), (score, logprob), step.scores[id]):
-                if off(value, reference):
-                    return f"{name} of {id} is {value:.5f}, not {reference:.5f}"
+    if step.scores and set(traced["candidate_ids"]) != set(step.scores):
+        return f"candidates {sorted(traced['candidate_ids'])}, not {sorted(step.scores)}"
     if token != step.token:
         return f"token {token}, not {step.token}"
     return None
 
 
 class Result(NamedTuple):
-    """What came of a case: its kind, and by way into `generate` what came of that and why."""
+    """What came of a case.
+
+    Attributes:
+        kind: see the top of this file.
+        ways: way into `generate` -> (kind, why).
+        num_asked: choices of the reference.
+        num_flipped: those that are not the student's first token.
+        largest_error: of the numbers compared where a way is exact, relative above 1.
+    """
 
     case: Case
     kind: str
     ways: dict[str, tuple[str, str]]
-    num_asked: int
+    num_asked: int = 0
+    num_flipped: int = 0
+    largest_error: float = 0.0
 
     @property
     def failed(self) -> bool:
@@ -815,9 +870,7 @@ def judge(case: Case, expected: Expected | None, outcome: Outcome, prompt: Promp
     if expected is None:
         return "wrong", "goes on with a text that the teacher cannot read"
     found = differences(case, expected, outcome, prompt)
-    tied = [
-        next((number for number, step in enumerate(steps) if step.gap < TIE), math.inf) for steps in expected.rows
-    ]
+    tied = [next((number for number, step in enumerate(steps) if step.gap < TIE), math.inf) for steps in expected.rows]
     unexcused = [d for d in found if (min(tied) if d.row < 0 else tied[d.row]) > d.step]
     if any(d.row < 0 for d in unexcused) and min(tied) < math.inf:
         unexcused = [d for d in unexcused if d.row >= 0 or "prompt" in d.what]
@@ -833,25 +886,45 @@ def run_case(case: Case) -> Result:
     built = build(case)
     prompt = write_prompt(case, built.model)
     try:
-        threshold, expected = threshold_of(case, built, prompt), None
+        threshold = threshold_of(case, built, prompt)
+    except Unreadable:
+        threshold = 0.5
+    try:
         expected = decode(case, built, prompt, threshold)
     except Unreadable:
-        threshold, expected = (0.5 if case.trigger not in ("always", "never") else None), None
-    ways = {}
+        expected = None
+    ways, errors = {}, [0.0]
     for road in ROADS:
         outcome = call(road, case, built, prompt, threshold)
         ways[road] = judge(case, expected, outcome, prompt)
+        if ways[road][0] == "exact":
+            pairs = (pair for steps in zip(expected.rows, outcome.trace.rows()) for pair in zip(*steps))
+            errors += [error_of(*numbers) for pair in pairs for _, *numbers in numbers_of(*pair)]
     kinds = {kind for kind, _ in ways.values()}
     if "refused" in kinds and not kinds & set(FAILURES):
         kind = "refused" if kinds == {"refused"} else "differs"
     else:
         kind = next(kind for kind in ("wrong", "late", "tie", "exact") if kind in kinds)
-    num_asked = 0 if expected is None else sum(step.asked for row in expected.rows for step in row)
-    return Result(case, kind, ways, num_asked)
+    asked = [step for row in expected.rows for step in row if step.asked] if expected else []
+    return Result(case, kind, ways, len(asked), sum(step.token != step.first for step in asked), max(errors))
 
 
 def run_number(number: int) -> Result:
     return run_case(draw(number))
+
+
+def plain_is_exact(case: Case) -> bool:
+    """Whether `generate` without S2T is a forward of the whole text in this case: what is wrong may be its own."""
+    built = build(case)
+    prompt = write_prompt(case, built.model)
+    expected = decode(replace(case, trigger="never"), built, prompt, None)
+    banned = {*case.suppressed, *(case.reserved if case.local else ())}
+    settings = settings_of(case) | prompt.arguments | ({"suppress_tokens": sorted(banned)} if banned else {})
+    if case.cached:
+        settings["past_key_values"] = prompt.cache(built.model, case.cached)
+    torch.manual_seed(case.number)
+    sequences = built.caller.generate(**settings)
+    return sequences[:, -expected.tokens_BN.shape[1] :].tolist() == expected.tokens_BN.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -869,9 +942,19 @@ def reason(why: str) -> str:
 
 
 def table(results: list[Result]) -> str:
-    kinds = Counter(result.kind for result in results)
-    lines = [f"{len(results)} cases, {sum(result.num_asked for result in results)} choices asked for"]
-    lines += [f"  {kind:8} {kinds[kind]:5}" for kind in KINDS]
+    asked, flipped = (sum(getattr(result, name) for result in results) for name in ("num_asked", "num_flipped"))
+    error = max((result.largest_error for result in results), default=0.0)
+    lines = [f"{len(results)} cases, {asked} choices, {flipped} of them not the student's first token"]
+    lines += [f"largest error of an exact trigger value, score or log-probability: {error:.1e}"]
+    names = ("architecture", "attn", "setup", "trigger", "padding", "mask", "positions", "inputs")
+    columns = [("all", [""] * len(results))]
+    columns += [(name, [getattr(result.case, name) for result in results]) for name in names]
+    columns.append(("holes", ["some" if result.case.holes else "none" for result in results]))
+    lines.append(" ".join(f"{kind:>8}" for kind in KINDS))
+    for name, values in columns:
+        for value in dict.fromkeys(sorted(values)):
+            kinds = Counter(result.kind for result, own in zip(results, values) if own == value)
+            lines.append(" ".join(f"{kinds[kind]:8}" for kind in KINDS) + f"  {name} {value}")
     for title, wanted in (("refused by both", ("refused",)), ("refused by one alone", ("differs", *FAILURES))):
         reasons = Counter(
             f"{road}: {reason(why)}"
@@ -899,17 +982,21 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{f.name:22} {getattr(result.case, f.name)}")
         for road, (kind, why) in result.ways.items():
             print(f"{road:10} {kind} {why}")
+        if result.failed:
+            alike = "equals" if plain_is_exact(result.case) else "differs from"
+            print(f"generate without S2T {alike} a forward of the whole text")
         print(result.kind)
         return int(result.failed)
     numbers = range(args.seed, args.seed + args.cases)
     results = []
-    with multiprocessing.get_context("spawn").Pool(args.jobs, be_quiet) as pool:
-        with tqdm(total=len(numbers), smoothing=0.05) as bar:
-            for result in pool.imap_unordered(run_number, numbers, chunksize=4):
-                results.append(result)
-                bar.update()
-                if result.failed:
-                    bar.write(str(result), file=sys.stdout)
+    pool = multiprocessing.get_context("spawn").Pool(args.jobs, be_quiet) if args.jobs > 1 else nullcontext()
+    with pool, tqdm(total=len(numbers), smoothing=0.05) as bar:
+        found = pool.imap_unordered(run_number, numbers, chunksize=4) if args.jobs > 1 else map(run_number, numbers)
+        for result in found:
+            results.append(result)
+            bar.update()
+            if result.failed:
+                bar.write(str(result), file=sys.stdout)
     results.sort(key=lambda result: result.case.number)
     for result in results:
         if result.kind == "differs":
