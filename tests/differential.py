@@ -89,8 +89,10 @@ class Case:
 
     Attributes:
         padding: "none", "left" or "right"; `extra` columns more than the longest prompt needs.
+        teacher_rows: so many more has the teacher's head; `teacher_pad`: of its config.
         pad: `generate`'s padding token; `filler` "any": the padded columns hold other tokens (then a mask says so).
         in_call: padding and end-of-sequence tokens are arguments of `generate`; the configs name others.
+        pad_to_s2t: the padding token is an argument of `S2T` as well.
         mask: "given", "ones" or "absent"; `holes` are masked too, as (row, index in its prompt).
         positions: "absent", "right", "one-row" (right, for all rows in one), "shifted" by 3, with a "gap" in the
             middle, or the "columns" of the batch.
@@ -113,7 +115,7 @@ class Case:
     as_peft: bool = False
     merged: bool = False
     teacher: str = "llama"
-    teacher_vocab: int = 97
+    teacher_rows: int = 0
     teacher_pad: str = "same"
 
     prompts: tuple[tuple[int, ...], ...] = ((5, 6, 7),)
@@ -122,6 +124,7 @@ class Case:
     pad: int | None = PAD
     filler: str = "pad"
     in_call: bool = False
+    pad_to_s2t: bool = False
     eos: tuple[int, ...] = (EOS,)
     mask: str = "given"
     mask_dtype: str = "int64"
@@ -170,6 +173,10 @@ class Case:
         return not self.local or self.trigger == "kl"
 
     @property
+    def teacher_vocab(self) -> int:
+        return self.vocab_size + self.teacher_rows
+
+    @property
     def writes_with(self) -> str:
         """Which tokens see the adapter as the text is written."""
         return "all" if self.local and self.scope[1] == "adapted" else "none"
@@ -205,7 +212,6 @@ def draw(number: int) -> Case:
     case |= {"layers": 2 if windowed else rng.randint(1, 3), "hidden_size": rng.choice([16, 32])}
     vocab, local = case["vocab_size"], case["setup"] not in ("teacher", "takeover")
     reserved = tuple(rng.sample(range(3, vocab), rng.choice([2, 5, 16]))) if local else ()
-    words = [token for token in range(3, vocab) if token not in reserved]
     case |= {"reserved": reserved, "score_head": rng.choice(["bins", "linear"])}
     case |= {"as_peft": local and sometimes(0.15), "merged": case["setup"] == "sequence-adapted" and sometimes(0.3)}
 
@@ -217,9 +223,14 @@ def draw(number: int) -> Case:
     if sometimes(0.4):
         weights = [rng.uniform(0.2, 2), rng.uniform(0, 0.3), rng.uniform(-0.5, 0.2), rng.uniform(0.05, 0.3)]
         case["fusion"] = tuple(round(weight, 2) for weight in weights[: rng.choice([1, 2, 3, 3, 4])])
-    case["teacher"] = rng.choice(list(ARCHITECTURES))
-    case["teacher_vocab"] = vocab + rng.choice([0, 0, 0, 0, 23, -7])
-    case["teacher_pad"] = one_of(same=6, none=1, other=1)
+    lacking = set()
+    if not local or case["trigger"] == "kl":
+        case["teacher"], case["teacher_rows"] = rng.choice(list(ARCHITECTURES)), rng.choice([0, 0, 0, 0, 23, -7])
+        case["teacher_pad"] = one_of(same=6, none=1, other=1)
+        if case["teacher_rows"] < 0 and sometimes(0.8):  # all of the text is to be such as the teacher can read
+            lacking = set(range(vocab + case["teacher_rows"], vocab))
+
+    words = [token for token in range(3, vocab) if token not in lacking.union(reserved)]
 
     # what ends a text, and what pads it
     case["eos"] = rng.choice([(), (EOS,), (EOS, *rng.sample(words, 5)), tuple(rng.sample(words, 3))])
@@ -236,7 +247,7 @@ def draw(number: int) -> Case:
         case["filler"] = "any"
 
     # texts, in which the special tokens may occur and with which they may begin
-    specials = [token for token in {BOS, EOS, PAD, case["pad"], *case["eos"][:2]} if token is not None]
+    specials = sorted({BOS, EOS, PAD, *case["eos"][:2]} | ({case["pad"]} - {None}))
     share = rng.choice([0.0, 0.0, 0.1, 0.3])
     length, first = rng.randint(1, 12), rng.choice([None, None, BOS, case["pad"], EOS])
     prompts = []
@@ -264,17 +275,12 @@ def draw(number: int) -> Case:
 
     # what `generate` is asked for
     case["new_tokens"] = rng.randint(3, 10)
-    case["min_new_tokens"] = rng.choice([0, 0, 0, 4])
+    case["min_new_tokens"] = rng.choice([0, 0, 0, min(4, case["new_tokens"])])
     case["repetition_penalty"] = rng.choice([1.0, 1.0, 1.0, 1.3, 0.8])
     case["no_repeat_ngram_size"] = rng.choice([0, 0, 0, 1, 2])
-    if sometimes(0.2):
-        case["suppressed"] = tuple(sorted(rng.sample(words, len(words) // 3)))
-        case["suppressed_by"] = rng.choice(["setting", "user"])
-    if case["teacher_vocab"] < vocab and sometimes(0.8):  # a text that the teacher can read
-        lacking = set(range(case["teacher_vocab"], vocab))
-        case["suppressed"] = tuple(sorted(lacking | set(case["suppressed"] if "suppressed" in case else ())))
-        readable = [word for word in words if word not in lacking]
-        case["prompts"] = tuple(tuple(readable[0] if t in lacking else t for t in prompt) for prompt in prompts)
+    if sometimes(0.2) or lacking:
+        banned = lacking | set(rng.sample(words, len(words) // 3) if sometimes(0.8) else ())
+        case |= {"suppressed": tuple(sorted(banned)), "suppressed_by": rng.choice(["setting", "user"])}
     if sometimes(0.4):
         case |= {"do_sample": True, "temperature": rng.choice([1.0, 0.7, 1.5]), "top_k": rng.choice([0, 0, 10])}
         case |= {"top_p": rng.choice([1.0, 1.0, 0.9]), "num_return_sequences": rng.choice([1, 1, 2, 3])}
@@ -283,6 +289,7 @@ def draw(number: int) -> Case:
     plain = case["padding"] != "right" and case["inputs"] == "ids" and case.get("num_return_sequences", 1) == 1
     if plain and case["mask"] != "absent" and width > 1 and sometimes(0.12):
         case["cached"] = rng.randint(1, width - 1)
+    case["pad_to_s2t"] = case["pad"] is not None and sometimes(0.15)
     return Case(**case)
 
 
@@ -373,7 +380,7 @@ def write_prompt(case: Case, model: torch.nn.Module) -> Prompt:
     filler = PAD if case.pad_of_generate is None else case.pad_of_generate
     ids_BT = torch.full((len(case.prompts), width), filler)
     if case.filler == "any":
-        ids_BT = torch.randint(3, min(case.vocab_size, case.teacher_vocab), ids_BT.shape, generator=generator)
+        ids_BT = torch.randint(3, case.vocab_size, ids_BT.shape, generator=generator)
     real_BT = torch.zeros_like(ids_BT)
     for row, prompt in enumerate(case.prompts):
         start = 0 if case.padding == "right" else width - len(prompt)
@@ -467,7 +474,8 @@ def call(road: str, case: Case, built: Built, prompt: Prompt, threshold: float |
         )
         teacher = built.teacher if case.local else None
         if road == "processor":
-            one = S2T(built.selector, teacher_model=teacher, config=config, trace=trace)
+            pad = case.pad if case.pad_to_s2t else None
+            one = S2T(built.selector, teacher_model=teacher, config=config, pad_token_id=pad, trace=trace)
             settings["logits_processor"] = LogitsProcessorList([*own, *one]) if own else one
         else:
             settings |= {"custom_generate": s2t_generate, "selector": built.selector, "teacher_model": teacher}
