@@ -712,7 +712,7 @@ def decode(case: Case, built: Built, prompt: Prompt, threshold: float | None) ->
         logits_BV, hidden_BD = torch.zeros(len(texts), case.vocab_size), [None] * len(texts)
         for row, text in enumerate(texts):
             if unfinished[row]:
-                _, logits_1V, states = built.naive.read(text, case.writes_with, all_layers=case.needs_router)
+                _, logits_1V, states = built.naive.read(text, case.writes_with, all_layers=built.router is not None)
                 logits_BV[row] = logits_1V[0]
                 hidden_BD[row] = states[built.router.config.layer][0] if built.router else None
         for processor in processors:

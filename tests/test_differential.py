@@ -223,6 +223,12 @@ def test_the_command_line_tells_failures_by_number_and_ends_with_a_table(monkeyp
     assert all(road in told for road in ROADS) and "generate without S2T equals a forward" in told
 
 
+@pytest.mark.parametrize("trigger", ["kl", "router"])
+def test_generate_without_s2t_is_told_from_the_fault_wherever_it_lies(trigger):
+    assert differential.plain_is_exact(replace(PADDED, trigger=trigger))
+    assert not differential.plain_is_exact(replace(PADDED, trigger=trigger, padding="right"))
+
+
 def test_a_row_that_ends_early_is_compared_up_to_its_end():
     """The reference ends a row where it says so, and the rest has to be padding."""
     free = replace(PADDED, eos=(), new_tokens=6)
