@@ -46,8 +46,9 @@ from trl import TrlParser
 
 from transformers_s2t import LocalSelector, SelectorConfig
 from transformers_s2t.config import write_json
+from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
 from transformers_s2t.proposals import exclude
-from transformers_s2t.reserved_tokens import model_hash, vocab_hash
+from transformers_s2t.reserved_tokens import vocab_hash
 from transformers_s2t.seen_problems import STAGES, check_unseen
 from transformers_s2t.teachers import context_length, head_rows, logits_from
 from transformers_s2t.trajectories import CORRECTED_ROLLOUTS, TrajectoryHeader, read_held_out_labels
@@ -369,10 +370,11 @@ def measure(args: RetentionArguments) -> dict:
     # 2. one model at a time beside the base model
     device = default_device()
     base = load_model(args.model, args.dtype, device)
-    if header.model_hash and model_hash(base) != header.model_hash:
+    weights = model_hash(base)
+    if not same_weights(header.model_hash, weights):
         raise ValueError(
-            f"`labels` {args.labels!r} hold text of {header.model!r} (weights {header.model_hash}), but "
-            f"{args.model!r} has weights {model_hash(base)}: they are not its own."
+            f"`labels` {args.labels!r} hold text of {header.model!r} (weights {weights_name(header.model_hash)}), but "
+            f"{args.model!r} has weights {weights_name(weights)}: they are not its own."
         )
     runs: dict[str, list[Sums]] = {row.name: [] for row in rows}
     total = len(documents) * sum(len(row.sources) for row in rows)

@@ -13,7 +13,8 @@ from tiny import RESERVED, lora_model, tiny_model
 from tiny_labels import make_uneven_labels, tiny_tokenizer
 
 from transformers_s2t import LocalSelector, SelectorConfig
-from transformers_s2t.reserved_tokens import model_hash, vocab_hash
+from transformers_s2t.fingerprints import model_hash
+from transformers_s2t.reserved_tokens import vocab_hash
 from transformers_s2t.seen_problems import write_seen_problems
 from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
