@@ -33,12 +33,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from adapters import check_same_tokenizer
+from adapters import check_model, check_same_tokenizer, check_tuned, merge_adapter
 from commands import run
 from estimates import bootstrap_interval
 from evaluate import align, check_folder, parse_tuned, versions
 from models import default_device, load_model
-from peft import PeftConfig, PeftModel
 from problems import Problem, encode_prompts, load_problems
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -204,7 +203,7 @@ def load_model_of(
         selector = LocalSelector.from_pretrained(source, model)
         return selector.model, selector.generating
     if row.kind == "tuned":  # as recipes/evaluate.py decodes with it
-        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+        model = merge_adapter(model, source, "tuned")
     return model, nullcontext
 
 
@@ -325,13 +324,9 @@ def make_rows(args: RetentionArguments, header: TrajectoryHeader, problem_ids: d
             check_folder(argument, path)
             for what, ids in problem_ids.items():
                 check_unseen(path, ids, STAGES, what)
+            if argument == "tuned":
+                check_tuned(argument, path, "name it in `adapters`")
     rows = {name: Row(name, "tuned", sources) for name, sources in tuned.items()}
-    for name, row in rows.items():
-        for path in row.sources:
-            try:
-                PeftConfig.from_pretrained(path)
-            except ValueError:
-                raise ValueError(f"`tuned`: {name}={path} holds no adapter (recipes/train_baseline.py).") from None
     for path in args.adapters:
         config = SelectorConfig.from_pretrained(path)
         check_same_tokenizer(args.labels, header, config)
@@ -345,6 +340,7 @@ def measure(args: RetentionArguments) -> dict:
     # 1. everything that can be wrong, before a model is loaded
     for name in ("model", "labels"):
         check_folder(name, getattr(args, name))
+    check_model("model", args.model)
     written, header = read_label_documents(args)
     texts = read_text(args)
     ids = {"labels": [document.id for document in written], "text": [text.id for text in texts]}

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters import check_same_tokenizer, open_adapter
+from adapters import check_model, check_same_tokenizer, open_adapter
 from commands import run
 from models import default_device, load_model
 from safetensors import safe_open
@@ -231,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     labels, held_out, header = read_both(args)
     check_same_tokenizer(args.labels, header, config)
+    check_model("model", args.model or config.base_model)
     model = load_model(args.model or config.base_model, args.dtype, default_device())
     own_hash = model_hash(model)
     if not same_weights(config.model_hash, own_hash):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +38,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import find_adapter_config_file
 
 from . import losses
 from .blocks import cut_to_blocks, text_mask
@@ -142,8 +144,14 @@ class S2TTrainer(Trainer):
                     raise ValueError("`quantization_config` must not be in `args.model_init_kwargs` too.")
                 init_kwargs["quantization_config"] = quantization_config
             name_or_path = model
+            hub = {key: init_kwargs[key] for key in _HUB_KWARGS if key in init_kwargs}
+            if find_adapter_config_file(name_or_path, **{k: hub[k] for k in hub if k != "trust_remote_code"}):
+                raise ValueError(
+                    f"`model` must be a base model, got the adapter {name_or_path!r}: pass the model that it was "
+                    "trained on, or one that it was merged into (recipes/merge.py); to train it further, load it with "
+                    "`PeftModel.from_pretrained(..., is_trainable=True)`."
+                )
             if processing_class is None:
-                hub = {key: init_kwargs[key] for key in _HUB_KWARGS if key in init_kwargs}
                 processing_class = AutoTokenizer.from_pretrained(name_or_path, **hub)
             _check_labels_fit(headers, processing_class, name_or_path)
             with _whole_weights():
@@ -772,6 +780,11 @@ def _with_adapter(
                 "is_trainable=True)`."
             )
         return model, tuple(args.reserved_token_ids or ids)
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError(
+            "`model` must be a base model or a PeftModel, got one that holds adapters already, as from_pretrained "
+            "returns it for the folder of an adapter: they would write the text."
+        )
     ids = args.reserved_token_ids
     if ids is None:
         try:
