@@ -1,10 +1,18 @@
-"""Adapters that a recipe writes beside: what can be wrong with them before a model is loaded."""
+"""Adapters that a recipe reads or writes beside: what can be wrong with them before a model is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
 from transformers_s2t import SelectorConfig
+from transformers_s2t.config import S2T_CONFIG_NAME
 from transformers_s2t.trajectories import TrajectoryHeader
 
 
@@ -36,3 +44,90 @@ def check_same_tokenizer(
             f"`{argument}` {labels!r} were made with another tokenizer ({header.vocab_hash}) than the adapter's "
             f"({config.vocab_hash}): label with {config.base_model!r}."
         )
+
+
+def find_file(source: str, name: str) -> str | None:
+    """The path of a file of a local folder or a Hub repository; `None` where there is none, or nobody to ask."""
+    quiet = ("missing_entries", "connection_errors", "gated_repo")
+    try:
+        return cached_file(source, name, **{f"_raise_exceptions_for_{what}": False for what in quiet})
+    except OSError:  # no such folder or repository: whoever loads it says so
+        return None
+
+
+def check_tuned(argument: str, source: str, instead: str) -> None:
+    """Raises a ValueError where an adapter that is to write the text is none.
+
+    Args:
+        argument: to be named.
+        source: a local folder or a Hub repository.
+        instead: what to do with a selector, whose adapter scores candidates.
+    """
+    if find_file(source, S2T_CONFIG_NAME) is not None:
+        raise ValueError(
+            f"`{argument}` must be an adapter that writes text, got {source!r}, an S2T-Local selector "
+            f"({S2T_CONFIG_NAME}), whose adapter scores candidates: {instead}."
+        )
+    try:
+        PeftConfig.from_pretrained(source)
+    except ValueError:
+        raise ValueError(f"`{argument}`: {source!r} holds no adapter (recipes/train_baseline.py).") from None
+
+
+def check_model(argument: str, name: str, may_be_tuned: bool = False) -> None:
+    """Raises a ValueError where a model is an adapter, which `from_pretrained` would switch on for all of the text.
+
+    Args:
+        argument: to be named.
+        name: a local folder or a Hub repository.
+        may_be_tuned: an ordinary adapter is taken for its model, tuned.
+    """
+    if find_file(name, S2T_CONFIG_NAME) is not None:
+        raise ValueError(
+            f"`{argument}` must be a model, got {name!r}, an S2T-Local selector ({S2T_CONFIG_NAME}), whose adapter "
+            "would write the text: pass the model that it was trained on."
+        )
+    if not may_be_tuned and find_file(name, CONFIG_NAME) is not None:
+        raise ValueError(
+            f"`{argument}` must be a model, got the adapter {name!r}: merge it into its model first "
+            "(recipes/merge.py), or pass that."
+        )
+
+
+def merge_adapter(model: PreTrainedModel, source: str, argument: str = "adapter") -> PreTrainedModel:
+    """The model with an adapter merged into it, which is consumed.
+
+    Embeddings and head get as many rows as the adapter was trained with, where it tells: it then stores these rows, or
+    weights of their length.
+
+    Raises:
+        ValueError: where it was trained on a model of other shapes.
+    """
+    rows = set(_trained_rows(model, source))
+    if len(rows) == 1 and rows != {model.get_input_embeddings().weight.shape[0]}:
+        model.resize_token_embeddings(*rows, mean_resizing=False)
+    try:
+        return PeftModel.from_pretrained(model, source).merge_and_unload()
+    except RuntimeError as error:
+        mismatch = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+        if mismatch is None:
+            raise
+        raise ValueError(
+            f"`{argument}`: {source!r} was trained on a model of other shapes than `model`: {mismatch}"
+        ) from None
+
+
+def _trained_rows(model: PreTrainedModel, source: str) -> Iterator[int]:
+    """How many rows embeddings and head had in the training, as its weights tell."""
+    file = find_file(source, SAFETENSORS_WEIGHTS_NAME)
+    if file is None:
+        return
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    with safe_open(file, framework="pt") as weights:
+        for key in weights.keys():
+            part = next((key.partition(f".{name}.")[2] for name in names if f".{name}." in key), "")
+            if part in ("weight", "base_layer.weight", "lora_B.weight"):
+                yield weights.get_slice(key).get_shape()[0]
+            elif part == "lora_embedding_A":
+                yield weights.get_slice(key).get_shape()[1]

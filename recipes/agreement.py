@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from adapters import check_model
 from commands import run
 from controls import prior_scores, token_prior
 from fidelity import MIN_RANKED, interval
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
                 "prompts that the selector was not trained on."
             )
         prior = token_prior(train_labels)
+    for config in configs:
+        check_model("model", args.model or config.base_model)
     runs, fusions = [], []
     for adapter, config in zip(args.adapters, configs):
         model = load_model(args.model or config.base_model, args.dtype, default_device())

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import check_same_tokenizer, open_adapter
+from adapters import check_model, check_same_tokenizer, open_adapter
 from commands import run
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -206,7 +206,9 @@ def main(argv: list[str] | None = None) -> None:
     check_unseen(args.adapter, labels["problem_id"], ("training",), "labels")
     fit, check = divide(labels, args.check_share, args.limit)
     name = args.model or config.base_model
+    check_model("model", name)
     if args.teacher_model is not None:
+        check_model("teacher_model", args.teacher_model, may_be_tuned=True)
         check_same_vocabulary(*(AutoTokenizer.from_pretrained(source) for source in (name, args.teacher_model)))
     config = dataclasses.replace(config, warmup_tokens=args.warmup_tokens)
 

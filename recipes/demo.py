@@ -253,6 +253,7 @@ def config_of(stage: str, args: argparse.Namespace) -> list[str]:
 def main() -> None:
     args = parse_arguments()
     import torch
+    from adapters import check_model
 
     has_gpu = torch.cuda.is_available()
     bed, out = is_bed(args.dataset), Path(args.output_dir)
@@ -262,6 +263,8 @@ def main() -> None:
     env = dict(os.environ)
     if all(Path(source).exists() for source in (args.model, args.teacher_model, args.dataset)):
         env["HF_HUB_OFFLINE"] = "1"  # nothing to ask the Hub for
+    for name in ("model", "teacher_model"):
+        check_model(name, getattr(args, name))
     tokenizers = [load_pretrained(name, getattr(args, name), AutoTokenizer) for name in ("model", "teacher_model")]
     check_same_vocabulary(*tokenizers)
     config = AutoConfig.from_pretrained(args.model).get_text_config()

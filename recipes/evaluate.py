@@ -50,6 +50,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from adapters import check_model, check_tuned, merge_adapter
 from answers import STYLES, extract_answer, is_correct
 from commands import run
 from controls import (
@@ -62,7 +63,6 @@ from controls import (
 from estimates import NUM_RESAMPLES, bootstrap_interval
 from fidelity import DEFINITION, describe, measure_fidelity, measure_hits, open_labels
 from models import default_device, load_model, padding_token_id
-from peft import PeftModel
 from problems import Problem, encode_prompts, left_pad, load_problems
 from records import fingerprint, hash_of, read_records, write_records
 from texts import TEXTS_NAME, collect_texts
@@ -878,6 +878,10 @@ def evaluate(args: EvaluateArguments) -> dict:
     sources += [("prior_labels", args.prior_labels), *(("adapters", path) for path in args.adapters)]
     for name, value in sources + [("tuned", path) for paths in tuned.values() for path in paths]:
         check_folder(name, value)
+        if name in ("model", "teacher_model") and value is not None:
+            check_model(name, value)
+        elif name == "tuned":
+            check_tuned(name, value, "name it in `adapters`")
     thresholds_from = args.thresholds_from or (args.adapters[0] if args.adapters else None)
     of_others = SelectorConfig.from_pretrained(thresholds_from) if thresholds_from else None
     thresholds = of_others.thresholds if of_others is not None else {}
@@ -1001,7 +1005,7 @@ def evaluate(args: EvaluateArguments) -> dict:
             model = load_model(args.model, args.dtype, device)
             local = None
             if tuned_name is not None:
-                model = PeftModel.from_pretrained(model, tuned[tuned_name][seed]).merge_and_unload()
+                model = merge_adapter(model, tuned[tuned_name][seed], "tuned")
             elif seed is not None:
                 local = LocalSelector.from_pretrained(args.adapters[seed], model, adapter_name=f"s2t_{seed}")
             warm_up(model, bench)

@@ -30,6 +30,7 @@ import tokenizers
 import torch
 import transformers
 from accelerate import PartialState
+from adapters import check_model
 from data_card import write_data_card
 from huggingface_hub import HfApi
 from models import check_quantization, load_pretrained, make_quantization_config, padding_token_id
@@ -332,6 +333,9 @@ def prepare(args: LabelArguments) -> Plan:
     problems = load_problems(args.dataset, args.split, args.prompt_column, args.answer_column, until)[args.skip :]
     if not problems:
         raise ValueError(f"`skip` must be below the number of problems, got {args.skip}: nothing is left to label.")
+    for argument in ("model", "teacher_model"):
+        if (name := getattr(args, argument)) is not None:
+            check_model(argument, name)
     tokenizer = load_pretrained("model", args.model, AutoTokenizer)
     teacher_tokenizer, teacher_config = tokenizer, None
     if args.teacher_model is not None:

@@ -33,12 +33,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from adapters import check_same_tokenizer
+from adapters import check_model, check_same_tokenizer, check_tuned, merge_adapter
 from commands import run
 from estimates import bootstrap_interval
 from evaluate import align, check_folder, parse_tuned, versions
 from models import default_device, load_model
-from peft import PeftConfig, PeftModel
 from problems import Problem, encode_prompts, load_problems
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -46,8 +45,9 @@ from trl import TrlParser
 
 from transformers_s2t import LocalSelector, SelectorConfig
 from transformers_s2t.config import write_json
+from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
 from transformers_s2t.proposals import exclude
-from transformers_s2t.reserved_tokens import model_hash, vocab_hash
+from transformers_s2t.reserved_tokens import vocab_hash
 from transformers_s2t.seen_problems import STAGES, check_unseen
 from transformers_s2t.teachers import context_length, head_rows, logits_from
 from transformers_s2t.trajectories import CORRECTED_ROLLOUTS, TrajectoryHeader, read_held_out_labels
@@ -203,7 +203,7 @@ def load_model_of(
         selector = LocalSelector.from_pretrained(source, model)
         return selector.model, selector.generating
     if row.kind == "tuned":  # as recipes/evaluate.py decodes with it
-        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+        model = merge_adapter(model, source, "tuned")
     return model, nullcontext
 
 
@@ -324,13 +324,9 @@ def make_rows(args: RetentionArguments, header: TrajectoryHeader, problem_ids: d
             check_folder(argument, path)
             for what, ids in problem_ids.items():
                 check_unseen(path, ids, STAGES, what)
+            if argument == "tuned":
+                check_tuned(argument, path, "name it in `adapters`")
     rows = {name: Row(name, "tuned", sources) for name, sources in tuned.items()}
-    for name, row in rows.items():
-        for path in row.sources:
-            try:
-                PeftConfig.from_pretrained(path)
-            except ValueError:
-                raise ValueError(f"`tuned`: {name}={path} holds no adapter (recipes/train_baseline.py).") from None
     for path in args.adapters:
         config = SelectorConfig.from_pretrained(path)
         check_same_tokenizer(args.labels, header, config)
@@ -344,6 +340,7 @@ def measure(args: RetentionArguments) -> dict:
     # 1. everything that can be wrong, before a model is loaded
     for name in ("model", "labels"):
         check_folder(name, getattr(args, name))
+    check_model("model", args.model)
     written, header = read_label_documents(args)
     texts = read_text(args)
     ids = {"labels": [document.id for document in written], "text": [text.id for text in texts]}
@@ -369,10 +366,11 @@ def measure(args: RetentionArguments) -> dict:
     # 2. one model at a time beside the base model
     device = default_device()
     base = load_model(args.model, args.dtype, device)
-    if header.model_hash and model_hash(base) != header.model_hash:
+    weights = model_hash(base)
+    if not same_weights(header.model_hash, weights):
         raise ValueError(
-            f"`labels` {args.labels!r} hold text of {header.model!r} (weights {header.model_hash}), but "
-            f"{args.model!r} has weights {model_hash(base)}: they are not its own."
+            f"`labels` {args.labels!r} hold text of {header.model!r} (weights {weights_name(header.model_hash)}), but "
+            f"{args.model!r} has weights {weights_name(weights)}: they are not its own."
         )
     runs: dict[str, list[Sums]] = {row.name: [] for row in rows}
     total = len(documents) * sum(len(row.sources) for row in rows)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from adapters import BASELINE_NAME
+from adapters import BASELINE_NAME, check_model
 from commands import run
 from datasets import Dataset
 from models import default_device, load_model, padding_token_id
@@ -178,6 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.max_problems is not None:
         kept = set(list(dict.fromkeys(labels["problem_id"]))[: args.max_problems])
         labels = labels.select([i for i, id in enumerate(labels["problem_id"]) if id in kept])
+    check_model("model", args.model)
+    check_model("teacher_model", args.teacher_model, may_be_tuned=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
     pad = padding_token_id(tokenizer, args.model)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters import check_same_tokenizer, open_adapter
+from adapters import check_model, check_same_tokenizer, open_adapter
 from commands import run
 from models import default_device, load_model
 from safetensors import safe_open
@@ -34,7 +34,7 @@ from trl import TrlParser
 
 from transformers_s2t import SelectorConfig
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME, atomic_write
-from transformers_s2t.reserved_tokens import model_hash
+from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
 from transformers_s2t.router import ROUTER_TARGETS, RouterConfig, num_layers
 from transformers_s2t.router_training import collect, default_layers, fit_router, trigger_metrics
 from transformers_s2t.seen_problems import read_seen_problems, write_seen_problems
@@ -192,9 +192,10 @@ def take_router(args: RouterArguments, config: SelectorConfig) -> None:
         )
     with safe_open(file, framework="pt") as weights:
         router = RouterConfig(**json.loads(weights.metadata()["router"]))
+    pairs = {name: (getattr(other, name), getattr(config, name)) for name in SETTINGS}
     # an adapter that does not say what its model was takes the router of any
-    pairs = {"model_hash": (router.model_hash, config.model_hash or router.model_hash)}
-    pairs |= {name: (getattr(other, name), getattr(config, name)) for name in SETTINGS}
+    if config.model_hash and not (router.model_hash and same_weights(router.model_hash, config.model_hash)):
+        pairs = {"model_hash": tuple(map(weights_name, (router.model_hash, config.model_hash)))} | pairs
     for name, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise ValueError(
@@ -230,12 +231,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     labels, held_out, header = read_both(args)
     check_same_tokenizer(args.labels, header, config)
+    check_model("model", args.model or config.base_model)
     model = load_model(args.model or config.base_model, args.dtype, default_device())
     own_hash = model_hash(model)
-    if config.model_hash and own_hash != config.model_hash:
+    if not same_weights(config.model_hash, own_hash):
         raise ValueError(
-            f"`model` has weights {own_hash}, but the adapter was trained on {config.model_hash} "
-            f"({config.base_model!r}): load the one it was trained on."
+            f"`model` has weights {weights_name(own_hash)}, but the adapter was trained on "
+            f"{weights_name(config.model_hash)} ({config.base_model!r}): load the one it was trained on."
         )
     layers = args.layers or default_layers(model)
     wrong = [layer for layer in layers if not 1 <= layer <= num_layers(model)]

@@ -6,10 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_evaluate import load_recipe
-from tiny import prompts, tiny_model
+from tiny import RESERVED, lora_model, prompts, tiny_model
 from tiny_labels import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transformers_s2t import SelectorConfig
+from transformers_s2t.fingerprints import model_hash, same_weights
 from transformers_s2t.reserved_tokens import vocab_hash
 
 
@@ -62,7 +64,7 @@ def test_the_merged_model_is_the_model_with_its_adapter(folder, tmp_path, monkey
 def test_a_folder_that_holds_something_is_not_overwritten(folder, tmp_path, monkeypatch):
     tiny_model(seed=5).save_pretrained(tmp_path / "other")
     weights = (tmp_path / "other" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(merge, "PeftModel", None)  # it is found out before anything is merged
+    monkeypatch.setattr(merge, "AutoModelForCausalLM", None)  # it is found out before anything is merged
     with pytest.raises(ValueError, match="`output_dir`: '.*other' holds a model already"):
         run(folder, tmp_path / "other", monkeypatch)
     assert (tmp_path / "other" / "model.safetensors").read_bytes() == weights
@@ -77,3 +79,94 @@ def test_a_folder_that_holds_something_is_not_overwritten(folder, tmp_path, monk
 def test_an_empty_folder_is_filled(folder, tmp_path, monkeypatch):
     run(folder, tmp_path, monkeypatch)
     assert (tmp_path / "config.json").is_file()
+
+
+def test_a_selector_is_refused_before_a_model_is_loaded(folder, tmp_path, monkeypatch):
+    """Its adapter is for the candidates that it scores: merged, it writes the text."""
+    lora_model(tiny_model(), name="default").save_pretrained(tmp_path / "selector")
+    SelectorConfig(RESERVED).save_pretrained(tmp_path / "selector")
+    monkeypatch.setattr(merge, "AutoModelForCausalLM", None)
+    with pytest.raises(ValueError, match="`adapter` must be an adapter that writes text, got '.*selector'.*merge()"):
+        run(folder, tmp_path / "out", monkeypatch, adapter=tmp_path / "selector")
+    with pytest.raises(ValueError, match="`model` must be a model, got '.*selector', an S2T-Local selector"):
+        run(folder, tmp_path / "out", monkeypatch, model=tmp_path / "selector")
+    with pytest.raises(ValueError, match="`model` must be a model, got the adapter '.*tied-adapter': merge it"):
+        run(folder, tmp_path / "out", monkeypatch, model=folder / "tied-adapter")
+    with pytest.raises(ValueError, match="`adapter`: '.*model' holds no adapter"):
+        run(folder, tmp_path / "out", monkeypatch, adapter=folder / "model")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["here", "none"])
+def test_a_selector_of_the_hub_is_refused_where_it_can_be_looked_up(folder, tmp_path, monkeypatch, where):
+    lora_model(tiny_model(), name="default").save_pretrained(tmp_path / "selector")
+    SelectorConfig(RESERVED).save_pretrained(tmp_path / "selector")
+    adapters = sys.modules[merge.check_tuned.__module__]
+    asked = []
+
+    def cached_file(source, name, **kwargs):
+        asked.append((source, name))
+        assert not any(kwargs.values()) and kwargs
+        if where == "none":
+            raise OSError("nobody to ask")
+        return str(tmp_path / "selector" / name)
+
+    monkeypatch.setattr(adapters, "cached_file", cached_file)
+    monkeypatch.setattr(merge, "AutoModelForCausalLM", None)
+    message = "got 'you/selector', an S2T-Local" if where == "here" else "'you/selector' holds no adapter"
+    with pytest.raises(ValueError, match=f"`adapter`.*{message}"):
+        merge.check_tuned("adapter", "you/selector", "something")
+    assert asked[0] == ("you/selector", "s2t_config.json")
+
+
+def test_the_adapters_own_tokenizer_and_chat_template_are_kept(folder, tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 'of the adapter' }}"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    adapter = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear"))
+    adapter.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    run(folder, tmp_path / "merged", monkeypatch, adapter=tmp_path / "adapter")
+    found = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert found.chat_template == tokenizer.chat_template and vocab_hash(found) == vocab_hash(tokenizer)
+    assert vocab_hash(found) != vocab_hash(tiny_tokenizer())
+
+
+RESIZED = {
+    "saved embeddings": {"target_modules": ["q_proj"]},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "lora on embeddings": {"target_modules": ["embed_tokens"]},
+    "lora on the head": {"target_modules": ["lm_head", "v_proj"]},
+}
+
+
+@pytest.mark.parametrize("num_rows", [113, 90])
+@pytest.mark.parametrize(("what", "tied"), [*((what, False) for what in RESIZED), ("saved embeddings", True)])
+def test_an_adapter_of_a_model_with_other_rows_is_merged_into_as_many(
+    folder, tmp_path, monkeypatch, what, num_rows, tied
+):
+    torch.manual_seed(1)
+    model = tiny_model(tie_word_embeddings=tied)
+    model.resize_token_embeddings(num_rows, mean_resizing=False)
+    adapter = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **RESIZED[what]))
+    adapter.save_pretrained(tmp_path / "adapter", save_embedding_layers=what == "saved embeddings")
+    run(folder, tmp_path / "merged", monkeypatch, "tied" if tied else "model", adapter=tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == num_rows == merged.get_output_embeddings().weight.shape[0]
+    known = slice(None) if what in ("saved embeddings", "modules_to_save") else slice(90)  # rows that were stored
+    found, expected = logits_of(merged)[..., known], logits_of(adapter)[..., known]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_an_adapter_of_another_model_is_named(folder, tmp_path, monkeypatch):
+    config = LoraConfig(r=2, target_modules="all-linear")
+    get_peft_model(tiny_model(hidden_size=40), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="`adapter`: '.*adapter' was trained on a model of other shapes .*q_proj"):
+        run(folder, tmp_path / "merged", monkeypatch, adapter=tmp_path / "adapter")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merged_model_is_not_taken_for_its_base(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path / "merged", monkeypatch)
+    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "model", tmp_path / "merged"))
+    assert not same_weights(model_hash(base), model_hash(merged))

@@ -13,7 +13,8 @@ from tiny import RESERVED, lora_model, tiny_model
 from tiny_labels import make_uneven_labels, tiny_tokenizer
 
 from transformers_s2t import LocalSelector, SelectorConfig
-from transformers_s2t.reserved_tokens import model_hash, vocab_hash
+from transformers_s2t.fingerprints import model_hash
+from transformers_s2t.reserved_tokens import vocab_hash
 from transformers_s2t.seen_problems import write_seen_problems
 from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
@@ -208,11 +209,25 @@ def test_bad_arguments_are_named(bed, changes, message):
         ({"text_column": "prompt"}, r"`text_column`='prompt' is not in row 0 of .*; columns there: \['body'\]"),
         ({"tuned": ["sft=./nowhere"]}, "`tuned`: './nowhere' does not exist"),
         ({"adapters": ["./nowhere"]}, "`adapters`: './nowhere' does not exist"),
+        (
+            {"tuned": ["sft={bed}/base"]},
+            "`tuned` must be an adapter that writes text, got '.*base'.*: name it in `adap",
+        ),
+        ({"model": "{bed}/base"}, "`model` must be a model, got '.*base', an S2T-Local selector"),
+        ({"model": "{bed}/tuned0"}, "`model` must be a model, got the adapter '.*tuned0': merge it into"),
         ({"max_length": 200}, "`max_length` must be at most 128, the model's context, got 200"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(bed, monkeypatch, changes, message):
     monkeypatch.setattr(retention, "load_model", None)
+
+    def fill_in(value):
+        return value.replace("{bed}", str(bed)) if isinstance(value, str) else value
+
+    changes = {
+        name: [fill_in(part) for part in value] if isinstance(value, list) else fill_in(value)
+        for name, value in changes.items()
+    }
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         retention.measure(arguments(bed, **changes))
 
@@ -242,7 +257,15 @@ def test_what_does_not_fit_together_is_refused(bed, monkeypatch, tmp_path):
     refused("`text`: .*latin.txt is not UTF-8", text=str(tmp_path / "latin.txt"))
     (tmp_path / "short.txt").write_text("w3\nw4\n")
     refused("`text`: .*short.txt holds no document of two tokens or more", text=str(tmp_path / "short.txt"))
-    refused("`tuned`: kd=.*model holds no adapter", tuned=[f"kd={bed / 'model'}"])
+    refused("`tuned`: '.*model' holds no adapter", tuned=[f"kd={bed / 'model'}"])
+
+
+def test_labels_of_the_base_are_not_those_of_a_model_that_was_merged(bed, tmp_path):
+    merged = PeftModel.from_pretrained(tiny_model(), bed / "tuned0").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    tiny_tokenizer().save_pretrained(tmp_path / "merged")
+    with pytest.raises(ValueError, match="has weights .*: they are not its own"):
+        retention.measure(arguments(bed, model=str(tmp_path / "merged")))
 
 
 def test_texts_that_an_adapter_has_seen_are_refused(bed, tmp_path, monkeypatch):

@@ -37,8 +37,8 @@ from transformers_s2t import (
     TeacherSelector,
     s2t_generate,
 )
+from transformers_s2t.fingerprints import model_hash, weights_name
 from transformers_s2t.proposals import exclude
-from transformers_s2t.reserved_tokens import model_hash
 from transformers_s2t.router import ROUTER_WEIGHTS_NAME, HiddenTap, Router, RouterConfig, RouterHead, num_layers
 from transformers_s2t.views import get_decoder, switch_adapter
 
@@ -985,7 +985,7 @@ def test_a_folder_that_is_not_there_holds_no_router(folder, tmp_path, monkeypatc
 
 def test_a_router_of_other_weights_is_refused_unless_it_is_wanted(tmp_path):
     router = save_adapter(tmp_path)
-    with pytest.raises(ValueError, match=f"was trained on weights {router.config.model_hash}"):
+    with pytest.raises(ValueError, match=f"was trained on weights {weights_name(router.config.model_hash)}"):
         Router.from_pretrained(tmp_path, tiny_model(seed=3))
     Router.from_pretrained(tmp_path, tiny_model(seed=3), allow_other_model=True)
     Router.from_pretrained(tmp_path, lora_model(tiny_model()))  # adapters are not what it was trained on

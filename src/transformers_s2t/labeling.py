@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PretrainedConfig, PreTrainedModel
 
 from .config import _check_choice, _check_range
+from .fingerprints import model_hash
 from .proposals import exclude, floor_mask, propose
-from .reserved_tokens import model_hash
 from .teachers import Comparison, Teacher, as_teacher, compare_logits, context_length, head_rows, logits_from
 from .trajectories import (
     CORRECTED_ROLLOUTS,

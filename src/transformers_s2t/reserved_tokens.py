@@ -9,8 +9,9 @@ import functools
 import hashlib
 import re
 
-import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .fingerprints import model_hash as model_hash  # where it was before it had a file of its own
 
 
 #: R = 16 reserved tokens, as in arXiv 2604.26940.
@@ -81,26 +82,6 @@ def vocab_hash(processing_class: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256()
     for token, id in sorted(processing_class.get_vocab().items(), key=lambda item: item[1]):
         digest.update(f"{id}\t{token}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:16]
-
-
-def model_hash(model: PreTrainedModel) -> str:
-    """Fingerprint of a model's weights: 16 hex digits of the SHA-256 over the signs of a few rows of its embeddings.
-
-    Signs, because a checkpoint has one fingerprint whichever type it is loaded in (float16 rounds small values to
-    zero, but keeps their sign). Adapters and added rows do not change it; nor does fine-tuning that leaves the
-    embeddings alone.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        for part in (".token_adapter", ".base_layer", ".original_module"):  # where PEFT has put the base's own
-            name = name.replace(part, "")
-        name = name.removeprefix("base_model.model.")
-        if parameter.ndim == 1 or (parameter.ndim == 2 and ("embed" in name or "wte" in name)):
-            if any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save")):
-                continue
-            signs = torch.signbit(parameter.detach()[:64].cpu())
-            digest.update(name.encode() + signs.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

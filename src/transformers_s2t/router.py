@@ -28,7 +28,7 @@ from transformers.utils import cached_file
 
 from . import triggers
 from .config import ROUTER_WEIGHTS_NAME, _check_choice, _check_range, atomic_write
-from .reserved_tokens import model_hash
+from .fingerprints import model_hash, same_weights, weights_name
 from .views import innermost_decoder
 
 
@@ -340,11 +340,14 @@ class Router:
         except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{file} is no router of this version: {error}") from error
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        if config.model_hash and not allow_other_model and model_hash(base) != config.model_hash:
-            raise ValueError(
-                f"The router in {str(path)!r} was trained on weights {config.model_hash}, but `model` has "
-                f"{model_hash(base)}: load the one it was trained on, or pass `allow_other_model=True`."
-            )
+        if config.model_hash and not allow_other_model:
+            weights = model_hash(base)
+            if not same_weights(config.model_hash, weights):
+                raise ValueError(
+                    f"The router in {str(path)!r} was trained on weights {weights_name(config.model_hash)}, but "
+                    f"`model` has {weights_name(weights)}: load the one it was trained on, or pass "
+                    "`allow_other_model=True`."
+                )
         return cls(model, head, config)
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -37,12 +38,14 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import find_adapter_config_file
 
 from . import losses
 from .blocks import cut_to_blocks, text_mask
 from .config import CALIBRATION_NAME, DEFAULT_NUM_CANDIDATES, ROUTER_WEIGHTS_NAME, SelectorConfig
+from .fingerprints import model_hash, same_weights, weights_name
 from .fusion import cross_fit
-from .reserved_tokens import find_reserved_token_ids, model_hash, resize_for_reserved_tokens, vocab_hash
+from .reserved_tokens import find_reserved_token_ids, resize_for_reserved_tokens, vocab_hash
 from .s2t_config import S2TConfig
 from .scoring import (
     PackedPoints,
@@ -141,8 +144,14 @@ class S2TTrainer(Trainer):
                     raise ValueError("`quantization_config` must not be in `args.model_init_kwargs` too.")
                 init_kwargs["quantization_config"] = quantization_config
             name_or_path = model
+            hub = {key: init_kwargs[key] for key in _HUB_KWARGS if key in init_kwargs}
+            if find_adapter_config_file(name_or_path, **{k: hub[k] for k in hub if k != "trust_remote_code"}):
+                raise ValueError(
+                    f"`model` must be a base model, got the adapter {name_or_path!r}: pass the model that it was "
+                    "trained on, or one that it was merged into (recipes/merge.py); to train it further, load it with "
+                    "`PeftModel.from_pretrained(..., is_trainable=True)`."
+                )
             if processing_class is None:
-                hub = {key: init_kwargs[key] for key in _HUB_KWARGS if key in init_kwargs}
                 processing_class = AutoTokenizer.from_pretrained(name_or_path, **hub)
             _check_labels_fit(headers, processing_class, name_or_path)
             with _whole_weights():
@@ -160,7 +169,8 @@ class S2TTrainer(Trainer):
                 processing_class = AutoTokenizer.from_pretrained(name_or_path)
             _check_labels_fit(headers, processing_class, name_or_path)
 
-        _check_weights_fit(headers, model.get_base_model() if isinstance(model, PeftModel) else model, args)
+        self._model_hash = model_hash(model)  # now: later the weights may be spread over processes
+        _check_weights_fit(headers, self._model_hash, args)
         set_seed(args.seed)  # LoRA's random half is drawn here; Trainer sets the seed only later
         with _whole_weights():
             model, self.reserved_token_ids = _with_adapter(model, args, processing_class, peft_config)
@@ -180,7 +190,6 @@ class S2TTrainer(Trainer):
         )  # `trainer.model.generate` is what will be deployed
         self._compiled_views: ModelViews | None = None
         self.label_header = headers["train_dataset"]
-        self._model_hash = model_hash(self.base_model)  # now: later the weights may be spread over processes
 
         pad_token_id = processing_class.pad_token_id
         if pad_token_id is None:
@@ -696,17 +705,17 @@ def _problems_of(train_dataset: Dataset, held_out: dict[str, Dataset]) -> dict[s
     return seen
 
 
-def _check_weights_fit(headers: dict[str, TrajectoryHeader | None], model: PreTrainedModel, args: S2TConfig) -> None:
-    """Raises a ValueError where labels are another model's trajectories, of the same tokenizer."""
+def _check_weights_fit(headers: dict[str, TrajectoryHeader | None], ours: str, args: S2TConfig) -> None:
+    """Raises a ValueError where labels are trajectories of another model, of the same tokenizer, than that of the
+    fingerprint `ours`."""
     if args.allow_labels_of_other_model:
         return
-    ours = model_hash(model)
     for name, header in headers.items():
-        if header and header.model_hash and header.model_hash != ours:
+        if header and not same_weights(header.model_hash, ours):
             raise ValueError(
-                f"The labels of `{name}` are trajectories of {header.model!r} (weights {header.model_hash}), but "
-                f"`model` has weights {ours}: its own proposals differ. Label with this model (recipes/label.py "
-                "--model), or pass `allow_labels_of_other_model=True`."
+                f"The labels of `{name}` are trajectories of {header.model!r} (weights "
+                f"{weights_name(header.model_hash)}), but `model` has weights {weights_name(ours)}: its own proposals "
+                "differ. Label with this model (recipes/label.py --model), or pass `allow_labels_of_other_model=True`."
             )
 
 
@@ -781,6 +790,11 @@ def _with_adapter(
                 "is_trainable=True)`."
             )
         return model, tuple(args.reserved_token_ids or ids)
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError(
+            "`model` must be a base model or a PeftModel, got one that holds adapters already, as from_pretrained "
+            "returns it for the folder of an adapter: they would write the text."
+        )
     ids = args.reserved_token_ids
     if ids is None:
         try:

@@ -30,9 +30,10 @@ from .config import (
     S2TDecodingConfig,
     SelectorConfig,
 )
+from .fingerprints import model_hash, same_weights, weights_name
 from .fusion import fused_scores
 from .proposals import Proposals, propose
-from .reserved_tokens import check_same_ids, model_hash, resize_for_reserved_tokens, vocab_hash
+from .reserved_tokens import check_same_ids, resize_for_reserved_tokens, vocab_hash
 from .router import LastHidden, Router
 from .scoring import (
     PrefixCache,
@@ -549,11 +550,14 @@ def _check_trained_on(
 
     An adapter of another model of the same shapes would load, and score by chance.
     """
-    if config.model_hash and not allow_other_model and model_hash(base) != config.model_hash:
+    if allow_other_model or not config.model_hash:
+        return
+    found = model_hash(base)
+    if not same_weights(config.model_hash, found):
         raise ValueError(
-            f"The adapter {str(path)!r} was trained on {config.base_model!r} (weights {config.model_hash}), but "
-            f"`model` ({name_of(base)!r}) has weights {model_hash(base)}: load the one it was trained on, or pass "
-            "`allow_other_model=True`."
+            f"The adapter {str(path)!r} was trained on {config.base_model!r} (weights "
+            f"{weights_name(config.model_hash)}), but `model` ({name_of(base)!r}) has weights {weights_name(found)}: "
+            "load the one it was trained on, or pass `allow_other_model=True`."
         )
 
 

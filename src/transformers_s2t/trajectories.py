@@ -29,6 +29,7 @@ import torch
 from datasets import Dataset, Features, List, Value, get_dataset_split_names, load_dataset
 
 from .config import MAX_CANDIDATES, _check_choice, _check_range, atomic_write, write_json
+from .fingerprints import same_weights, weights_name
 
 
 HEADER_NAME = "s2t_labels.json"
@@ -185,17 +186,21 @@ class TrajectoryHeader:
         """Settings in which a stored header differs from this one: field -> (stored, this one).
 
         Versions and progress do not count, and neither does the threshold where this header leaves it to be estimated.
+        Fingerprints of weights differ as `fingerprints.same_weights` says, and are given by their short names.
         """
         progress = {"versions", "num_problems", "complete"}
         if self.divergence_threshold is None:
             progress.add("divergence_threshold")
-        if not self.model_hash or not stored.model_hash:
-            progress.add("model_hash")
-        return {
+        differ = {
             f.name: (getattr(stored, f.name), getattr(self, f.name))
             for f in fields(self)
             if f.name not in progress and getattr(stored, f.name) != getattr(self, f.name)
         }
+        if "model_hash" in differ:
+            weights = differ.pop("model_hash")
+            if not same_weights(*weights):
+                differ["model_hash"] = tuple(map(weights_name, weights))
+        return differ
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
