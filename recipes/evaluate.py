@@ -5,8 +5,9 @@
 
 A policy is written `name[:trigger[:rate]]`:
 
-    greedy, maj@8, teacher       without a trigger (maj@8: eight samples vote; best@8, a row beside it, is the oracle
-                                 that takes the right one where there is one)
+    greedy, maj@8, teacher       without a trigger (maj@8: eight samples vote, and what would be right by each other
+                                 votes together; best@8, a row beside it, is the oracle that takes the right one where
+                                 there is one)
     takeover                     the teacher's own token replaces the student's
     s2t                          the teacher selects among the student's candidates (the ceiling of its trigger)
     s2t-local, s2t-local-bare    an adapter selects; bare: by its score alone, without fusion. Once per adapter
@@ -43,14 +44,14 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from answers import STYLES, extract_answer, is_correct
+from answers import STYLES, extract_answer, is_correct, stand_ins
 from commands import run
 from controls import (
     PriorSelector,
@@ -99,7 +100,7 @@ DEFAULT_POLICIES = (
     + ("s2t:router:0.05", "s2t-local:router:0.05", "s2t:router:0.1", "s2t-local:router:0.1")
     + ("s2t:always", "s2t-local:always", "second:always", "prior:always", "zero-shot:always")
 )
-RECORDS_FORMAT = 2  # of records/: those of another format are run again
+RECORDS_FORMAT = 3  # of records/, and of how answers are read: those of another format are run again
 KINDS = ".tkf"  # plain, triggered with one candidate only, asked and kept, flipped
 DEFINITIONS = {
     "accuracy": "per cent of problems, mean over the seeds",
@@ -156,7 +157,10 @@ class EvaluateArguments:
     answer_column: str = field(default="answer", metadata={"help": "Column with the answer."})
     answer_style: str = field(
         default="auto",
-        metadata={"help": "How answers are read: hash (after ####), math (math-verify) or auto."},
+        metadata={
+            "help": "How answers are read: hash (after ####), math (math-verify: the boxed or last expression) or "
+            "auto (hash where a text has ####, else math). An unclosed \\boxed{ is no answer. See answers.py."
+        },
     )
     policies: list[str] | None = field(
         default=None,
@@ -376,8 +380,8 @@ def choose_policies(args: EvaluateArguments, has_thresholds: bool, has_router: b
     return policies
 
 
-def majority_vote(answers: list[str | None]) -> int | None:
-    """Index of the first sample with the winning answer.
+def majority_vote(answers: Sequence[Hashable | None]) -> int | None:
+    """Index of the first sample with the winning answer; answers that are to vote together must be equal.
 
     What could not be read does not vote; a tie goes to the answer seen first; `None` where nothing could be read.
     """
@@ -536,13 +540,14 @@ class Bench:
             problem, record = self.problems[i], {"id": self.problems[i].id}
             if policy.num_votes:
                 mine = slice(place * policy.num_votes, (place + 1) * policy.num_votes)
-                winner = majority_vote(answers[mine])
-                record["votes"] = answers[mine]
+                stands = stand_ins(texts[mine], style)
+                winner = majority_vote(stands)
+                record["votes"] = [None if index is None else answers[mine][index] for index in stands]
                 record["any_correct"] = any(
                     answer is not None and is_correct(text, problem.answer, style)
                     for text, answer in zip(texts[mine], answers[mine])
                 )
-                chosen = None if winner is None else mine.start + winner
+                chosen = None if winner is None else mine.start + stands[winner]
             else:
                 chosen = place
                 record["num_tokens"] = int(num_tokens_B[place])

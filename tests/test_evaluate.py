@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +88,20 @@ def test_bad_policies_say_what_is_wrong(text, message):
 )
 def test_majority_vote(answers, winner):
     assert evaluate.majority_vote(answers) == winner
+
+
+def test_equal_answers_vote_together():
+    """Three spellings of one number lost against two samples of another: the baseline came out too low."""
+    samples = [r"\boxed{3}", r"\boxed{3}", r"\boxed{\sqrt{8}}", r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt2}"]
+    bench = evaluate.Bench.__new__(evaluate.Bench)
+    bench.problems = [evaluate.Problem("a", "How many?", r"\sqrt{8}"), evaluate.Problem("b", "And?", "3")]
+    for bench.args in (SimpleNamespace(answer_style="math"), SimpleNamespace(answer_style="auto")):
+        texts = [*samples, *(text.replace("3", "4") for text in samples)]
+        bench.tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens, texts=texts: texts)
+        first, second = bench._grade(Policy.parse("maj@5"), [0, 1], torch.zeros(10, 1), torch.ones(10))
+        assert first["votes"] == ["3", "3", "sqrt(8)", "sqrt(8)", "sqrt(8)"]
+        assert first["answer"] == "sqrt(8)" and first["correct"] and first["any_correct"]
+        assert second["answer"] == "sqrt(8)" and not second["correct"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
