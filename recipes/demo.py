@@ -22,6 +22,7 @@ from pathlib import Path
 
 from jobs import typed
 from models import load_pretrained
+from problems import load_problems
 from splits import is_bed, split_command
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -295,6 +296,11 @@ def main() -> None:
 
     stages.start("Problems: label, tuning, calibration and test, disjoint")
     make_data(args, out / "data", stages)
+    problems = load_problems(str(out / "data" / "test.jsonl"))
+    if unanswered := sum(problem.answer is None for problem in problems):
+        raise ValueError(
+            f"`dataset`: {unanswered} of the {len(problems)} problems of the part test have no answer to check against."
+        )
 
     stages.start("Labels: the small model writes, the large one scores its candidates")
     labels = {part: str(out / "labels" / part) for part in PARTS}

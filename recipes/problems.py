@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def load_problems(
             kinds; or a Hub id, with its configuration behind a colon where it has several (`openai/gsm8k:main`).
         split: which file of a folder, or which split on the Hub.
         prompt_column: where the prompt's text is.
-        answer_column: where the reference answer is; `None` for problems without answers.
+        answer_column: where the reference answer is; `None` for problems without answers. An empty cell (null, NaN,
+            empty text) is no answer.
         limit: at most so many problems, the first ones.
 
     Returns:
@@ -97,7 +99,15 @@ def _to_problem(
             f"column {answer_column!r} must hold text or a number, got {answer!r} in row {number} of {where}."
         )
     id = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-    return Problem(id, prompt, None if answer is None else str(answer))
+    return Problem(id, prompt, _answer_text(answer))
+
+
+def _answer_text(answer: str | int | float | None) -> str | None:
+    """`None` for what stands for no answer: null, NaN (how pandas writes a missing number) and empty text."""
+    if answer is None or answer != answer or not str(answer).strip():
+        return None
+    # 1e+16 is a number to Python only
+    return format(Decimal(repr(answer)), "f") if isinstance(answer, float) and math.isfinite(answer) else str(answer)
 
 
 def _read_rows(source: str, split: str | None) -> Iterable[Mapping[str, Any]]:

@@ -14,6 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 
 import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import EOS, PAD, RESERVED, VOCAB_SIZE, disagreeing_pair, tiny_model
@@ -586,6 +589,32 @@ def test_problems_from_files_and_folders(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
         problems.load_problems(str(tmp_path), "empty")
+
+
+def test_an_empty_cell_is_no_answer(tmp_path):
+    """NaN, which is how pandas writes a missing number, became the text "nan" that every model had wrong."""
+    problems = load_recipe("problems")
+
+    def answers_in(name):
+        return [problem.answer for problem in problems.load_problems(str(tmp_path / name))]
+
+    prompts = [f"problem {i}" for i in range(3)]
+    numbers = pa.table({"prompt": prompts, "answer": pa.array([42.0, float("nan"), None])})
+    pq.write_table(numbers, tmp_path / "numbers.parquet")
+    assert answers_in("numbers.parquet") == ["42.0", None, None]
+    pq.write_table(pa.table({"prompt": prompts, "answer": ["", " \n", "nan"]}), tmp_path / "texts.parquet")
+    assert answers_in("texts.parquet") == [None, None, "nan"]  # what somebody wrote
+    for kind, column in {
+        "text": pd.array(["a", pd.NA, None], dtype="string"),
+        "number": pd.array([1, pd.NA, None], dtype="Int64"),
+        "object": pd.Series(["a", float("nan"), pd.NaT], dtype=object),
+        "float": pd.Series([1.5, None, float("nan")]),
+    }.items():
+        pd.DataFrame({"prompt": prompts, "answer": column}).to_parquet(tmp_path / f"{kind}.parquet")
+        assert [answer is None for answer in answers_in(f"{kind}.parquet")] == [False, True, True]
+    lines = [f'{{"prompt": "{prompt}", "answer": {cell}}}' for prompt, cell in zip(prompts, ("NaN", "1e16", "1e-7"))]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    assert answers_in("lines.jsonl") == [None, "10000000000000000", "0.0000001"]
 
 
 def test_division_by_id_is_disjoint_and_stable():
