@@ -48,6 +48,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ from estimates import NUM_RESAMPLES, bootstrap_interval
 from fidelity import DEFINITION, describe, measure_fidelity, measure_hits, open_labels
 from models import default_device, load_model, padding_token_id
 from peft import PeftModel
-from problems import Problem, encode_prompts, left_pad, load_problems
+from problems import PROMPT_SETTINGS, Problem, encode_prompts, left_pad, load_problems, read_template_kwargs
 from records import fingerprint, hash_of, read_records, write_records
 from texts import TEXTS_NAME, collect_texts
 from tqdm.auto import tqdm
@@ -85,7 +86,7 @@ from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, vocab_hash
 from transformers_s2t.router import Router
 from transformers_s2t.seen_problems import STAGES, check_unseen
-from transformers_s2t.trajectories import read_labels
+from transformers_s2t.trajectories import read_header, read_labels
 
 
 LOCAL_POLICIES = ("s2t-local", "s2t-local-bare")
@@ -202,6 +203,13 @@ class EvaluateArguments:
     )
     chat_template: bool = field(default=False, metadata={"help": "Format prompts with the tokenizer's template."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message, with --chat_template."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Variables of the chat template: a JSON object, e.g. '{\"enable_thinking\": false}', in YAML a "
+            "mapping."
+        },
+    )
     label_dirs: list[str] = field(
         default_factory=list,
         metadata={"help": "Label folders the selector saw; sharing a problem with the evaluated ones is an error."},
@@ -219,6 +227,7 @@ class EvaluateArguments:
     )
 
     def __post_init__(self):
+        self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
@@ -441,9 +450,7 @@ class Bench:
     def __init__(self, args: EvaluateArguments, problems: list[Problem], tokenizer, device: torch.device):
         self.args, self.problems, self.tokenizer, self.device = args, problems, tokenizer, device
         prompts = [problem.prompt for problem in problems]
-        self.prompt_ids = encode_prompts(
-            tokenizer, prompts, chat_template=args.chat_template, system_prompt=args.system_prompt
-        )
+        self.prompt_ids = encode_prompts(tokenizer, prompts, **{name: getattr(args, name) for name in PROMPT_SETTINGS})
         self.pad_token_id = padding_token_id(tokenizer, args.model)
         # long prompts first: a batch that does not fit into memory fails at once
         self.order = sorted(range(len(problems)), key=lambda i: -len(self.prompt_ids[i]))
@@ -660,6 +667,25 @@ def check_no_leak(problems: list[Problem], label_dirs: list[str], argument: str 
                 f"{', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}). A selector must not have seen them: "
                 "evaluate on another split, or label one."
             )
+
+
+def check_same_prompts(args: EvaluateArguments) -> None:
+    """Raises a ValueError where labels of a selector say that prompts were put in another way than here."""
+    folders = [("label_dirs", folder) for folder in args.label_dirs]
+    folders += [("prior_labels", args.prior_labels), ("eval_labels", args.eval_labels)]
+    for argument, folder in folders:
+        if folder is None:
+            continue
+        header = read_header(folder) if Path(folder).is_dir() else read_labels(folder, split="all")[1]
+        if header is None or "chat_template" not in header.prompt_source:
+            continue
+        for name in PROMPT_SETTINGS:
+            there, here = header.prompt_source.get(name), getattr(args, name)
+            if there != here:
+                raise ValueError(
+                    f"`{name}` must be as in the labels of `{argument}` {folder!r}, which were made with {there!r}, "
+                    f"got {here!r}: the model would be asked in another way than the selector has learned."
+                )
 
 
 def read_prior(folder: str, tokenizer) -> Counter:
@@ -919,6 +945,7 @@ def evaluate(args: EvaluateArguments) -> dict:
                 ) from None
             leaks.append(str(error))
 
+    check_same_prompts(args)
     guard(lambda: check_no_leak(problems, args.label_dirs))
     if args.prior_labels is not None:
         guard(lambda: check_no_leak(problems, [args.prior_labels], "prior_labels"))
@@ -953,8 +980,7 @@ def evaluate(args: EvaluateArguments) -> dict:
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "device": device.type,
-        "chat_template": args.chat_template,
-        "system_prompt": args.system_prompt,
+        **{name: getattr(args, name) for name in PROMPT_SETTINGS},
     }
     teacher_print = None if args.teacher_model is None else fingerprint(args.teacher_model)
     adapter_prints = [fingerprint(path) for path in args.adapters]
