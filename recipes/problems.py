@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
 from transformers_s2t.labeling import left_pad
@@ -38,6 +39,7 @@ __all__ = [
 PROMPT_SETTINGS = ("chat_template", "system_prompt", "chat_template_kwargs")
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+DEFINED = ("defined", "undefined", "default", "d")  # Jinja's tests and filters for what may not be given
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -239,9 +241,15 @@ def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
     )  # transformers' own tag
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        tree = environment.parse(source)
     except jinja2.TemplateSyntaxError:
         return None
+    names = jinja2.meta.find_undeclared_variables(tree)
+    # what a template sets itself, in one branch and not in another, is only asked for where it says "is defined"
+    asked = [node for node in tree.find_all((nodes.Test, nodes.Filter)) if node.name in DEFINED]
+    names -= {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - {
+        node.node.name for node in asked if isinstance(node.node, nodes.Name)
+    }
     taken = {*inspect.signature(tokenizer.apply_chat_template).parameters} - {"tools", "documents"}
     return names - {"messages", "raise_exception", "strftime_now", *environment.globals, *taken}
 

@@ -725,6 +725,12 @@ def test_template_variables_are_passed_on_and_unknown_ones_refused():
         "{%- generation %}{%- endgeneration -%}{% for m in messages %}{% continue %}{% endfor %}" + THINKS
     )
     assert problems.template_variables(tokenizer) == {"enable_thinking"}
+    tokenizer.chat_template = (  # `date` may be given, `text` is the template's own
+        "{% if not date is defined %}{% set date = 'w1' %}{% endif %}"
+        "{% for m in messages %}{% if m.content %}{% set text = m.content %}{% endif %}{{ text }}{% endfor %}"
+        "{{ date }}"
+    )
+    assert problems.template_variables(tokenizer) == {"date"}
     tokenizer.chat_template = "{% if"
     assert problems.template_variables(tokenizer) is None
 
