@@ -20,8 +20,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from jobs import typed
 from models import load_pretrained
+from problems import PROMPT_SETTINGS, encode_prompts, load_problems, read_template_kwargs
 from splits import is_bed, split_command
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -228,6 +230,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "format prompts with the tokenizer's chat template (default: where it has one)",
         action=argparse.BooleanOptionalAction,
     )
+    add("--system_prompt", "system message of the chat template")
+    add("--chat_template_kwargs", "variables of the chat template, a JSON object: '{\"enable_thinking\": false}'")
     add("--num_parallel", "recipes side by side (default: 2 on two or more cores, 1 with a GPU)", type=int)
     add("--seed", "of the data and of the first selector", type=int, default=0)
     args = parser.parse_args(arguments)
@@ -248,6 +252,31 @@ def config_of(stage: str, args: argparse.Namespace) -> list[str]:
     if given is None and own.is_file():
         given = str(own)
     return [] if given is None else ["--config", given]
+
+
+def prompt_arguments(args: argparse.Namespace) -> list[str]:
+    """How label.py and evaluate.py are to put prompts.
+
+    Raises:
+        ValueError: where the YAML for label.py says otherwise: selectors would learn from other prompts than they are
+            calibrated and evaluated on.
+    """
+    if config := config_of("label", args)[1:]:
+        with open(config[0], encoding="utf-8") as text:
+            given = yaml.safe_load(text) or {}
+        given = {name: given[name] for name in PROMPT_SETTINGS if name in given}
+        if "chat_template_kwargs" in given:
+            given["chat_template_kwargs"] = read_template_kwargs(given["chat_template_kwargs"])
+        for name, value in given.items():
+            if value != getattr(args, name):
+                raise ValueError(
+                    f"`{name}` of the demo must be that of `label_config` {config[0]!r}, {value!r}: all stages put "
+                    f"prompts alike; got {getattr(args, name)!r}."
+                )
+    arguments = ["--chat_template", "true"] if args.chat_template else []
+    arguments += [] if args.system_prompt is None else ["--system_prompt", args.system_prompt]
+    kwargs = args.chat_template_kwargs
+    return arguments + ([] if kwargs is None else ["--chat_template_kwargs", json.dumps(kwargs)])
 
 
 def main() -> None:
@@ -279,7 +308,9 @@ def main() -> None:
         args.chat_template = tokenizers[0].chat_template is not None
     if not has_gpu:
         env.setdefault("OMP_NUM_THREADS", "1" if bed else str(os.cpu_count() or 1))  # tiny models gain nothing
-    chat = ["--chat_template", "true"] if args.chat_template else []
+    args.chat_template_kwargs = read_template_kwargs(args.chat_template_kwargs)
+    chat = prompt_arguments(args)
+    encode_prompts(tokenizers[0], ["a prompt"], **{name: getattr(args, name) for name in PROMPT_SETTINGS})
     dtype = [] if has_gpu else ["--dtype", "float32"]
     stages = Stages(total=7, env=env, logs=out / "logs")
 
@@ -290,7 +321,7 @@ def main() -> None:
         "limit_train",
         "train_config",
         "label_config",
-        "chat_template",
+        *PROMPT_SETTINGS,
         "seed",
     )
     settings = {name: getattr(args, name) for name in names} | {"max_new_tokens": int(max_new_tokens)}
@@ -298,6 +329,12 @@ def main() -> None:
 
     stages.start("Problems: label, tuning, calibration and test, disjoint")
     make_data(args, out / "data", stages)
+    problems = load_problems(str(out / "data" / "test.jsonl"))
+    if unanswered := sum(problem.answer is None for problem in problems):
+        raise ValueError(
+            f"`dataset`: {unanswered} of the {len(problems)} problems of the part test have no answer to check "
+            "generated texts against."
+        )
 
     stages.start("Labels: the small model writes, the large one scores its candidates")
     labels = {part: str(out / "labels" / part) for part in PARTS}

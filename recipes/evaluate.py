@@ -5,8 +5,9 @@
 
 A policy is written `name[:trigger[:rate]]`:
 
-    greedy, maj@8, teacher       without a trigger (maj@8: eight samples vote; best@8, a row beside it, is the oracle
-                                 that takes the right one where there is one)
+    greedy, maj@8, teacher       without a trigger (maj@8: eight samples vote, and what would be right by each other
+                                 votes together; best@8, a row beside it, is the oracle that takes the right one where
+                                 there is one)
     takeover                     the teacher's own token replaces the student's
     s2t                          the teacher selects among the student's candidates (the ceiling of its trigger)
     s2t-local, s2t-local-bare    an adapter selects; bare: by its score alone, without fusion. Once per adapter
@@ -43,15 +44,16 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from adapters import check_model, check_tuned, merge_adapter
-from answers import STYLES, extract_answer, is_correct
+from answers import STYLES, extract_answer, is_correct, stand_ins
 from commands import run
 from controls import (
     PriorSelector,
@@ -63,7 +65,7 @@ from controls import (
 from estimates import NUM_RESAMPLES, bootstrap_interval
 from fidelity import DEFINITION, describe, measure_fidelity, measure_hits, open_labels
 from models import default_device, load_model, padding_token_id
-from problems import Problem, encode_prompts, left_pad, load_problems
+from problems import PROMPT_SETTINGS, Problem, encode_prompts, left_pad, load_problems, read_template_kwargs
 from records import fingerprint, hash_of, read_records, write_records
 from texts import TEXTS_NAME, collect_texts
 from tqdm.auto import tqdm
@@ -84,7 +86,7 @@ from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, vocab_hash
 from transformers_s2t.router import Router
 from transformers_s2t.seen_problems import STAGES, check_unseen
-from transformers_s2t.trajectories import read_labels
+from transformers_s2t.trajectories import read_header, read_labels
 
 
 LOCAL_POLICIES = ("s2t-local", "s2t-local-bare")
@@ -99,7 +101,7 @@ DEFAULT_POLICIES = (
     + ("s2t:router:0.05", "s2t-local:router:0.05", "s2t:router:0.1", "s2t-local:router:0.1")
     + ("s2t:always", "s2t-local:always", "second:always", "prior:always", "zero-shot:always")
 )
-RECORDS_FORMAT = 2  # of records/: those of another format are run again
+RECORDS_FORMAT = 3  # of records/, and of how answers are read: those of another format are run again
 KINDS = ".tkf"  # plain, triggered with one candidate only, asked and kept, flipped
 DEFINITIONS = {
     "accuracy": "per cent of problems, mean over the seeds",
@@ -156,7 +158,10 @@ class EvaluateArguments:
     answer_column: str = field(default="answer", metadata={"help": "Column with the answer."})
     answer_style: str = field(
         default="auto",
-        metadata={"help": "How answers are read: hash (after ####), math (math-verify) or auto."},
+        metadata={
+            "help": "How answers are read: hash (after ####), math (math-verify: the boxed or last expression) or "
+            "auto (hash where a text has ####, else math). An unclosed \\boxed{ is no answer. See answers.py."
+        },
     )
     policies: list[str] | None = field(
         default=None,
@@ -198,6 +203,13 @@ class EvaluateArguments:
     )
     chat_template: bool = field(default=False, metadata={"help": "Format prompts with the tokenizer's template."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message, with --chat_template."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Variables of the chat template: a JSON object, e.g. '{\"enable_thinking\": false}', in YAML a "
+            "mapping."
+        },
+    )
     label_dirs: list[str] = field(
         default_factory=list,
         metadata={"help": "Label folders the selector saw; sharing a problem with the evaluated ones is an error."},
@@ -215,6 +227,7 @@ class EvaluateArguments:
     )
 
     def __post_init__(self):
+        self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
@@ -376,8 +389,8 @@ def choose_policies(args: EvaluateArguments, has_thresholds: bool, has_router: b
     return policies
 
 
-def majority_vote(answers: list[str | None]) -> int | None:
-    """Index of the first sample with the winning answer.
+def majority_vote(answers: Sequence[Hashable | None]) -> int | None:
+    """Index of the first sample with the winning answer; answers that are to vote together must be equal.
 
     What could not be read does not vote; a tie goes to the answer seen first; `None` where nothing could be read.
     """
@@ -437,9 +450,7 @@ class Bench:
     def __init__(self, args: EvaluateArguments, problems: list[Problem], tokenizer, device: torch.device):
         self.args, self.problems, self.tokenizer, self.device = args, problems, tokenizer, device
         prompts = [problem.prompt for problem in problems]
-        self.prompt_ids = encode_prompts(
-            tokenizer, prompts, chat_template=args.chat_template, system_prompt=args.system_prompt
-        )
+        self.prompt_ids = encode_prompts(tokenizer, prompts, **{name: getattr(args, name) for name in PROMPT_SETTINGS})
         self.pad_token_id = padding_token_id(tokenizer, args.model)
         # long prompts first: a batch that does not fit into memory fails at once
         self.order = sorted(range(len(problems)), key=lambda i: -len(self.prompt_ids[i]))
@@ -536,13 +547,14 @@ class Bench:
             problem, record = self.problems[i], {"id": self.problems[i].id}
             if policy.num_votes:
                 mine = slice(place * policy.num_votes, (place + 1) * policy.num_votes)
-                winner = majority_vote(answers[mine])
-                record["votes"] = answers[mine]
+                stands = stand_ins(texts[mine], style)
+                winner = majority_vote(stands)
+                record["votes"] = [None if index is None else answers[mine][index] for index in stands]
                 record["any_correct"] = any(
                     answer is not None and is_correct(text, problem.answer, style)
                     for text, answer in zip(texts[mine], answers[mine])
                 )
-                chosen = None if winner is None else mine.start + winner
+                chosen = None if winner is None else mine.start + stands[winner]
             else:
                 chosen = place
                 record["num_tokens"] = int(num_tokens_B[place])
@@ -655,6 +667,25 @@ def check_no_leak(problems: list[Problem], label_dirs: list[str], argument: str 
                 f"{', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}). A selector must not have seen them: "
                 "evaluate on another split, or label one."
             )
+
+
+def check_same_prompts(args: EvaluateArguments) -> None:
+    """Raises a ValueError where labels of a selector say that prompts were put in another way than here."""
+    folders = [("label_dirs", folder) for folder in args.label_dirs]
+    folders += [("prior_labels", args.prior_labels), ("eval_labels", args.eval_labels)]
+    for argument, folder in folders:
+        if folder is None:
+            continue
+        header = read_header(folder) if Path(folder).is_dir() else read_labels(folder, split="all")[1]
+        if header is None or "chat_template" not in header.prompt_source:
+            continue
+        for name in PROMPT_SETTINGS:
+            there, here = header.prompt_source.get(name), getattr(args, name)
+            if there != here:
+                raise ValueError(
+                    f"`{name}` must be as in the labels of `{argument}` {folder!r}, which were made with {there!r}, "
+                    f"got {here!r}: the model would be asked in another way than the selector has learned."
+                )
 
 
 def read_prior(folder: str, tokenizer) -> Counter:
@@ -918,6 +949,7 @@ def evaluate(args: EvaluateArguments) -> dict:
                 ) from None
             leaks.append(str(error))
 
+    check_same_prompts(args)
     guard(lambda: check_no_leak(problems, args.label_dirs))
     if args.prior_labels is not None:
         guard(lambda: check_no_leak(problems, [args.prior_labels], "prior_labels"))
@@ -952,8 +984,7 @@ def evaluate(args: EvaluateArguments) -> dict:
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "device": device.type,
-        "chat_template": args.chat_template,
-        "system_prompt": args.system_prompt,
+        **{name: getattr(args, name) for name in PROMPT_SETTINGS},
     }
     teacher_print = None if args.teacher_model is None else fingerprint(args.teacher_model)
     adapter_prints = [fingerprint(path) for path in args.adapters]

@@ -34,7 +34,13 @@ from adapters import check_model
 from data_card import write_data_card
 from huggingface_hub import HfApi
 from models import check_quantization, load_pretrained, make_quantization_config, padding_token_id
-from problems import encode_prompts, load_problems
+from problems import (
+    check_template_kwargs,
+    encode_prompts,
+    load_problems,
+    read_template_kwargs,
+    template_variables,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -134,7 +140,10 @@ class LabelArguments:
     limit: int | None = field(default=None, metadata={"help": "Label so many problems only."})
     max_prompt_tokens: int | None = field(
         default=None,
-        metadata={"help": "Cut prompts to their first so many tokens (story models with a short context)."},
+        metadata={
+            "help": "Cut prompts to their first so many tokens (story models with a short context). With "
+            "`chat_template`, which must not be cut, problems of longer prompts are left out and counted."
+        },
     )
     num_candidates: int = field(default=16, metadata={"help": "K, the student's tokens stored at each point."})
     target_rate: float = field(
@@ -182,6 +191,13 @@ class LabelArguments:
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
     chat_template: bool = field(default=False, metadata={"help": "Put prompts into the tokenizer's chat template."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Variables of the chat template: a JSON object, e.g. '{\"enable_thinking\": false}', in YAML a "
+            "mapping."
+        },
+    )
     dtype: str = field(
         default="auto",
         metadata={
@@ -205,6 +221,7 @@ class LabelArguments:
     )
 
     def __post_init__(self):
+        self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
         if self.teacher_model is None and self.teacher_url is None:
             raise ValueError("`teacher_model` is required, or `teacher_url` of a server that runs the teacher.")
         if self.teacher_served_name is not None and self.teacher_url is None:
@@ -236,7 +253,7 @@ class LabelArguments:
         if self.cross_tokenizer and self.chat_template and self.max_prompt_tokens is not None:
             raise ValueError(
                 "`max_prompt_tokens` must not be given with cross_tokenizer=true and chat_template=true, got "
-                f"{self.max_prompt_tokens}: two templates cannot be cut at the same place."
+                f"{self.max_prompt_tokens}: a prompt has two lengths there, one in each model's template."
             )
         if self.trigger == "kl" and self.rollout_policy == "s2t-local":
             raise ValueError("`trigger` must not be 'kl' with rollout_policy='s2t-local', which has no teacher.")
@@ -278,6 +295,7 @@ class LabelArguments:
 
     def header(self) -> TrajectoryHeader:
         """The settings, without what has to be read from the models."""
+        kwargs = self.chat_template_kwargs
         return TrajectoryHeader(
             model=self.model,
             teacher_model=self.teacher_model or "",
@@ -304,6 +322,7 @@ class LabelArguments:
                 "chat_template": self.chat_template,
                 "system_prompt": self.system_prompt,
                 "max_prompt_tokens": self.max_prompt_tokens,
+                **({} if kwargs is None else {"chat_template_kwargs": kwargs}),  # older labels do not name it
             },
             versions={
                 module.__name__: module.__version__
@@ -321,6 +340,7 @@ class Plan(NamedTuple):
     teacher: HTTPTeacher | None = None
     cross: CrossTokenizer | None = None
     teacher_prompts: dict[tuple[int, ...], list[int]] | None = None
+    num_too_long: int = 0  # problems that are left out
 
 
 def prepare(args: LabelArguments) -> Plan:
@@ -363,8 +383,26 @@ def prepare(args: LabelArguments) -> Plan:
     pad_token_id = padding_token_id(tokenizer, args.model)
 
     texts = [problem.prompt for problem in problems]
-    encoded = encode_prompts(tokenizer, texts, args.chat_template, args.system_prompt)
-    encoded = [ids[: args.max_prompt_tokens] for ids in encoded]
+    kwargs, teacher_kwargs = args.chat_template_kwargs, None
+    if cross is not None and args.chat_template and kwargs:  # of either template
+        templates = [one for one in (tokenizer, teacher_tokenizer) if one.chat_template is not None]
+        check_template_kwargs(kwargs, *templates)
+        kwargs, teacher_kwargs = (known_to(one, kwargs) for one in (tokenizer, teacher_tokenizer))
+    encoded = encode_prompts(tokenizer, texts, args.chat_template, args.system_prompt, kwargs)
+    num_all = len(problems)
+    if args.max_prompt_tokens is not None and args.chat_template:
+        shortest = min(map(len, encoded))
+        if shortest > args.max_prompt_tokens:
+            raise ValueError(
+                f"`max_prompt_tokens` must be at least {shortest}, the shortest prompt in its chat template, got "
+                f"{args.max_prompt_tokens}: a template must not be cut, and no problem would be left."
+            )
+        fits = [len(ids) <= args.max_prompt_tokens for ids in encoded]
+        problems, texts, encoded = (
+            [one for one, fit in zip(many, fits) if fit] for many in (problems, texts, encoded)
+        )
+    elif args.max_prompt_tokens is not None:
+        encoded = [ids[: args.max_prompt_tokens] for ids in encoded]
     prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
     divide(prompts, args.validation_share)
     longest = longest_for_teacher = max(len(ids) for ids in encoded)
@@ -372,7 +410,7 @@ def prepare(args: LabelArguments) -> Plan:
     if cross is not None:
         if args.chat_template:
             try:
-                own = encode_prompts(teacher_tokenizer, texts, args.chat_template, args.system_prompt)
+                own = encode_prompts(teacher_tokenizer, texts, args.chat_template, args.system_prompt, teacher_kwargs)
             except ValueError as error:
                 raise ValueError(f"`teacher_model` {args.teacher_model!r}: {error}") from None
             teacher_prompts = {tuple(ids): teacher_ids for ids, teacher_ids in zip(encoded, own)}
@@ -397,7 +435,13 @@ def prepare(args: LabelArguments) -> Plan:
         )
     quantization_of_teacher(args, header.dtype)  # is bitsandbytes there?
     find_unfinished(args.output_dir, header, args.overwrite)
-    return Plan(prompts, header, pad_token_id, teacher, cross, teacher_prompts)
+    return Plan(prompts, header, pad_token_id, teacher, cross, teacher_prompts, num_all - len(problems))
+
+
+def known_to(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `chat_template_kwargs` that the template of one of two tokenizers uses."""
+    names = None if tokenizer.chat_template is None else template_variables(tokenizer)
+    return {name: value for name, value in kwargs.items() if names is None or name in names}
 
 
 def pair_tokenizers(
@@ -533,6 +577,7 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
     labels, _ = read_labels(args.output_dir, split="all")
     stats = {
         "divergence_threshold": header.divergence_threshold,
+        "too_long_problems": plan.num_too_long,  # left out
         "splits": {split: len(read_labels(args.output_dir, split)[0]) for split in label_splits(args.output_dir)},
         **label_stats(labels, header.divergence_threshold),
     }
@@ -659,6 +704,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     if plan.teacher is not None and args.teacher_model is None:
         print("label.py: without `teacher_model` nobody checks that the server has the same tokens.", file=sys.stderr)
+    if plan.num_too_long:
+        print(
+            f"label.py: {plan.num_too_long} of {plan.num_too_long + len(plan.prompts)} problems are left out: in the "
+            f"chat template their prompts have more than `max_prompt_tokens`={args.max_prompt_tokens} tokens.",
+            file=sys.stderr,
+        )
     if args.cross_tokenizer and plan.cross is None:
         print("label.py: `cross_tokenizer` is not needed: both models have one tokenizer.", file=sys.stderr)
     try:

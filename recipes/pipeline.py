@@ -54,6 +54,7 @@ class Pair:
         learning_rates: method -> rates tried first on the tuning problems (see `Sweep`).
         learning_rates_by_problems: number of label problems -> method -> the same, where the best are other ones.
         system_prompt: with one, prompts go through the tokenizer's chat template.
+        chat_template_kwargs: variables of the template; with some, prompts go through it too.
         zero_shot_text: see recipes/evaluate.py.
         other_text: arguments of recipes/retention.py that name text of another kind; by default the bed's words.
     """
@@ -73,6 +74,7 @@ class Pair:
     batch_size: int = 64
     dtype: str = "auto"
     system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     label: dict[str, Any] = field(default_factory=dict)
     selector_label: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
@@ -130,13 +132,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """`{"lora_r": 4, "policies": ["a", "b"], "x": True}` as a command line; `None` leaves an argument out."""
+    """`{"lora_r": 4, "policies": ["a", "b"], "x": True}` as a command line: a mapping as JSON, `None` not at all."""
     arguments = []
     for name, value in options.items():
         if value is None:
             continue
         values = value if isinstance(value, (list, tuple)) else [value]
-        texts = [str(item).lower() if isinstance(item, bool) else str(item) for item in values]
+        texts = [json.dumps(item) if isinstance(item, (bool, Mapping)) else str(item) for item in values]
         arguments += [f"--{name}", *texts]
     return arguments
 
@@ -195,8 +197,9 @@ class Pipeline:
     @property
     def chat(self) -> dict[str, Any]:
         """How prompts are formatted, for every recipe that reads problems."""
-        prompt = self.pair.system_prompt
-        return {} if prompt is None else {"chat_template": True, "system_prompt": prompt}
+        options = {name: getattr(self.pair, name) for name in ("system_prompt", "chat_template_kwargs")}
+        options = {name: value for name, value in options.items() if value is not None}
+        return {"chat_template": True, **options} if options else {}
 
     def add(
         self,

@@ -6,23 +6,40 @@ Knows files, columns and tokenizers; knows nothing of models, labels or what an 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.meta
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
 from transformers_s2t.labeling import left_pad
 from transformers_s2t.trajectories import share_of
 
 
-__all__ = ["Problem", "encode_prompts", "left_pad", "load_problems", "split_by_id"]
+__all__ = [
+    "Problem",
+    "check_template_kwargs",
+    "encode_prompts",
+    "left_pad",
+    "load_problems",
+    "read_template_kwargs",
+    "split_by_id",
+    "template_variables",
+]
+#: How prompts are put, in the arguments of the recipes and in the header of labels.
+PROMPT_SETTINGS = ("chat_template", "system_prompt", "chat_template_kwargs")
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+DEFINED = ("defined", "undefined", "default", "d")  # Jinja's tests and filters for what may not be given
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -50,7 +67,8 @@ def load_problems(
             kinds; or a Hub id, with its configuration behind a colon where it has several (`openai/gsm8k:main`).
         split: which file of a folder, or which split on the Hub.
         prompt_column: where the prompt's text is.
-        answer_column: where the reference answer is; `None` for problems without answers.
+        answer_column: where the reference answer is; `None` for problems without answers. An empty cell (null, NaN,
+            empty text) is no answer.
         limit: at most so many problems, the first ones.
 
     Returns:
@@ -97,7 +115,15 @@ def _to_problem(
             f"column {answer_column!r} must hold text or a number, got {answer!r} in row {number} of {where}."
         )
     id = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-    return Problem(id, prompt, None if answer is None else str(answer))
+    return Problem(id, prompt, _answer_text(answer))
+
+
+def _answer_text(answer: str | int | float | None) -> str | None:
+    """`None` for what stands for no answer: null, NaN (how pandas writes a missing number) and empty text."""
+    if answer is None or answer != answer or not str(answer).strip():
+        return None
+    # 1e+16 is a number to Python only
+    return format(Decimal(repr(answer)), "f") if isinstance(answer, float) and math.isfinite(answer) else str(answer)
 
 
 def _read_rows(source: str, split: str | None) -> Iterable[Mapping[str, Any]]:
@@ -188,11 +214,69 @@ def split_by_id(
     return parts
 
 
+def read_template_kwargs(value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
+    """`chat_template_kwargs` as a command line (a JSON object) or a YAML file (a mapping) gives it; `None` for none.
+
+    Raises:
+        ValueError: where it is neither.
+    """
+    given = value
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = given
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(
+            "`chat_template_kwargs` must be a JSON object, e.g. '{\"enable_thinking\": false}', or a mapping in YAML, "
+            f"got {given!r}."
+        )
+    return dict(value) if value else None
+
+
+def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
+    """What `chat_template_kwargs` can set in a tokenizer's template; `None` where it cannot be told."""
+    source = re.sub(
+        r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", tokenizer.get_chat_template()
+    )  # transformers' own tag
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(source)
+    except jinja2.TemplateSyntaxError:
+        return None
+    names = jinja2.meta.find_undeclared_variables(tree)
+    # what a template sets itself, in one branch and not in another, is only asked for where it says "is defined"
+    asked = [node for node in tree.find_all((nodes.Test, nodes.Filter)) if node.name in DEFINED]
+    names -= {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - {
+        node.node.name for node in asked if isinstance(node.node, nodes.Name)
+    }
+    taken = {*inspect.signature(tokenizer.apply_chat_template).parameters} - {"tools", "documents"}
+    return names - {"messages", "raise_exception", "strftime_now", *environment.globals, *taken}
+
+
+def check_template_kwargs(kwargs: Mapping[str, Any] | None, *tokenizers: PreTrainedTokenizerBase) -> None:
+    """A template ignores what it does not know without a word.
+
+    Raises:
+        ValueError: for a key that no template of these tokenizers uses.
+    """
+    legal = [template_variables(tokenizer) for tokenizer in tokenizers]
+    if not kwargs or None in legal:
+        return
+    used = set().union(*legal)
+    if unknown := [key for key in kwargs if key not in used]:
+        raise ValueError(
+            f"`chat_template_kwargs` must name variables of the tokenizer's chat template "
+            f"({', '.join(sorted(used)) or 'it has none to set'}), got {', '.join(map(repr, unknown))}."
+        )
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[str],
     chat_template: bool = False,
     system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Token ids of prompts, ready to be continued.
 
@@ -202,20 +286,27 @@ def encode_prompts(
         chat_template: put each into the tokenizer's chat template, up to where the assistant begins. Otherwise the
             text is encoded as it is, less an end-of-sequence token that the tokenizer itself may append.
         system_prompt: for the template.
+        chat_template_kwargs: variables of the template, e.g. `{"enable_thinking": False}`.
 
     Raises:
-        ValueError: for a tokenizer without a template, a system prompt without one, a prompt without tokens.
+        ValueError: for a tokenizer without a template, a system prompt or variables without one, a template that
+            cannot be filled, or ignores the system prompt or a variable, a prompt without tokens.
     """
     if chat_template and tokenizer.chat_template is None:
         raise ValueError("`chat_template` needs a tokenizer that has one; this one has none: pass false.")
     if system_prompt is not None and not chat_template:
         raise ValueError("`system_prompt` needs `chat_template`: without one, write it into the prompts.")
+    if chat_template_kwargs and not chat_template:
+        raise ValueError(
+            f"`chat_template_kwargs` needs `chat_template`, got {dict(chat_template_kwargs)} without: pass true."
+        )
+    if chat_template:
+        check_template_kwargs(chat_template_kwargs, tokenizer)
     encoded = []
     for prompt in prompts:
         if chat_template:
-            messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-            messages.append({"role": "user", "content": prompt})
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            text = _fill_template(tokenizer, prompt, system_prompt, chat_template_kwargs, is_first=not encoded)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = tokenizer(prompt)["input_ids"]
             plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -225,6 +316,52 @@ def encode_prompts(
             raise ValueError(f"`prompts` must have at least one token each, got none for {prompt!r}.")
         encoded.append(list(ids))
     return encoded
+
+
+def _fill_template(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system_prompt: str | None,
+    kwargs: Mapping[str, Any] | None,
+    is_first: bool,
+) -> str:
+    """The prompt in the tokenizer's chat template; with `is_first`, checks that the system prompt is there too."""
+
+    def fill(system_prompt: str | None, kwargs: Mapping[str, Any] | None) -> str:
+        messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        messages.append({"role": "user", "content": prompt})
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **kwargs or {})
+
+    def fails(*arguments) -> bool:
+        try:
+            fill(*arguments)
+        except (jinja2.TemplateError, TypeError):
+            return True
+        return False
+
+    try:
+        text = fill(system_prompt, kwargs)
+    except (jinja2.TemplateError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        if system_prompt is not None and not fails(None, kwargs):
+            raise ValueError(
+                f"`system_prompt` must be left out, got {system_prompt!r}: the tokenizer's chat template refuses it "
+                f"({reason}). Write it into the prompts."
+            ) from None
+        if kwargs and not fails(system_prompt, None):
+            raise ValueError(
+                f"`chat_template_kwargs` {dict(kwargs)} does not suit the tokenizer's chat template ({reason})."
+            ) from None
+        raise ValueError(
+            f"`chat_template`: that of the tokenizer cannot be filled with the prompt {prompt[:60]!r} ({reason}); "
+            "pass false to do without."
+        ) from None
+    if is_first and system_prompt is not None and system_prompt.strip() not in text and text == fill(None, kwargs):
+        raise ValueError(
+            f"`system_prompt` must be left out, got {system_prompt!r}: the tokenizer's chat template ignores it. "
+            "Write it into the prompts."
+        )
+    return text
 
 
 def _trailing(ids: list[int], id: int | None) -> int:

@@ -32,7 +32,7 @@ def collect_texts(problems: Iterable, tokenizer, runs: Iterable[list[dict]]) -> 
     """
     texts = {
         "problems": [
-            [problem.id, problem.prompt, extract_answer(problem.answer, "hash") or problem.answer]
+            [problem.id, problem.prompt, problem.answer and (extract_answer(problem.answer, "hash") or problem.answer)]
             for problem in problems
         ],
         "tokens": {},

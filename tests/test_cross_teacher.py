@@ -334,6 +334,22 @@ def test_the_recipe_labels_with_each_models_own_template(bench, recipe, capsys):
     assert {file.name: file.read_bytes() for file in (bench / "labels").iterdir()} == files
 
 
+def test_each_template_gets_the_variables_that_it_has(bench, recipe, capsys):
+    student, teacher = (AutoTokenizer.from_pretrained(bench / name) for name in ("student", "teacher"))
+    teacher.chat_template += "{% if enable_thinking is defined and not enable_thinking %}ba{% endif %}"
+    teacher.save_pretrained(bench / "teacher")
+    plans = [
+        recipe.prepare(*recipe.TrlParser(recipe.LabelArguments).parse_args_into_dataclasses(command(bench, **changes)))
+        for changes in ({}, {"chat_template_kwargs": '{"enable_thinking": false}'})
+    ]
+    assert plans[0].prompts == plans[1].prompts  # the student's template knows of no thinking
+    for plan, end in zip(plans, ("b", "bba")):
+        assert [teacher.decode(ids) for ids in plan.teacher_prompts.values()] == [f"c{text}{end}" for text in TEXTS]
+    with pytest.raises(SystemExit):
+        recipe.main(command(bench, chat_template_kwargs='{"enable_thinkin": false}'))
+    assert "chat template (enable_thinking), got 'enable_thinkin'" in capsys.readouterr().err
+
+
 def test_the_recipe_gives_the_teacher_the_text_that_was_left_of_a_prompt(bench, recipe):
     recipe.main(command(bench, chat_template=False, max_prompt_tokens=1))
     labels, _ = read_labels(bench / "labels")

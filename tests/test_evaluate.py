@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +88,20 @@ def test_bad_policies_say_what_is_wrong(text, message):
 )
 def test_majority_vote(answers, winner):
     assert evaluate.majority_vote(answers) == winner
+
+
+def test_equal_answers_vote_together():
+    """Three spellings of one number lost against two samples of another: the baseline came out too low."""
+    samples = [r"\boxed{3}", r"\boxed{3}", r"\boxed{\sqrt{8}}", r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt2}"]
+    bench = evaluate.Bench.__new__(evaluate.Bench)
+    bench.problems = [evaluate.Problem("a", "How many?", r"\sqrt{8}"), evaluate.Problem("b", "And?", "3")]
+    for bench.args in (SimpleNamespace(answer_style="math"), SimpleNamespace(answer_style="auto")):
+        texts = [*samples, *(text.replace("3", "4") for text in samples)]
+        bench.tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens, texts=texts: texts)
+        first, second = bench._grade(Policy.parse("maj@5"), [0, 1], torch.zeros(10, 1), torch.ones(10))
+        assert first["votes"] == ["3", "3", "sqrt(8)", "sqrt(8)", "sqrt(8)"]
+        assert first["answer"] == "sqrt(8)" and first["correct"] and first["any_correct"]
+        assert second["answer"] == "sqrt(8)" and not second["correct"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,6 +421,49 @@ def test_labelled_problems_are_refused(bed, tmp_path):
     assert "LEAK, these figures are not held out" in evaluate.format_table(report)
 
 
+def test_prompts_are_put_as_in_the_labels(bed, tmp_path):
+    """Thresholds and fusion were measured on prompts in a template, and nothing said that these were in none."""
+    model = tmp_path / "student"
+    shutil.copytree(bed / "student", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is defined %}Tom{% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    folder = tmp_path / "labels"
+    make_labels(bed, folder, ["a"], [40])
+    thinking = {"chat_template": True, "system_prompt": None, "chat_template_kwargs": {"enable_thinking": True}}
+    settings = {"model": str(model), "policies": ["greedy"], "adapters": [], "teacher_model": None, "limit": 2}
+
+    def evaluate_with(**changes):
+        return evaluate.evaluate(arguments(bed, tmp_path / "out", **settings | changes))
+
+    for source, given, name in (
+        (thinking, {}, "chat_template"),
+        (thinking, {"chat_template": True}, "chat_template_kwargs"),
+        (
+            thinking,
+            {"chat_template": True, "chat_template_kwargs": {"enable_thinking": False}},
+            "chat_template_kwargs",
+        ),
+        (thinking | {"system_prompt": "Tom"}, thinking, "system_prompt"),
+        ({"chat_template": False, "system_prompt": None}, thinking, "chat_template"),  # as older labels say it
+    ):
+        write_header(folder, replace(read_header(folder), prompt_source=source))
+        for argument, value in (("label_dirs", [str(folder)]), ("eval_labels", str(folder))):
+            with pytest.raises(ValueError, match=f"`{name}` must be as in the labels of `{argument}`"):
+                evaluate_with(**given | {argument: value})
+    assert not (tmp_path / "out").exists()
+    write_header(folder, replace(read_header(folder), prompt_source=thinking))
+    report = evaluate_with(**thinking, label_dirs=[str(folder)])
+    assert report["meta"]["settings"]["chat_template_kwargs"] == {"enable_thinking": True}
+    before = (tmp_path / "out" / "records" / "greedy.jsonl").read_bytes()
+    evaluate_with(**thinking | {"chat_template_kwargs": '{"enable_thinking": true}'})
+    assert (tmp_path / "out" / "records" / "greedy.jsonl").read_bytes() == before  # nothing is run again
+    evaluate_with(**thinking | {"chat_template_kwargs": None})
+    assert (tmp_path / "out" / "records" / "greedy.jsonl").read_bytes() != before
+
+
 def test_labels_that_an_adapter_has_seen_are_refused(bed, tmp_path):
     adapter = tmp_path / "adapter"
     shutil.copytree(bed / "adapter", adapter)
@@ -432,6 +490,8 @@ def test_labels_that_an_adapter_has_seen_are_refused(bed, tmp_path):
         ({"max_new_tokens": 1000}, r"`max_new_tokens` must be at most \d+ \(context of 128 tokens"),
         ({"model": "./nowhere"}, "`model`: './nowhere' does not exist"),
         ({"adapters": ["./nowhere"]}, "`adapters`: './nowhere' does not exist"),
+        ({"chat_template": True}, "`chat_template` needs a tokenizer that has one"),
+        ({"chat_template_kwargs": '{"a": 1}'}, "`chat_template_kwargs` needs `chat_template`, got {'a': 1}"),
     ],
 )
 def test_bad_arguments_fail_before_anything_is_written(bed, tmp_path, changes, message):
@@ -447,6 +507,7 @@ def test_bad_arguments_fail_before_anything_is_written(bed, tmp_path, changes, m
         ({"limit": 0}, "`limit` must be at least 1, got 0"),
         ({"temperature": 0.0}, "`temperature` must be above 0, got 0.0"),
         ({"answer_style": "x"}, "`answer_style` must be one of 'hash', 'math', 'auto', got 'x'"),
+        ({"chat_template_kwargs": "[1]"}, "`chat_template_kwargs` must be a JSON object"),
         ({"bare_margin": -0.1}, r"`bare_margin` must be in \[0, 1\], as scores are, got -0.1"),
         ({"bare_margin": 1.5}, r"`bare_margin` must be in \[0, 1\], as scores are, got 1.5"),
         ({"bare_margin": float("nan")}, r"`bare_margin` must be in \[0, 1\], as scores are, got nan"),
@@ -550,6 +611,45 @@ def test_demo_refuses_a_config_that_there_is_not(monkeypatch, tmp_path, stage):
     with pytest.raises(FileNotFoundError, match=f"`{stage}_config`: .*none.yaml' does not exist"):
         demo.main()
     assert not folder.exists()
+
+
+def test_demo_puts_all_prompts_alike(tmp_path):
+    """A system prompt in the YAML for labels was that of the training labels only."""
+    (tmp_path / "mine.yaml").write_text(
+        "chat_template: true\nsystem_prompt: Be brief.\nchat_template_kwargs: {think: false}\n"
+    )
+
+    def prompt_arguments(**changes):
+        args = demo.parse_arguments(["--dataset", str(tmp_path), "--label_config", str(tmp_path / "mine.yaml")])
+        settings = {"chat_template": True, "system_prompt": "Be brief.", "chat_template_kwargs": {"think": False}}
+        vars(args).update(settings | changes)
+        return demo.prompt_arguments(args)
+
+    assert prompt_arguments() == (
+        ["--chat_template", "true", "--system_prompt", "Be brief.", "--chat_template_kwargs", '{"think": false}']
+    )
+    for name, value in (("system_prompt", None), ("chat_template_kwargs", None), ("chat_template", False)):
+        with pytest.raises(ValueError, match=f"`{name}` of the demo must be that of `label_config`"):
+            prompt_arguments(**{name: value})
+
+
+def test_demo_checks_answers_and_template_before_it_labels(monkeypatch, tmp_path, bed):
+    def run(*flags):
+        command = ["demo.py", "--model", str(bed / "student"), "--teacher_model", str(bed / "student")]
+        command += ["--dataset", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path / "run"), *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        demo.main()
+
+    rows = [{"prompt": f"Tom has {i} nuts.\n", "answer": str(i) if i % 4 else None} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match="`chat_template_kwargs` needs `chat_template`"):
+        run("--chat_template_kwargs", '{"think": false}')
+    with pytest.raises(ValueError, match="`chat_template_kwargs` must be a JSON object"):
+        run("--chat_template_kwargs", "[1]")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"`dataset`: \d+ of the \d+ problems of the part test have no answer"):
+        run()
+    assert not (tmp_path / "run" / "labels").exists()
 
 
 def test_demo_refuses_a_folder_of_other_settings(tmp_path):

@@ -14,6 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 
 import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import EOS, PAD, RESERVED, VOCAB_SIZE, disagreeing_pair, tiny_model
@@ -588,6 +591,32 @@ def test_problems_from_files_and_folders(tmp_path):
         problems.load_problems(str(tmp_path), "empty")
 
 
+def test_an_empty_cell_is_no_answer(tmp_path):
+    """NaN, which is how pandas writes a missing number, became the text "nan" that every model had wrong."""
+    problems = load_recipe("problems")
+
+    def answers_in(name):
+        return [problem.answer for problem in problems.load_problems(str(tmp_path / name))]
+
+    prompts = [f"problem {i}" for i in range(3)]
+    numbers = pa.table({"prompt": prompts, "answer": pa.array([42.0, float("nan"), None])})
+    pq.write_table(numbers, tmp_path / "numbers.parquet")
+    assert answers_in("numbers.parquet") == ["42.0", None, None]
+    pq.write_table(pa.table({"prompt": prompts, "answer": ["", " \n", "nan"]}), tmp_path / "texts.parquet")
+    assert answers_in("texts.parquet") == [None, None, "nan"]  # what somebody wrote
+    for kind, column in {
+        "text": pd.array(["a", pd.NA, None], dtype="string"),
+        "number": pd.array([1, pd.NA, None], dtype="Int64"),
+        "object": pd.Series(["a", float("nan"), pd.NaT], dtype=object),
+        "float": pd.Series([1.5, None, float("nan")]),
+    }.items():
+        pd.DataFrame({"prompt": prompts, "answer": column}).to_parquet(tmp_path / f"{kind}.parquet")
+        assert [answer is None for answer in answers_in(f"{kind}.parquet")] == [False, True, True]
+    lines = [f'{{"prompt": "{prompt}", "answer": {cell}}}' for prompt, cell in zip(prompts, ("NaN", "1e16", "1e-7"))]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    assert answers_in("lines.jsonl") == [None, "10000000000000000", "0.0000001"]
+
+
 def test_division_by_id_is_disjoint_and_stable():
     problems = load_recipe("problems")
     many = [problems.Problem(str(i), "text", None) for i in range(2000)]
@@ -657,6 +686,101 @@ def test_prompts_are_encoded_ready_to_go_on():
         "{% for m in messages %}{{ m.content }} w9 {% endfor %}{% if add_generation_prompt %}w5{% endif %}"
     )
     assert problems.encode_prompts(tokenizer, ["w1"], chat_template=True, system_prompt="w2") == [[5, 12, 4, 12, 8]]
+
+
+CHAT = "{% for m in messages %}{{ m.content }} w9 {% endfor %}{% if add_generation_prompt %}w5{% endif %}"
+THINKS = CHAT + "{% if enable_thinking is not defined or enable_thinking %} w20{% endif %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
+
+
+def test_template_variables_are_passed_on_and_unknown_ones_refused():
+    problems = load_recipe("problems")
+    tokenizer = make_tokenizer(appends_eos=True)
+    tokenizer.chat_template = THINKS
+
+    def encode(*prompts, **settings):
+        return problems.encode_prompts(tokenizer, prompts or ["w1"], **({"chat_template": True} | settings))
+
+    assert encode() == encode(chat_template_kwargs={"enable_thinking": True}) == [[4, 12, 8, 23]]
+    assert encode(chat_template_kwargs={"enable_thinking": False}) == [[4, 12, 8]]
+    assert encode(chat_template_kwargs={}, chat_template=False) == [[1, 4]]
+    assert encode("w1", "w2") == [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)["input_ids"]
+        for prompt in ("w1", "w2")
+    ]
+    with pytest.raises(ValueError, match="`chat_template_kwargs` needs `chat_template`, got .'enable_thinking'"):
+        encode(chat_template=False, chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(
+        ValueError, match=r"must name variables of .* template \(enable_thinking\), got 'enable_thinkin'"
+    ):
+        encode(chat_template_kwargs={"enable_thinkin": False})
+    for taken in ("messages", "tokenize", "add_generation_prompt", "range"):
+        with pytest.raises(ValueError, match=f"`chat_template_kwargs` must name variables .*got '{taken}'"):
+            encode(chat_template_kwargs={taken: False})
+    tokenizer.chat_template = CHAT
+    with pytest.raises(ValueError, match=r"\(it has none to set\), got 'enable_thinking'"):
+        encode(chat_template_kwargs={"enable_thinking": False})
+    # transformers' own tags; what cannot be told is not refused
+    tokenizer.chat_template = (
+        "{%- generation %}{%- endgeneration -%}{% for m in messages %}{% continue %}{% endfor %}" + THINKS
+    )
+    assert problems.template_variables(tokenizer) == {"enable_thinking"}
+    tokenizer.chat_template = (  # `date` may be given, `text` is the template's own
+        "{% if not date is defined %}{% set date = 'w1' %}{% endif %}"
+        "{% for m in messages %}{% if m.content %}{% set text = m.content %}{% endif %}{{ text }}{% endfor %}"
+        "{{ date }}"
+    )
+    assert problems.template_variables(tokenizer) == {"date"}
+    tokenizer.chat_template = "{% if"
+    assert problems.template_variables(tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "message"),
+    [
+        (
+            NO_SYSTEM,
+            {"system_prompt": "w2"},
+            "`system_prompt` must be left out, got 'w2': .*refuses it .System role not",
+        ),
+        ("{{ messages[-1].content }}", {"system_prompt": "w2"}, "`system_prompt` must be left out.* ignores it"),
+        (
+            "{{ raise_exception('bad\nday') }}",
+            {},
+            "`chat_template`: that of .*cannot be filled.* .bad day.; pass false",
+        ),
+        ("{{ raise_exception('bad') }}", {"system_prompt": "w2"}, "`chat_template`: that of .*cannot be filled"),
+        ("{% if", {}, "`chat_template`: that of .*cannot be filled"),
+        ("{{ messages[0].content + 3 }}", {}, "`chat_template`: that of .*cannot be filled"),
+        (
+            CHAT + "{{ ('' if effort is not defined else 'w' + effort) }}",
+            {"chat_template_kwargs": {"effort": 3}},
+            "`chat_template_kwargs` {'effort': 3} does not suit",
+        ),
+    ],
+)
+def test_a_template_that_cannot_be_filled_is_one_line(template, settings, message):
+    """jinja2's errors are no ValueErrors: they came as a traceback."""
+    problems = load_recipe("problems")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message) as caught:
+        problems.encode_prompts(tokenizer, ["w1"], chat_template=True, **settings)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("given", ["[1]", "thinking=false", "3", '{"a": 1', '"text"', [1], 3])
+def test_template_variables_are_a_mapping(given):
+    problems = load_recipe("problems")
+    with pytest.raises(ValueError, match="`chat_template_kwargs` must be a JSON object, e.g. .* got "):
+        problems.read_template_kwargs(given)
+
+
+def test_template_variables_as_they_are_given():
+    problems = load_recipe("problems")
+    assert problems.read_template_kwargs('{"a": false, "b": [1]}') == {"a": False, "b": [1]}
+    assert problems.read_template_kwargs({"a": False}) == {"a": False}
+    assert problems.read_template_kwargs(None) is problems.read_template_kwargs("{}") is None
 
 
 def test_recipe_end_to_end(bench, capsys):
@@ -741,6 +865,8 @@ def test_a_dry_run_scales_a_sample_to_what_is_left(bench, capsys, monkeypatch):
         ({"batch_size": 0}, "`batch_size` must be"),
         ({"max_new_tokens": 128}, "`max_new_tokens` must be at most 122"),
         ({"chat_template": True}, "`chat_template` needs a tokenizer"),
+        ({"chat_template_kwargs": "[1]"}, "`chat_template_kwargs` must be a JSON object"),
+        ({"chat_template_kwargs": '{"a": 1}'}, "`chat_template_kwargs` needs `chat_template`"),
         ({"config": "./missing.yaml"}, "missing.yaml"),
     ],
 )
@@ -753,6 +879,67 @@ def test_recipe_refuses_in_one_line_before_weights(bench, capsys, monkeypatch, c
     assert stopped.value.code == 2
     assert message in error and len(error.strip().splitlines()) == 1
     assert not (bench / "labels").exists()
+
+
+def give_template(bench, template):
+    for name in ("student", "teacher"):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(bench / name)
+
+
+@pytest.mark.parametrize(
+    ("template", "changes", "message"),
+    [
+        (NO_SYSTEM, {"system_prompt": "w2"}, "`system_prompt` must be left out, got 'w2'"),
+        (THINKS, {"chat_template_kwargs": '{"thinking": false}'}, "chat template (enable_thinking), got 'thinking'"),
+        (THINKS, {"max_prompt_tokens": 4}, "`max_prompt_tokens` must be at least 6, the shortest prompt"),
+    ],
+)
+def test_recipe_refuses_what_a_template_does_not_take(bench, capsys, monkeypatch, template, changes, message):
+    give_template(bench, template)
+    test_recipe_refuses_in_one_line_before_weights(
+        bench, capsys, monkeypatch, {"chat_template": True} | changes, message
+    )
+
+
+def test_prompts_in_a_template_are_never_cut(bench, capsys):
+    """`--max_prompt_tokens` cut off the question's end and the assistant's header."""
+    give_template(bench, THINKS)
+    recipe = load_recipe("label")
+    recipe.main(command(bench, chat_template=True, max_prompt_tokens=7))  # prompts of 3 to 6 words, and 3 tokens
+    assert "4 of 8 problems are left out" in capsys.readouterr().err
+    labels, header = read_labels(bench / "labels")
+    assert len(labels) == header.num_problems == 4
+    for row in labels:
+        assert row["input_ids"][row["prompt_length"] - 3 : row["prompt_length"]] == [12, 8, 23]
+    assert json.loads((bench / "labels" / "label_stats.json").read_text())["too_long_problems"] == 4
+    recipe.main(command(bench, chat_template=True, output_dir=bench / "whole", dry_run=True, max_prompt_tokens=7))
+    assert "4 of 8 problems are left out" in capsys.readouterr().err
+    recipe.main(command(bench, max_prompt_tokens=2, output_dir=bench / "plain"))  # without a template: cut, all there
+    assert set(read_labels(bench / "plain")[0]["prompt_length"]) == {2}
+    assert "left out" not in capsys.readouterr().err
+    assert json.loads((bench / "plain" / "label_stats.json").read_text())["too_long_problems"] == 0
+
+
+def test_template_variables_are_noted_and_compared(bench, capsys):
+    give_template(bench, THINKS)
+    recipe = load_recipe("label")
+    (bench / "label.yaml").write_text("chat_template: true\nchat_template_kwargs: {enable_thinking: false}\n")
+    from_yaml = {"config": bench / "label.yaml"}
+    recipe.main(command(bench, **from_yaml))
+    labels, header = read_labels(bench / "labels")
+    assert header.prompt_source["chat_template_kwargs"] == {"enable_thinking": False}
+    assert all(row["input_ids"][row["prompt_length"] - 1] == 8 for row in labels)
+    recipe.main(command(bench, chat_template=True, chat_template_kwargs='{"enable_thinking": false}'))  # goes on
+    for other in (None, '{"enable_thinking": true}'):
+        with pytest.raises(SystemExit):
+            recipe.main(command(bench, chat_template=True, chat_template_kwargs=other))
+        assert "made with other settings (prompt_source: " in capsys.readouterr().err
+    recipe.main(command(bench, chat_template=True, output_dir=bench / "thinking"))
+    thinking, header = read_labels(bench / "thinking")
+    assert "chat_template_kwargs" not in header.prompt_source  # older labels can be gone on with
+    assert all(row["input_ids"][row["prompt_length"] - 1] == 23 for row in thinking)
 
 
 def test_recipe_refuses_different_tokenizers_and_empty_data(bench, capsys):

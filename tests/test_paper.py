@@ -319,10 +319,19 @@ def pair_of(**more) -> Pair:
     return Pair("p", "P", "M", "T", "recipes/embedded", **({"sizes": sizes} | more))
 
 
-def test_command_lines_of_options():
+def test_command_lines_of_options(tmp_path):
     assert pipeline_module.as_arguments({"a": 1, "b": True, "c": None, "d": ["x", 2.5], "e": "no"}) == (
         ["--a", "1", "--b", "true", "--d", "x", "2.5", "--e", "no"]
     )
+    assert pipeline_module.as_arguments({"chat_template_kwargs": {"think": False}}) == (
+        ["--chat_template_kwargs", '{"think": false}']
+    )
+    chats = [pair_of(), pair_of(system_prompt="S"), pair_of(chat_template_kwargs={"think": False})]
+    assert [Pipeline(pair, Jobs(tmp_path), tmp_path).chat for pair in chats] == [
+        {},
+        {"chat_template": True, "system_prompt": "S"},
+        {"chat_template": True, "chat_template_kwargs": {"think": False}},
+    ]
     assert pipeline_module.tag({}) == ""
     assert pipeline_module.tag({"lora_r": 4, "points": "floor kl"}) == "-lora_r=4-points=floor_kl"
     long = [pipeline_module.tag({"name": letter * 200}) for letter in "ab"]
