@@ -1,10 +1,11 @@
 """A model with adapters of the user's own: what is active now writes the text, whenever it was loaded or switched.
 
 Reference: the base model into whose weights those adapters were merged for good, with a selector loaded into that.
-"A", "B" and "C" are the user's; "s2t" is the selector's: on for scores, and for the text with proposals="adapted".
+"A" to "D" are the user's; "s2t" is the selector's: on for scores, and for the text with proposals="adapted".
 
 PEFT 0.21 itself loads no adapter without rows of the head into a model where another one has such rows, as a selector
-has: a KeyError, also without this package. So what is loaded after a selector is C.
+has: a KeyError, also without this package; and it ignores such rows where a second PeftModel is put around the first
+one's model. So what is loaded after a selector is C, and what is put around it D.
 """
 
 from contextlib import contextmanager
@@ -22,27 +23,28 @@ from transformers_s2t import LocalSelector, S2TTrace
 
 INPUTS = prompts((6, 4), seed=5)
 SETTINGS = {"max_new_tokens": 10, "eos_token_id": None}
-SEEDS = {"A": 7, "B": 8, "C": 9}
-WRITERS = ((), ("A",), ("B",), ("C",), ("A", "B"))
+SEEDS = {"A": 7, "B": 8, "C": 9, "D": 10}
+WRITERS = ((), ("A",), ("B",), ("C",), ("D",), ("A", "B"))
 HEAD_ROWS = [11, 48, 63, 70]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A, B, C, and a selector of each scope. C brings rows of the head, which change the text."""
+    """A, B, C, D, and a selector of each scope. C and D bring rows of the head: C's change the text, D's do not."""
     folder = tmp_path_factory.mktemp("adapters")
     for name, seed in SEEDS.items():
+        model = tiny_model()
         torch.manual_seed(seed)
         config = LoraConfig(
             r=4,
             lora_alpha=8,
             target_modules="all-linear" if name == "A" else ["q_proj", "v_proj", "down_proj"],
-            trainable_token_indices={"lm_head": HEAD_ROWS} if name == "C" else None,
+            trainable_token_indices={"lm_head": HEAD_ROWS} if name in "CD" else None,
             init_lora_weights=False,
         )
-        model = get_peft_model(tiny_model(), config, adapter_name=name)
+        model = get_peft_model(model, config, adapter_name=name)
         for parameter_name, parameter in model.named_parameters():
-            if "trainable_tokens_delta" in parameter_name:
+            if name == "C" and "trainable_tokens_delta" in parameter_name:
                 torch.nn.init.normal_(parameter.data, std=0.5)
         model.save_pretrained(folder)
     for setup in SCOPES:
@@ -183,14 +185,14 @@ def load_c_and_leave_it_off(model, folder):
 
 
 @contextmanager
-def wrap_with_c(model, folder):
+def wrap_with_d(model, folder):
     """Onto the bare model that a selector was loaded into."""
-    yield PeftModel.from_pretrained(model, folder / "C", adapter_name="C").eval()
+    yield PeftModel.from_pretrained(model, folder / "D", adapter_name="D").eval()
 
 
 @contextmanager
-def wrap_with_c_and_disable(model, folder):
-    with wrap_with_c(model, folder) as wrapped, wrapped.disable_adapter():
+def wrap_with_d_and_disable(model, folder):
+    with wrap_with_d(model, folder) as wrapped, wrapped.disable_adapter():
         yield wrapped
 
 
@@ -226,8 +228,8 @@ ACTIONS = {
     "disable_adapter_layers": (("A", "B"), layers_disabled, ()),
     "load_adapter": (("A",), load_c, ("C",)),
     "load_adapter-without-setting-it": (("A",), load_c_and_leave_it_off, ("A",)),
-    "a-PeftModel-around-a-bare-model": ((), wrap_with_c, ("C",)),
-    "a-PeftModel-around-a-bare-model-disabled": ((), wrap_with_c_and_disable, ()),
+    "a-PeftModel-around-a-bare-model": ((), wrap_with_d, ("D",)),
+    "a-PeftModel-around-a-bare-model-disabled": ((), wrap_with_d_and_disable, ()),
     "delete_adapter-of-an-idle-one": (("A", "B"), delete_b, ("A",)),
     "delete_adapter-of-the-one-before": (("A", "B"), set_to_b_and_delete_a, ("B",)),
     "delete_adapter-of-the-active-one": (("A", "B"), set_to_b_and_delete_it, ("A",)),
