@@ -139,15 +139,36 @@ def test_inputs_that_scoring_would_leave_out_are_refused(road):
 
 
 @pytest.mark.parametrize("road", ROADS)
-def test_embeddings_beside_ids_are_refused_where_ids_are_read(road):
-    """`generate` reads the embeddings and shows processors the ids: another text."""
-    model, _ = set_up("teacher")
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_embeddings_beside_ids_are_what_is_read(setup, road):
+    """`generate` reads the embeddings and shows processors the ids: another text. A teacher has other embeddings."""
+    model, selector = set_up(setup)
     ids, other = prompts((6,))["input_ids"], prompts((6,), seed=9)["input_ids"]
     embeds = model.get_input_embeddings()(other).detach()
-    refused(road, "not `inputs_embeds`", "teacher", input_ids=ids, inputs_embeds=embeds)
-    refused(road, "not `inputs_embeds`", ("sequence", "base"), input_ids=ids, inputs_embeds=embeds)
-    if road == "processor":
-        refused(road, "not `inputs_embeds`", ("candidate", "base"), input_ids=ids, inputs_embeds=embeds)
+    if setup == "teacher":
+        return refused(road, "not `inputs_embeds`", setup, input_ids=ids, inputs_embeds=embeds)
+    trace, expected_trace = S2TTrace(), S2TTrace()
+    got = decode(road, model, selector, trace, input_ids=ids, inputs_embeds=embeds)
+    expected = decode("fast", model, selector, expected_trace, input_ids=other)
+    assert got[:, 6:].tolist() == expected[:, 6:].tolist()
+    torch.testing.assert_close(scores_of(trace), scores_of(expected_trace), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_embeddings_are_refused_where_the_trigger_asks_a_teacher(road):
+    """An AssertionError, in the first step."""
+    model, selector = set_up(("candidate", "base"))
+    embeds = model.get_input_embeddings()(prompts((6,))["input_ids"]).detach()
+    config = S2TDecodingConfig(trigger="kl", threshold=0.1, warmup_tokens=0)
+    trace, settings = S2TTrace(), {"inputs_embeds": embeds, "max_new_tokens": 4, "pad_token_id": PAD}
+    with pytest.raises(ValueError, match="not `inputs_embeds`"):
+        if road == "processor":
+            s2t = S2T(selector, teacher_model=tiny_model(seed=9), config=config, trace=trace)
+            model.generate(**settings, logits_processor=s2t)
+        else:
+            s2t = {"selector": selector, "teacher_model": tiny_model(seed=9), "decoding_config": config}
+            model.generate(**settings, custom_generate=s2t_generate, trace=trace, **s2t)
+    assert not trace.steps
 
 
 @pytest.mark.parametrize("road", ROADS)

@@ -87,6 +87,12 @@ def running_calls() -> list[GenerateCall]:
     return calls
 
 
+def eos_token_ids(generation_config: GenerationConfig | None) -> set[int]:
+    """Token ids that end a text."""
+    ids = getattr(generation_config, "eos_token_id", None)
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
 def prompt_mask(
     input_ids_BT: torch.Tensor,
     model_kwargs: Mapping[str, Any],
@@ -99,7 +105,7 @@ def prompt_mask(
         input_ids_BT: of the prompt.
         model_kwargs: of [`GenerateCall`] before its first token.
         generation_config: of the call.
-        takes_embeds: whether a prompt may be given as `inputs_embeds`.
+        takes_embeds: whether a prompt may be given as `inputs_embeds`: not to a teacher, whose embeddings are others.
 
     Raises:
         ValueError: naming the argument that S2T's own forwards could not be given: positions that do not follow from
@@ -113,10 +119,7 @@ def prompt_mask(
         )
     embeds_BTD = model_kwargs.get("inputs_embeds")
     if embeds_BTD is not None and not takes_embeds:
-        raise ValueError(
-            "A logits processor, a teacher, and a selector with a cache of its own (adapter_scope='sequence' with "
-            "proposals='base') read token ids: pass `input_ids`, not `inputs_embeds`."
-        )
+        raise ValueError("A teacher reads token ids: pass `input_ids`, not `inputs_embeds`.")
     batch_size, length = (input_ids_BT if embeds_BTD is None else embeds_BTD).shape[:2]
     mask_BT = model_kwargs.get("attention_mask")
     if mask_BT is None:  # `generate` drops a mask of ones, and notes its length

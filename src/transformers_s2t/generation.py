@@ -37,7 +37,7 @@ from transformers.generation import (
     WatermarkLogitsProcessor,
 )
 
-from .call import prompt_mask, running_calls
+from .call import eos_token_ids, prompt_mask, running_calls
 from .config import S2TDecodingConfig
 from .logits_process import S2TLogitsProcessor, fix_tokens, resolve_selector
 from .proposals import exclude
@@ -100,17 +100,23 @@ def s2t_generate(
     _refuse_unsupported(
         model, selector, generation_config, logits_processor, model_kwargs, call.assistant_model if call else None
     )
-    takes_embeds = getattr(selector, "shares_the_cache", False)
-    mask_BT = prompt_mask(input_ids, model_kwargs, generation_config, takes_embeds)
     session = S2TSession(
-        selector, decoding_config, input_ids.shape[1], teacher_model=teacher_model, trace=trace, model=model
+        selector,
+        decoding_config,
+        input_ids.shape[1],
+        teacher_model=teacher_model,
+        trace=trace,
+        model=model,
+        prompt_embeds_BTD=model_kwargs.get("inputs_embeds"),
     )
+    mask_BT = prompt_mask(input_ids, model_kwargs, generation_config, takes_embeds=not session.runs_teacher)
     if session.router is not None and session.router.model is not model:
         raise ValueError(
             "The router of `selector` was loaded for another model object than the one that generates; pass the same "
             "`model` to Router.from_pretrained(path, model)."
         )
-    session.check(mask_BT, model.get_output_embeddings().weight.shape[0], model, input_ids=input_ids)
+    num_head_rows = model.get_output_embeddings().weight.shape[0]
+    session.check(mask_BT, num_head_rows, model, input_ids, eos_token_ids(generation_config))
     with torch.no_grad():
         return _decode(
             selector.writer(session.views),
@@ -171,7 +177,6 @@ def _decode(
 
     `model` is a view of the one that `generate` was called on.
     """
-    selector = session.selector
     pad_token_id = generation_config._pad_token_tensor
     if pad_token_id is not None:
         pad_token_id = pad_token_id.to(input_ids.device)
@@ -197,7 +202,7 @@ def _decode(
     del outputs
 
     while True:
-        scores_BV = exclude(processors(input_ids, logits_BV), selector.excluded_ids)
+        scores_BV = exclude(processors(input_ids, logits_BV), session.excluded_ids)
 
         # what rows decode to that are not asked
         warped_BV = warpers(input_ids, scores_BV)

@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
-from .call import GenerateCall, prompt_mask, running_calls
+from .call import GenerateCall, eos_token_ids, prompt_mask, running_calls
 from .config import S2TDecodingConfig
 from .proposals import exclude
 from .router import new_watcher
@@ -112,9 +112,10 @@ class S2TLogitsProcessor(LogitsProcessor):
         if text is None or not _goes_on(input_ids, text.seen_BT):
             text = self._begin(input_ids, scores, calls, text)
         text.seen_BT = input_ids
-        written_BN = text.prompt_mask_BT.new_ones(len(input_ids), input_ids.shape[1] - text.prompt_mask_BT.shape[1])
+        num_written = input_ids.shape[1] - text.session.prompt_length
+        written_BN = text.prompt_mask_BT.new_ones(len(input_ids), num_written)
         mask_BT = torch.cat([text.prompt_mask_BT, written_BN], dim=-1)
-        scores = exclude(scores, self.selector.excluded_ids)
+        scores = exclude(scores, text.session.excluded_ids)
         with torch.no_grad():
             hidden_BD = self._take_hidden(call, text.session, len(scores))
             result = text.session.step(input_ids, mask_BT, scores, hidden_BD=hidden_BD)
@@ -131,23 +132,26 @@ class S2TLogitsProcessor(LogitsProcessor):
                 "reorder rows or step back, are not supported."
             )
         call = calls[0] if calls else None
+        settings = {"teacher_model": self.teacher_model, "trace": self.trace}
         if call is not None:
             check_one_s2t([self, *call.own_processors])
-            mask_BT = prompt_mask(input_ids, call.model_kwargs, call.generation_config).to(input_ids.device)
-        else:
-            if input_ids.shape[1] == 0:
-                raise ValueError(
-                    "S2T as a logits processor reads the prompt's `input_ids`; `inputs_embeds` hide them."
-                )
-            mask_BT = self._guess_mask(input_ids)
-        model = None if call is None else call.model
-        settings = {"teacher_model": self.teacher_model, "trace": self.trace, "model": model}
+            settings |= {"model": call.model, "prompt_embeds_BTD": call.model_kwargs.get("inputs_embeds")}
         session = S2TSession(self.selector, self.config, input_ids.shape[1], **settings)
-        session.check(mask_BT, scores.shape[-1], model, input_ids=input_ids)
+        if call is not None:
+            takes_embeds = not session.runs_teacher
+            mask_BT = prompt_mask(input_ids, call.model_kwargs, call.generation_config, takes_embeds)
+            ends = eos_token_ids(call.generation_config)
+        elif input_ids.shape[1] == 0:
+            raise ValueError("S2T called by hand reads the prompt's `input_ids`, which are empty here.")
+        else:
+            mask_BT, ends = self._guess_mask(input_ids), set()
+        mask_BT, model = mask_BT.to(input_ids.device), settings.get("model")
+        self.selector.check_model(model)
+        session.check(mask_BT, scores.shape[-1], model, input_ids, ends)
         text = _Text(session, mask_BT, input_ids)
         # calls that have ended are forgotten; those around this one go on after it
-        keys = {call.key for call in calls} or {None}
-        self._local.texts = {key: text for key, text in self._local.texts.items() if key in keys}
+        keys = {around.key for around in calls} or {None}
+        self._local.texts = {key: other for key, other in self._local.texts.items() if key in keys}
         self._local.texts[call.key if call else None] = text
         return text
 

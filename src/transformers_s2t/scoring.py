@@ -412,10 +412,14 @@ class PrefixCache:
     Args:
         model: causal language model.
         cache: a cache to go on with (a `generate` call's own), or `None` for a new one.
+        prompt_embeds_BTD: of a prompt that was given as embeddings; ids are fed behind it.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Cache | None = None):
+    def __init__(
+        self, model: PreTrainedModel, cache: Cache | None = None, prompt_embeds_BTD: torch.Tensor | None = None
+    ):
         self.model = model
+        self.prompt_embeds_BTD = prompt_embeds_BTD
         self.cache_argument = cache_argument(model)
         self.cache = DynamicCache(config=model.config) if cache is None else cache
         self._num_fed = 0 if cache is None else None
@@ -431,6 +435,11 @@ class PrefixCache:
         """Runs the tokens that the cache does not hold yet; returns the last position's logits (B, V) on request."""
         start = self.num_cached
         device = self.model.device
+        embeds_BTD = None if start else self.prompt_embeds_BTD
+        if embeds_BTD is not None and embeds_BTD.shape[1] < input_ids_BT.shape[1]:
+            num_prompt = embeds_BTD.shape[1]
+            self.feed(input_ids_BT[:, :num_prompt], mask_BT[:, :num_prompt])
+            return self.feed(input_ids_BT, mask_BT, with_logits)
         new_ids = input_ids_BT[:, start:].to(device)
         if new_ids.shape[1] == 0:
             if with_logits:
@@ -444,7 +453,7 @@ class PrefixCache:
                 self.feed(input_ids_BT[:, :end], mask_BT[:, :end])
             return self.feed(input_ids_BT, mask_BT, with_logits)
         inputs = {
-            "input_ids": new_ids,
+            **({"input_ids": new_ids} if embeds_BTD is None else {"inputs_embeds": embeds_BTD.to(device)}),
             "attention_mask": mask_BT.long().to(device),
             "position_ids": positions_from_mask(mask_BT)[:, start:].to(device),
             self.cache_argument: self.cache,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from torch import nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -150,10 +151,13 @@ class Selector:
         """Raises a ValueError where the small model's tokenizer is not the one that this selector was made for."""
 
     def check_model(self, model: PreTrainedModel | None) -> None:
-        """Raises a ValueError where the model, as it is at the start of a call, would not write what is selected from.
+        """For a logits processor, whose text the model itself writes, whatever adapters it has on by now.
 
         Args:
             model: the one that generates, `None` where it is not at hand.
+
+        Raises:
+            ValueError: where the S2T adapter itself is on or off against what the selector says of its proposals.
         """
 
     def views(
@@ -371,13 +375,14 @@ class LocalSelector(Selector):
         if is_on and not self.writes_adapted:
             raise ValueError(
                 f"The S2T adapter {self.adapter_name!r} is switched on for the text itself, which the base model is "
-                "to write (proposals='base'): call `set_adapter` with your own adapter's name, or load the selector "
-                "again."
+                "to write (proposals='base'): call `set_adapter` with your own adapter's name, load the selector "
+                "again, or use s2t_generate, which leaves it out."
             )
         if self.writes_adapted and not is_on and adapted_layers(self.model, self.adapter_name):
             raise ValueError(
                 f"The S2T adapter {self.adapter_name!r} is switched off, but is to write the text "
-                f"(proposals='adapted'): call `set_adapter({self.adapter_name!r})`."
+                f"(proposals='adapted'): call `set_adapter({self.adapter_name!r})`, or use s2t_generate, which adds "
+                "it."
             )
 
     def views(
@@ -412,7 +417,7 @@ class LocalSelector(Selector):
                     copies = width if in_sequence else 2 * width
                     if pays_to_merge(batch_size * (copies - 1) - num_asked * width, self.model.device):
                         return self._score_and_decode(session, rows_A, proposals, prefix)
-                elif 0 < num_new <= MAX_CATCH_UP and (prefix.num_cached or bool(session.mask_BT.all())):
+                elif 0 < num_new <= MAX_CATCH_UP and (prefix.num_cached or session.is_bare_text):
                     # (padding would be new tokens that see nothing: NaN)
                     if pays_to_merge((batch_size - num_asked) * width, self.model.device):
                         return Scores(self._catch_up_and_score(session, rows_A, proposals, prefix, num_new))
@@ -673,6 +678,10 @@ class S2TSession:
             is computed twice); `None` makes the session keep caches of its own.
         trace: filled as the call goes on.
         model: the small model, where it is at hand.
+        prompt_embeds_BTD: of a prompt that was given as embeddings.
+
+    Attributes:
+        excluded_ids: token ids that this call never writes, `None` for none.
     """
 
     def __init__(
@@ -684,6 +693,7 @@ class S2TSession:
         student_cache: Cache | None = None,
         trace: S2TTrace | None = None,
         model: PreTrainedModel | None = None,
+        prompt_embeds_BTD: torch.Tensor | None = None,
     ):
         self.selector = selector
         self.config = selector.resolve_config(config)
@@ -697,6 +707,8 @@ class S2TSession:
         self._random = torch.Generator().manual_seed(self.config.seed)
         self._teacher_prefix: PrefixCache | None = None
         self._teacher_rows: int | None = None
+        self.excluded_ids = selector.excluded_ids
+        self.prompt_embeds_BTD = prompt_embeds_BTD
         self._teacher_logits_BV: torch.Tensor | None = None
         self._scorer_prefix: PrefixCache | None = None
         self._writer_prefix: PrefixCache | None = None
@@ -721,6 +733,7 @@ class S2TSession:
         num_head_rows: int,
         model: PreTrainedModel | None = None,
         input_ids: torch.Tensor | None = None,
+        eos_token_ids: Collection[int] = (),
     ) -> None:
         """What can be known to go wrong before the first token.
 
@@ -729,12 +742,12 @@ class S2TSession:
             num_head_rows: V, of the small model.
             model: the small model, where it is at hand.
             input_ids: the prompt.
+            eos_token_ids: which end a text.
 
         Raises:
             ValueError: more candidates than tokens; a prompt that fills the context of the model or the teacher; a
                 teacher whose token ids mean something else.
         """
-        self.selector.check_model(model)
         num_tokens = num_head_rows - (0 if self.selector.excluded_ids is None else len(self.selector.excluded_ids))
         if self.config.num_candidates > num_tokens:
             raise ValueError(
@@ -756,18 +769,34 @@ class S2TSession:
             if model is not None:
                 check_same_ids(name_of(model), name_of(self.teacher_model))
             num_known = self.teacher_model.get_input_embeddings().weight.shape[0]
-            if num_known < num_head_rows:
-                self._teacher_rows = num_known
-                if input_ids is not None and input_ids.numel():
-                    self._check_known(input_ids if mask_BT is None else input_ids.masked_fill(~mask_BT.bool(), 0))
+            if num_known < num_head_rows and self.runs_teacher:
+                self._leave_out_what_the_teacher_lacks(num_known, num_head_rows, mask_BT, input_ids, eos_token_ids)
 
-    def _check_known(self, ids: torch.Tensor) -> None:
-        """Raises a ValueError for ids that the teacher's embedding lacks."""
-        if int(ids.max()) >= self._teacher_rows:
-            raise ValueError(
-                f"The text holds token id {int(ids.max())}, but `teacher_model` knows {self._teacher_rows} tokens: "
-                "choose a teacher with the tokenizer of `model`."
-            )
+    def _leave_out_what_the_teacher_lacks(
+        self,
+        num_known: int,
+        num_head_rows: int,
+        mask_BT: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        eos_token_ids: Collection[int],
+    ) -> None:
+        """Token ids that the teacher's embedding lacks are not written: it could not read on. The end of a text may
+        be one of them, because nobody reads on behind it.
+
+        Raises:
+            ValueError: where the prompt holds one.
+        """
+        self._teacher_rows = num_known
+        if input_ids is not None and input_ids.numel():
+            last = int((input_ids if mask_BT is None else input_ids.masked_fill(~mask_BT.bool(), 0)).max())
+            if last >= num_known:
+                raise ValueError(
+                    f"The prompt holds token id {last}, but `teacher_model` knows {num_known} tokens: choose a "
+                    "teacher with the tokenizer of `model`."
+                )
+        lacking = torch.tensor([id for id in range(num_known, num_head_rows) if id not in eos_token_ids])
+        own = self.selector.excluded_ids
+        self.excluded_ids = lacking if own is None else torch.cat([own, lacking.to(own)]).unique()
 
     def step(
         self,
@@ -784,19 +813,21 @@ class S2TSession:
             input_ids_BT: everything so far, prompt included.
             mask_BT: bool, False at padding.
             logits_BV: the student's next-token logits, after the user's processors, before any sampling warper, and
-                with the selector's `excluded_ids` at -inf: triggers and proposals must not see reserved tokens.
+                with this session's `excluded_ids` at -inf: triggers and proposals must not see reserved tokens.
             active_B: rows that have not finished; `None` for all.
             default_B: the tokens of rows that are not asked, where they are known already (see `StepResult.advance`).
             hidden_BD: the last token's hidden states at the router's layer, of the forward that gave the logits;
                 where they are needed and not at hand, the prefix is read again, on a cache of its own.
         """
+        past_warmup = input_ids_BT.shape[1] - self.prompt_length >= self.config.warmup_tokens
+        if mask_BT.shape[1] > input_ids_BT.shape[1]:  # a prompt of embeddings alone: its ids stand for nothing
+            input_ids_BT = nn.functional.pad(input_ids_BT, (mask_BT.shape[1] - input_ids_BT.shape[1], 0))
         self.input_ids_BT, self.mask_BT, self._teacher_logits_BV = input_ids_BT, mask_BT, None
         self._hidden_BD, self._router_logits_B = hidden_BD, None
         self.default_B, self._step_forwards = default_B, {}
         config, device = self.config, logits_BV.device
         if active_B is None:
             active_B = torch.ones(len(logits_BV), dtype=torch.bool, device=device)
-        past_warmup = input_ids_BT.shape[1] - self.prompt_length >= config.warmup_tokens
 
         # 1. trigger
         value_B = self._trigger_value(logits_BV)
@@ -880,6 +911,16 @@ class S2TSession:
             return torch.rand(len(logits_BV), generator=self._random).to(logits_BV.device)
         return torch.zeros(len(logits_BV), device=logits_BV.device)
 
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether a teacher reads the text of this call."""
+        return getattr(self.selector, "teacher_model", None) is not None or self.config.trigger == "kl"
+
+    @property
+    def is_bare_text(self) -> bool:
+        """Whether the text so far is token ids without padding."""
+        return self.prompt_embeds_BTD is None and bool(self.mask_BT.all())
+
     def take_hidden(self) -> torch.Tensor | None:
         """The last token's hidden states (B, D) of the forward that has just run, `None` where no router is read."""
         return None if self.router is None else self.hidden.take()[:, -1]
@@ -894,7 +935,7 @@ class S2TSession:
     def _read_hidden(self) -> torch.Tensor:
         """Hidden states (B, D) at the router's layer, by reading the text since the last time."""
         if self._writer_prefix is None:
-            self._writer_prefix = PrefixCache(self.selector.writer(self.views))
+            self._writer_prefix = self._new_prefix(self.selector.writer(self.views))
         num_new = self.input_ids_BT.shape[1] - self._writer_prefix.num_cached
         self.count_forward("router", num_new * len(self.input_ids_BT))
         self._writer_prefix.feed(self.input_ids_BT, self.mask_BT)
@@ -910,13 +951,16 @@ class S2TSession:
                 self._teacher_prefix = PrefixCache(self.teacher_model)
             num_cached = self._teacher_prefix.num_cached
             ids_BT = self.input_ids_BT
-            if self._teacher_rows is not None:  # it knows fewer tokens than the model writes
-                ids_BT = ids_BT.masked_fill(~self.mask_BT, 0)
-                self._check_known(ids_BT[:, num_cached:])
+            if self._teacher_rows is not None:  # in padding, or at and behind the end of a text
+                ids_BT = ids_BT.masked_fill(ids_BT >= self._teacher_rows, 0)
             self.count_forward("teacher", (ids_BT.shape[1] - num_cached) * len(ids_BT))
             logits_BV = self._teacher_prefix.feed(ids_BT, self.mask_BT, with_logits=True)
             self._teacher_logits_BV = logits_BV.to(self.input_ids_BT.device)
         return self._teacher_logits_BV
+
+    def _new_prefix(self, model: PreTrainedModel) -> PrefixCache:
+        """A cache of the small model over this call's text."""
+        return PrefixCache(model, prompt_embeds_BTD=self.prompt_embeds_BTD)
 
     def student_prefix(self, selector: Selector) -> tuple[PrefixCache, int]:
         """A cache of the small model over the prefix, as the selector reads it, and how many tokens it lacks.
@@ -926,7 +970,7 @@ class S2TSession:
         if self.student_cache is not None and selector.shares_the_cache:
             return PrefixCache(selector.reader(self.views), self.student_cache), 0
         if self._scorer_prefix is None:
-            self._scorer_prefix = PrefixCache(selector.reader(self.views))
+            self._scorer_prefix = self._new_prefix(selector.reader(self.views))
         return self._scorer_prefix, self.input_ids_BT.shape[1] - self._scorer_prefix.num_cached
 
     def count_forward(self, kind: str, num_tokens: int) -> None:
