@@ -177,6 +177,12 @@ class Case:
         return self.vocab_size + self.teacher_rows
 
     @property
+    def never_written(self) -> list[int]:
+        """Reserved tokens, and what a teacher could not read on behind."""
+        lacking = set(range(self.teacher_vocab, self.vocab_size)) if self.needs_teacher else set()
+        return sorted(lacking - set(self.eos) | set(self.reserved if self.local else ()))
+
+    @property
     def writes_with(self) -> str:
         """Which tokens see the adapter as the text is written."""
         return "all" if self.local and self.scope[1] == "adapted" else "none"
@@ -717,8 +723,7 @@ def decode(case: Case, built: Built, prompt: Prompt, threshold: float | None) ->
                 hidden_BD[row] = states[built.router.config.layer][0] if built.router else None
         for processor in processors:
             logits_BV = processor(ids_BT, logits_BV)
-        if case.local:
-            logits_BV[:, list(case.reserved)] = -math.inf
+        logits_BV[:, case.never_written] = -math.inf
         warped_BV = logits_BV.clone()
         for warper in warpers:
             warped_BV = warper(ids_BT, warped_BV)

@@ -139,7 +139,7 @@ def prompt_mask(
     positions = model_kwargs.get("position_ids")
     if positions is not None:
         expected_BT = positions_from_mask(mask_BT)
-        if positions.dim() != 2 or positions.shape[-1] != length:
+        if positions.dim() != 2 or positions.shape[-1] != length or len(positions) not in (1, batch_size):
             raise ValueError(
                 f"`position_ids` must have the shape of the prompt, ({batch_size}, {length}), got "
                 f"{tuple(positions.shape)}."
