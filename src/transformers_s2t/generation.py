@@ -38,6 +38,7 @@ from transformers.generation import (
 
 from .config import S2TDecodingConfig
 from .logits_process import calls_of_generate, fix_tokens, resolve_selector
+from .model_checks import check_causal_lm
 from .proposals import exclude
 from .scoring import cache_argument, positions_from_mask
 from .selection import S2TSession, S2TTrace, Selector, check_not_nan
@@ -91,7 +92,8 @@ def s2t_generate(
     Raises:
         ValueError: for generation modes that selection has no meaning for (beams, assisted decoding), caches that do
             not grow, `use_cache=False`, thresholds that were never calibrated, a teacher with other token ids, a
-            prompt that fills a model's context, more candidates than tokens, and logits that are NaN.
+            model that is no causal language model, a text that does not fit into a model's context, more candidates
+            than tokens, and logits that are NaN.
     """
     selector = resolve_selector(selector, teacher_model)
     call = next((frame.f_locals for frame in calls_of_generate()), {})
@@ -103,7 +105,11 @@ def s2t_generate(
             "`model` to Router.from_pretrained(path, model)."
         )
     session.check(
-        model_kwargs.get("attention_mask"), model.get_output_embeddings().weight.shape[0], model, input_ids=input_ids
+        model_kwargs.get("attention_mask"),
+        model.get_output_embeddings().weight.shape[0],
+        model,
+        input_ids=input_ids,
+        max_new_tokens=generation_config.max_length - input_ids.shape[1],
     )
     watching = nullcontext() if session.router is None else session.router.tap.watching()
     with torch.no_grad(), selector.generating(), watching:
@@ -236,8 +242,7 @@ def _refuse_unsupported(
     assistant_model: PreTrainedModel | None,
 ) -> None:
     """Errors before the prefill for what this loop would silently do wrong."""
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"S2T is defined for decoder-only models, got {type(model).__name__}.")
+    check_causal_lm("model", model)
     mode = generation_config.get_generation_mode(assistant_model)
     if generation_config.num_beams and generation_config.num_beams > 1:
         raise ValueError(f"s2t_generate selects one token per row: `num_beams` must be 1 (mode: {mode.value}).")

@@ -102,12 +102,20 @@ class S2TLogitsProcessor(LogitsProcessor):
         self._seen_BT = input_ids
         columns_T = torch.arange(input_ids.shape[1], device=input_ids.device)
         mask_BT = columns_T >= self._num_padding_B[:, None]
+        hidden_BD = self._take_hidden(calls, len(scores))  # before a check runs the model
         if is_new:
-            model = calls[0].f_locals.get("self") if calls else None
-            self._session.check(mask_BT, scores.shape[-1], model, input_ids=input_ids)
+            call_locals = calls[0].f_locals if calls else {}
+            max_length = getattr(call_locals.get("generation_config"), "max_length", None)
+            self._session.check(
+                mask_BT,
+                scores.shape[-1],
+                call_locals.get("self"),
+                input_ids=input_ids,
+                max_new_tokens=None if max_length is None else max_length - input_ids.shape[1],
+            )
         scores = exclude(scores, self.selector.excluded_ids)
         with torch.no_grad():
-            result = self._session.step(input_ids, mask_BT, scores, hidden_BD=self._take_hidden(calls, len(scores)))
+            result = self._session.step(input_ids, mask_BT, scores, hidden_BD=hidden_BD)
         if self._router is not None:
             self._router.tap.clear()  # scoring ran through the model too
         return fix_tokens(scores, result.token_B, result.asked_B)

@@ -32,6 +32,16 @@ from .config import (
     SelectorConfig,
 )
 from .fusion import fused_scores
+from .model_checks import (
+    Reader,
+    check_causal_lm,
+    check_context,
+    check_models,
+    check_reads_in_parts,
+    check_room,
+    check_without_virtual_tokens,
+    position_rows,
+)
 from .proposals import Proposals, propose
 from .reserved_tokens import check_same_ids, model_hash, resize_for_reserved_tokens, vocab_hash
 from .router import Router
@@ -181,6 +191,8 @@ class TeacherSelector(Selector):
     ):
         if not isinstance(teacher_model, (PreTrainedModel, PeftModel)):
             raise TypeError(f"`teacher_model` must be a loaded causal language model, got {type(teacher_model)}.")
+        check_causal_lm("teacher_model", teacher_model)
+        check_without_virtual_tokens("teacher_model", teacher_model)
         self.teacher_model = teacher_model
         self.thresholds = dict(thresholds or {})
         self.takeover = takeover
@@ -224,6 +236,8 @@ class LocalSelector(Selector):
         state: dict[int, tuple[bool, list[str]]] | None = None,
         router: Router | None = None,
     ):
+        check_causal_lm("model", model)
+        check_without_virtual_tokens("model", model)
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         num_rows = self.model.get_output_embeddings().weight.shape[0]
         if max(selector_config.reserved_token_ids) >= num_rows:
@@ -272,6 +286,8 @@ class LocalSelector(Selector):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(base, PreTrainedModel):
             raise TypeError(f"`model` must be a loaded causal language model, got {type(model)}.")
+        check_causal_lm("model", model)
+        check_without_virtual_tokens("model", model)
         weights = _find_weights(path, hub_kwargs)
         _check_fits(base, path, weights, config)
         _check_trained_on(base, path, config, allow_other_model)
@@ -655,6 +671,7 @@ class S2TSession:
         self.default_B: torch.Tensor | None = None
         self.head_is_plain: bool | None = None  # known after the first tree
         self._step_forwards: dict[str, int] = {}
+        self._position_rows: dict[str, int | None] = {}
         if trace is not None:
             trace.clear(prompt_length)
 
@@ -664,6 +681,7 @@ class S2TSession:
         num_head_rows: int,
         model: PreTrainedModel | None = None,
         input_ids: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
     ) -> None:
         """What can be known to go wrong before the first token.
 
@@ -672,10 +690,12 @@ class S2TSession:
             num_head_rows: V, of the small model.
             model: the small model, where it is at hand.
             input_ids: the prompt.
+            max_new_tokens: how many may follow it, where that is known.
 
         Raises:
-            ValueError: more candidates than tokens; a prompt that fills the context of the model or the teacher; a
-                teacher whose token ids mean something else.
+            ValueError: more candidates than tokens; a model that is no causal language model, or cannot be read on a
+                cache ([`check_reads_in_parts`]); a text that does not fit into a model's context ([`check_context`]);
+                a teacher whose token ids mean something else.
         """
         num_tokens = num_head_rows - (0 if self.selector.excluded_ids is None else len(self.selector.excluded_ids))
         if self.config.num_candidates > num_tokens:
@@ -684,16 +704,18 @@ class S2TSession:
                 f"{self.config.num_candidates}."
             )
         length = self.prompt_length if mask_BT is None else int(mask_BT.sum(-1).max())
-        model = getattr(self.selector, "model", None) if model is None else model
-        for name, reader in (("model", model), ("teacher_model", self.teacher_model)):
-            context = (
-                None if reader is None else getattr(reader.config.get_text_config(), "max_position_embeddings", None)
-            )
-            if context is not None and length >= context:
-                raise ValueError(
-                    f"The prompt has {length} tokens, but `{name}` reads at most {context} (max_position_embeddings): "
-                    "shorten the prompt."
-                )
+        own = getattr(self.selector, "model", None)
+        model = own if model is None else model
+        scorers = {
+            "model": getattr(self.router, "model", None) if own is None else own,
+            "teacher_model": self.teacher_model,
+        }
+        scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
+        check_models(model, scorers)
+        readers = [Reader("model", model, own is not None), Reader("teacher_model", self.teacher_model)]
+        readers = [reader for reader in readers if reader.model is not None]
+        check_context(readers, length, max_new_tokens)
+        self._position_rows = {reader.name: position_rows(reader.model) for reader in readers}
         if self.teacher_model is not None:
             if model is not None:
                 check_same_ids(name_of(model), name_of(self.teacher_model))
@@ -702,6 +724,9 @@ class S2TSession:
                 self._teacher_rows = num_known
                 if input_ids is not None and input_ids.numel():
                     self._check_known(input_ids if mask_BT is None else input_ids.masked_fill(~mask_BT.bool(), 0))
+        is_padded = mask_BT is not None and not bool(mask_BT.all())
+        for name, scorer in scorers.items():  # last: it runs them
+            check_reads_in_parts(name, scorer, is_padded)
 
     def _check_known(self, ids: torch.Tensor) -> None:
         """Raises a ValueError for ids that the teacher's embedding lacks."""
@@ -772,6 +797,8 @@ class S2TSession:
                 # the floor keeps a prefix of the candidates, so the widest row tells how many are worth a forward
                 width = int(proposals.mask_BK[rows_A].sum(-1).max())
                 asked = Proposals(*(tensor[rows_A, :width] for tensor in proposals))
+                if isinstance(self.selector, LocalSelector):
+                    check_room("model", self._position_rows.get("model"), mask_BT, num_more=1)
                 scores = self.selector.score(self, rows_A, asked)
                 scores_AK, advance_from = scores if isinstance(scores, Scores) else Scores(scores)
                 check_not_nan(scores_AK, "selector's scores")
@@ -852,6 +879,7 @@ class S2TSession:
         if self._teacher_logits_BV is None:
             if self._teacher_prefix is None:
                 self._teacher_prefix = PrefixCache(self.teacher_model)
+            check_room("teacher_model", self._position_rows.get("teacher_model"), self.mask_BT)
             num_cached = self._teacher_prefix.num_cached
             ids_BT = self.input_ids_BT
             if self._teacher_rows is not None:  # it knows fewer tokens than the model writes

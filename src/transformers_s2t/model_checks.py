@@ -1,0 +1,408 @@
+"""What a model must be before S2T runs it: a causal language model that reads a text in parts as it reads it whole,
+with room for the text. Everything here is found out before the first token.
+
+Knows models; knows nothing of selectors or sessions. A config says little of this: the checks look at modules and
+weights, and at what the model answers to a few tokens.
+
+Legend: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .scoring import PrefixCache
+from .triggers import kl_divergence
+
+
+#: Nats by which two readings of one text may differ: rounding of float32, and of what is coarser.
+_TOLERANCE = 1e-3
+_COARSE_TOLERANCE = 0.05
+_NUM_TRIED = 5  # tokens of the text that both readings are tried on
+_NUM_PADDING = 2
+#: What a forward raises that lacks an input, and what a model without a cache for it raises.
+_CANNOT_READ = (TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError)
+
+_tried: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
+_warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What kind of model it is
+
+
+def check_causal_lm(name: str, model: PreTrainedModel | PeftModel) -> None:
+    """Raises a ValueError for a model whose next token S2T cannot read, with the reason.
+
+    Told by what the model is made of, without a forward: encoder-decoders, encoders, models without a language head,
+    models without weights. See [`check_reads_in_parts`] for the rest.
+
+    Args:
+        name: of the argument, for the message.
+        model: a loaded model.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    kind = type(base).__name__
+
+    def refuse(reason: str) -> ValueError:
+        return ValueError(f"`{name}` must be a decoder-only causal language model, got {kind}: {reason}.")
+
+    if base.config.is_encoder_decoder:
+        raise refuse("an encoder-decoder reads its prompt in another place than its answer")
+    if not base.can_generate() or base.get_output_embeddings() is None:
+        raise refuse("it has no language head to read the next token from (load it with AutoModelForCausalLM)")
+    if _is_encoder(base):
+        raise refuse(
+            "it is an encoder, whose tokens see what comes after them (`config.is_decoder=True` makes it causal)"
+        )
+    if _lacks_weights(base):
+        raise ValueError(f"`{name}` ({kind}) has no weights: its parameters are on the meta device.")
+
+
+def check_models(writer: PreTrainedModel | None, scorers: Mapping[str, PreTrainedModel | PeftModel]) -> None:
+    """All that can be wrong with the models of one call and is told without a forward.
+
+    Args:
+        writer: the small model that generates, where it is at hand.
+        scorers: name of the argument -> a model that is read on a cache of S2T's own; "model" is the writer's.
+
+    Raises:
+        ValueError: see [`check_causal_lm`], [`check_evaluates`], [`check_without_virtual_tokens`].
+    """
+    for name, model in [("model", writer), *scorers.items()]:
+        if model is not None:
+            check_causal_lm(name, model)
+            check_evaluates(name, model)
+    for name, model in scorers.items():
+        check_without_virtual_tokens(name, model)
+        if name == "model" and writer is not None:  # it may know of a PeftModel around it
+            check_without_virtual_tokens(name, writer)
+
+
+def check_evaluates(name: str, model: PreTrainedModel | PeftModel) -> None:
+    """Raises a ValueError for a model in training mode whose dropout would make every forward another one."""
+    place = next(_random_places(model), None)
+    if place is not None:
+        raise ValueError(
+            f"`{name}` is in training mode, and its dropout ({place}) makes what it says random: call `{name}.eval()`."
+        )
+
+
+def prompt_learning_of(model: PreTrainedModel | PeftModel) -> str | None:
+    """The PEFT method by which virtual tokens stand before every text of a model, `None` where there are none.
+
+    Of the inner model that [`PeftModel.generate`] runs, too.
+    """
+    owner = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
+    for peft_model in (model, owner):
+        if isinstance(peft_model, PeftModel) and peft_model.active_peft_config.is_prompt_learning:
+            return str(peft_model.active_peft_config.peft_type.value)
+    return None
+
+
+def check_without_virtual_tokens(name: str, model: PreTrainedModel | PeftModel) -> None:
+    """Raises a ValueError for a model that S2T would have to read on a cache of its own, and cannot.
+
+    PEFT's virtual tokens come anew with every forward of a `PeftModel`, also where a cache holds them already, and are
+    lacking in a forward of the model inside. An activated LoRA looks for its invocation in what it is fed.
+    """
+    method = prompt_learning_of(model)
+    if method is not None:
+        raise ValueError(
+            f"`{name}` has virtual tokens before its text ({method}), which S2T cannot put before the texts that it "
+            "scores on a cache: use an adapter without them, such as LoRA."
+        )
+    if isinstance(model, PeftModel):
+        for adapter in model.active_adapters:
+            if getattr(model.peft_config[adapter], "alora_invocation_tokens", None):
+                raise ValueError(
+                    f"`{name}` has an activated LoRA ({adapter!r}), which begins at its `alora_invocation_tokens`: "
+                    "S2T feeds a text in parts, where they are not found. Use plain LoRA."
+                )
+
+
+def _is_encoder(base: PreTrainedModel) -> bool:
+    """Whether its own layers say so: some decoders keep the default `is_decoder=False` in their config."""
+    if getattr(base.config.get_text_config(decoder=True), "is_decoder", None) is not False:
+        return False
+    return any(getattr(module, "is_decoder", None) is False for module in _text_decoder(base).modules())
+
+
+def _lacks_weights(base: PreTrainedModel) -> bool:
+    """Whether weights are on the meta device and nobody brings them from elsewhere, as accelerate's hooks do."""
+    if not any(parameter.is_meta for parameter in base.parameters()):
+        return False
+    return not any(hasattr(module, "_hf_hook") for module in base.modules())
+
+
+def _random_places(model: nn.Module) -> Iterator[str]:
+    """Names of what is random in training mode: modules, and numbers that modules hold for functions."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        if "Dropout" in type(module).__name__ and getattr(module, "p", 0) > 0:
+            yield name
+        for key, value in vars(module).items():
+            if isinstance(value, float) and value > 0 and ("drop" in key or "jitter" in key):
+                yield f"{name}.{key}"
+
+
+def _text_decoder(base: PreTrainedModel) -> nn.Module:
+    decoder = base.get_decoder()
+    return base if decoder is None else decoder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it answers
+
+
+@torch.no_grad()
+def check_reads_in_parts(name: str, model: PreTrainedModel | PeftModel, is_padded: bool = False) -> None:
+    """Raises a ValueError where a model reads a text in parts, on a cache, otherwise than the whole of it at once.
+
+    By trying it on a few tokens, once for a model: there are too many kinds to know them by name. Attention to later
+    tokens (PaliGemma's prompt), virtual tokens, positions that are numbered otherwise than `generate` does (RoBERTa,
+    and RoFormer beside padding), state outside of the cache, inputs beside the text.
+
+    Args:
+        name: of the argument, for the message.
+        model: a loaded model, in the state in which it will be read.
+        is_padded: whether texts beside padding are to be read, too.
+    """
+    for padded in (False, True) if is_padded else (False,):
+        if not _is_new(model, f"parts {padded}"):
+            continue
+        ids_T = _text_for(model)
+        try:
+            whole_V = _read_whole(model, ids_T)
+            parts_V = _read_in_parts(model, ids_T, _NUM_PADDING if padded else 0)
+        except _CANNOT_READ as error:
+            _raise_unreadable(name, model, error)
+        divergence = float(kl_divergence(whole_V[None], parts_V[None]))
+        if divergence > _tolerance(model):
+            beside = " beside padding" if padded else ""
+            raise ValueError(
+                f"`{name}` ({_kind(model)}) reads a text{beside} otherwise in parts, on a key/value cache, than the "
+                f"whole of it at once: after {len(ids_T)} tokens the two differ by {divergence:.2g} nats, so its "
+                "scores would be wrong." + _advice(model, padded)
+            )
+        _tried.setdefault(model, set()).add(_state(model, f"parts {padded}"))
+
+
+@torch.no_grad()
+def check_reads_left_to_right(name: str, model: PreTrainedModel | PeftModel) -> None:
+    """Raises a ValueError where what a model says after a prefix depends on what comes after it, or where it cannot
+    read a text alone. Tried as in [`check_reads_in_parts`], without a cache."""
+    if not _is_new(model, "left to right"):
+        return
+    ids_T = _text_for(model)
+    half = (len(ids_T) + 1) // 2
+    try:
+        inside_V = _forward(model, ids_T)[half - len(ids_T) - 1].float()
+        alone_V = _read_whole(model, ids_T[:half])
+    except _CANNOT_READ as error:
+        _raise_unreadable(name, model, error)
+    divergence = float(kl_divergence(alone_V[None], inside_V[None]))
+    if divergence > _tolerance(model):
+        raise ValueError(
+            f"`{name}` ({_kind(model)}) must be a causal language model, but what it says after a prefix depends on "
+            f"the tokens that come after it (by {divergence:.2g} nats, tried on {len(ids_T)} tokens)."
+            + _advice(model, False)
+        )
+    _tried.setdefault(model, set()).add(_state(model, "left to right"))
+
+
+def _forward(model: nn.Module, ids_T: list[int]) -> torch.Tensor:
+    """Logits (T, V), or more rows in front where virtual tokens stand there."""
+    ids_1T = torch.tensor([ids_T], device=model.device)
+    return model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits[0]
+
+
+def _read_whole(model: nn.Module, ids_T: list[int]) -> torch.Tensor:
+    return _forward(model, ids_T)[-1].float()
+
+
+def _read_in_parts(model: nn.Module, ids_T: list[int], num_padding: int) -> torch.Tensor:
+    """Next-token logits (V,), as S2T reads them: some tokens, then one by one."""
+    pad_token_id = getattr(model.config.get_text_config(), "pad_token_id", None)
+    if pad_token_id is None or not 0 <= pad_token_id < model.get_input_embeddings().weight.shape[0]:
+        pad_token_id = 0
+    ids_1T = torch.tensor([[pad_token_id] * num_padding + ids_T], device=model.device)
+    mask_1T = torch.ones_like(ids_1T, dtype=torch.bool)
+    mask_1T[:, :num_padding] = False
+    prefix = PrefixCache(model)
+    logits_1V = None
+    for end in range(max(1, len(ids_T) - 2) + num_padding, ids_1T.shape[1] + 1):
+        logits_1V = prefix.feed(ids_1T[:, :end], mask_1T[:, :end], with_logits=True)
+    return logits_1V[0]
+
+
+def _text_for(model: nn.Module) -> list[int]:
+    """A few tokens that are not special: no padding, no place of an image."""
+    configs = (model.config, model.config.get_text_config())
+    special = set()
+    for config in configs:
+        for key, value in config.to_dict().items():
+            if key.endswith(("token_id", "token_ids", "token_index")):
+                special |= set(value) if isinstance(value, (list, tuple)) else {value}
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    head = model.get_output_embeddings()
+    num_rows = num_rows if head is None else min(num_rows, head.weight.shape[0])
+    ordinary = [id for id in range(min(num_rows, 1000)) if id not in special] or [0]
+    length = min(_NUM_TRIED, position_rows(model) or _NUM_TRIED)
+    return [ordinary[(7 + 31 * i * i) % len(ordinary)] for i in range(length)]
+
+
+def _is_new(model: nn.Module, what: str) -> bool:
+    return _state(model, what) not in _tried.get(model, set())
+
+
+def _state(model: nn.Module, what: str) -> tuple:
+    """What an answer may depend on, beside the weights."""
+    adapters = tuple(model.active_adapters) if isinstance(model, PeftModel) else ()
+    return what, adapters, model.config._attn_implementation, model.training
+
+
+def _tolerance(model: nn.Module) -> float:
+    coarse = model.dtype.itemsize < 4 or getattr(model, "is_quantized", False) or torch.is_autocast_enabled()
+    return _COARSE_TOLERANCE if coarse else _TOLERANCE
+
+
+def _kind(model: nn.Module) -> str:
+    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+
+
+def _advice(model: nn.Module, padded: bool) -> str:
+    if model.training:
+        return " It is in training mode: call its `eval()`."
+    return " Rows without padding are read as they should be: pass them one by one." if padded else ""
+
+
+def _raise_unreadable(name: str, model: nn.Module, error: Exception) -> None:
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    raise ValueError(
+        f"`{name}` ({_kind(model)}) cannot be read as S2T reads it, by text alone and on a key/value "
+        f"cache ({type(error).__name__}: {error})."
+    ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How long a text it reads
+
+
+class Reader(NamedTuple):
+    """A model that will read a text.
+
+    Attributes:
+        name: of the argument, for messages.
+        model: the model.
+        reads_candidates: whether it also reads every new token before that is chosen, the last one too. Otherwise
+            nobody reads the last one.
+    """
+
+    name: str
+    model: PreTrainedModel | PeftModel
+    reads_candidates: bool = False
+
+
+def position_rows(model: PreTrainedModel | PeftModel) -> int | None:
+    """How many positions a model has rows for, in a table of weights; `None` where it computes them.
+
+    A text that is longer is an IndexError (on a GPU: a lost process). By the tables' rows, not by a config: that may
+    name them otherwise, or not count the rows that OPT and BART skip.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    rows = []
+    for name, module in _text_decoder(base).named_modules():
+        part = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and (part == "wpe" or "pos" in part):
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            rows.append(module.weight.shape[0] - getattr(module, "offset", skipped))
+        # sines and cosines that are looked up: GPT-J, CTRL
+        for key, table in module.named_buffers(recurse=False):
+            if "pos" in key and table.dim() == 2 and table.is_floating_point():
+                rows.append(table.shape[0])
+    return min(rows, default=None)
+
+
+def context_length(model: PreTrainedModel | PeftModel | PretrainedConfig) -> int | None:
+    """How many tokens a model can read, or was made to read; `None` where nothing is said of it."""
+    if isinstance(model, PretrainedConfig):
+        return getattr(model.get_text_config(), "max_position_embeddings", None)
+    rows = position_rows(model)
+    return context_length(model.config) if rows is None else rows
+
+
+def check_context(readers: Iterable[Reader], length: int, max_new_tokens: int | None = None) -> None:
+    """What can be known of lengths before the first token.
+
+    Args:
+        readers: who will read the text.
+        length: of the longest prompt, without padding.
+        max_new_tokens: how many may follow; `None` where that is not known, see [`check_room`].
+
+    Raises:
+        ValueError: a prompt that fills a context; more tokens than a model has rows of positions for.
+
+    Warns:
+        UserWarning: where prompt and new tokens pass the context of a model that computes positions: it goes on, with
+            text and scores that it was not trained for. Once for each model: the text may end before.
+    """
+    for name, model, reads_candidates in readers:
+        rows = position_rows(model)
+        context = context_length(model)
+        if context is None:
+            continue
+        if length >= context:
+            source = "max_position_embeddings" if rows is None else "rows of its position embeddings"
+            raise ValueError(
+                f"The prompt has {length} tokens, but `{name}` reads at most {context} ({source}): shorten the prompt."
+            )
+        if max_new_tokens is None:
+            continue
+        num_read = length + max_new_tokens - (not reads_candidates)
+        if num_read <= context:
+            continue
+        if rows is not None:
+            raise ValueError(
+                f"`max_new_tokens` must be at most {context - length + (not reads_candidates)}: the prompt has "
+                f"{length} tokens and `{name}` has position embeddings for {context}; got {max_new_tokens}."
+            )
+        warned = _warned.setdefault(model, set())
+        if name not in warned:
+            warned.add(name)
+            warnings.warn(
+                f"The prompt has {length} tokens and `max_new_tokens` is {max_new_tokens}, but `{name}` was made for "
+                f"{context} (max_position_embeddings): beyond that, what it says may be poor.",
+                stacklevel=2,
+            )
+
+
+def check_room(name: str, rows: int | None, mask_BT: torch.Tensor, num_more: int = 0) -> None:
+    """Raises a ValueError where a model is about to read more tokens than it has rows of positions for.
+
+    For calls that did not say how many tokens would follow.
+
+    Args:
+        name: of the argument, for the message.
+        rows: of [`position_rows`].
+        mask_BT: of the text that it is about to read; bool, False at padding.
+        num_more: tokens behind it.
+    """
+    if rows is None or mask_BT.shape[1] + num_more <= rows:
+        return
+    length = int(mask_BT.sum(-1).max()) + num_more
+    if length > rows:
+        raise ValueError(
+            f"The text has grown to {length} tokens, but `{name}` has position embeddings for {rows}: generate fewer "
+            "tokens."
+        )
