@@ -35,7 +35,6 @@ from transformers_s2t import (
     TeacherSelector,
     s2t_generate,
 )
-from transformers_s2t.model_checks import check_reads_in_parts
 from transformers_s2t.reserved_tokens import model_hash, resize_for_reserved_tokens, vocab_hash
 
 
@@ -103,7 +102,6 @@ def refused(model, message, after=0, error=ValueError):
         after: how many tokens may come first.
     """
     streamer, calls = CountTokens(), []
-    check_reads_in_parts("model", model, is_padded=True)  # once for a model: not to be counted
     handle = model.model.register_forward_pre_hook(lambda *args: calls.append(1))
     try:
         with pytest.raises(error, match=message):

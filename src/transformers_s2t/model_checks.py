@@ -28,10 +28,19 @@ _TOLERANCE = 1e-3
 _COARSE_TOLERANCE = 0.05
 _NUM_TRIED = 5  # tokens of the text that both readings are tried on
 _NUM_PADDING = 2
-#: What a forward raises that lacks an input, and what a model without a cache for it raises.
+#: What a forward raises that lacks an input, and what is raised where there is no cache for a model.
 _CANNOT_READ = (TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError)
 
-_tried: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
+_FAULTS = {
+    "left to right": "is no causal language model: what it says after a prefix depends on the tokens that come after "
+    "it (by {:.2g} nats in a text of a few tokens).",
+    "parts": "reads a text in parts, on a key/value cache, otherwise than the whole of it at once (by {:.2g} nats "
+    "after a few tokens): its scores would be wrong.",
+    "padded parts": "reads a text beside padding otherwise than alone (by {:.2g} nats after a few tokens): its scores "
+    "would be wrong. Pass rows one by one, without padding.",
+}
+
+_found: WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = WeakKeyDictionary()
 _warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -164,7 +173,6 @@ def _text_decoder(base: PreTrainedModel) -> nn.Module:
 # What it answers
 
 
-@torch.no_grad()
 def check_reads_in_parts(name: str, model: PreTrainedModel | PeftModel, is_padded: bool = False) -> None:
     """Raises a ValueError where a model reads a text in parts, on a cache, otherwise than the whole of it at once.
 
@@ -177,57 +185,56 @@ def check_reads_in_parts(name: str, model: PreTrainedModel | PeftModel, is_padde
         model: a loaded model, in the state in which it will be read.
         is_padded: whether texts beside padding are to be read, too.
     """
-    for padded in (False, True) if is_padded else (False,):
-        if not _is_new(model, f"parts {padded}"):
-            continue
-        ids_T = _text_for(model)
-        try:
-            whole_V = _read_whole(model, ids_T)
-            parts_V = _read_in_parts(model, ids_T, _NUM_PADDING if padded else 0)
-        except _CANNOT_READ as error:
-            _raise_unreadable(name, model, error)
-        divergence = float(kl_divergence(whole_V[None], parts_V[None]))
-        if divergence > _tolerance(model):
-            beside = " beside padding" if padded else ""
-            raise ValueError(
-                f"`{name}` ({_kind(model)}) reads a text{beside} otherwise in parts, on a key/value cache, than the "
-                f"whole of it at once: after {len(ids_T)} tokens the two differ by {divergence:.2g} nats, so its "
-                "scores would be wrong." + _advice(model, padded)
-            )
-        _tried.setdefault(model, set()).add(_state(model, f"parts {padded}"))
+    in_parts, beside_padding = _find_fault(model, "parts"), _find_fault(model, "padded parts")  # both while at it
+    _raise_fault(name, model, beside_padding if in_parts is None and is_padded else in_parts)
 
 
-@torch.no_grad()
 def check_reads_left_to_right(name: str, model: PreTrainedModel | PeftModel) -> None:
     """Raises a ValueError where what a model says after a prefix depends on what comes after it, or where it cannot
     read a text alone. Tried as in [`check_reads_in_parts`], without a cache."""
-    if not _is_new(model, "left to right"):
-        return
+    _raise_fault(name, model, _find_fault(model, "left to right"))
+
+
+def _raise_fault(name: str, model: nn.Module, fault: str | None) -> None:
+    if fault is not None:
+        kind = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        hint = f" It is in training mode: call `{name}.eval()`." if model.training else ""
+        raise ValueError(f"`{name}` ({kind}) {fault}{hint}")
+
+
+def _find_fault(model: nn.Module, what: str) -> str | None:
+    """What is wrong with one way of reading a text, `None` where nothing is. Tried once for a model."""
+    adapters = tuple(model.active_adapters) if isinstance(model, PeftModel) else ()
+    key = (what, adapters, model.config._attn_implementation, model.training)  # what the answer may depend on
+    found = _found.setdefault(model, {})
+    if key not in found:
+        found[key] = _try(model, what)
+    return found[key]
+
+
+@torch.no_grad()
+def _try(model: nn.Module, what: str) -> str | None:
     ids_T = _text_for(model)
     half = (len(ids_T) + 1) // 2
     try:
-        inside_V = _forward(model, ids_T)[half - len(ids_T) - 1].float()
-        alone_V = _read_whole(model, ids_T[:half])
+        if what == "left to right":
+            expected_V, found_V = _forward(model, ids_T[:half])[-1], _forward(model, ids_T)[half - len(ids_T) - 1]
+        else:
+            num_padding = _NUM_PADDING if what == "padded parts" else 0
+            expected_V, found_V = _forward(model, ids_T)[-1], _read_in_parts(model, ids_T, num_padding)
+    except torch.OutOfMemoryError:
+        raise
     except _CANNOT_READ as error:
-        _raise_unreadable(name, model, error)
-    divergence = float(kl_divergence(alone_V[None], inside_V[None]))
-    if divergence > _tolerance(model):
-        raise ValueError(
-            f"`{name}` ({_kind(model)}) must be a causal language model, but what it says after a prefix depends on "
-            f"the tokens that come after it (by {divergence:.2g} nats, tried on {len(ids_T)} tokens)."
-            + _advice(model, False)
-        )
-    _tried.setdefault(model, set()).add(_state(model, "left to right"))
+        return f"cannot be read by text alone, as S2T reads it ({type(error).__name__}: {error})."
+    divergence = float(kl_divergence(expected_V[None], found_V[None]))
+    wrong = divergence > _tolerance(model)  # not where it is NaN: that is told where it is met
+    return _FAULTS[what].format(divergence) if wrong else None
 
 
 def _forward(model: nn.Module, ids_T: list[int]) -> torch.Tensor:
     """Logits (T, V), or more rows in front where virtual tokens stand there."""
     ids_1T = torch.tensor([ids_T], device=model.device)
     return model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits[0]
-
-
-def _read_whole(model: nn.Module, ids_T: list[int]) -> torch.Tensor:
-    return _forward(model, ids_T)[-1].float()
 
 
 def _read_in_parts(model: nn.Module, ids_T: list[int], num_padding: int) -> torch.Tensor:
@@ -261,38 +268,9 @@ def _text_for(model: nn.Module) -> list[int]:
     return [ordinary[(7 + 31 * i * i) % len(ordinary)] for i in range(length)]
 
 
-def _is_new(model: nn.Module, what: str) -> bool:
-    return _state(model, what) not in _tried.get(model, set())
-
-
-def _state(model: nn.Module, what: str) -> tuple:
-    """What an answer may depend on, beside the weights."""
-    adapters = tuple(model.active_adapters) if isinstance(model, PeftModel) else ()
-    return what, adapters, model.config._attn_implementation, model.training
-
-
 def _tolerance(model: nn.Module) -> float:
     coarse = model.dtype.itemsize < 4 or getattr(model, "is_quantized", False) or torch.is_autocast_enabled()
     return _COARSE_TOLERANCE if coarse else _TOLERANCE
-
-
-def _kind(model: nn.Module) -> str:
-    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
-
-
-def _advice(model: nn.Module, padded: bool) -> str:
-    if model.training:
-        return " It is in training mode: call its `eval()`."
-    return " Rows without padding are read as they should be: pass them one by one." if padded else ""
-
-
-def _raise_unreadable(name: str, model: nn.Module, error: Exception) -> None:
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
-    raise ValueError(
-        f"`{name}` ({_kind(model)}) cannot be read as S2T reads it, by text alone and on a key/value "
-        f"cache ({type(error).__name__}: {error})."
-    ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

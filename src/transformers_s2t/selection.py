@@ -222,7 +222,8 @@ class LocalSelector(Selector):
         router: trained beside the adapter, where there is one.
 
     Raises:
-        ValueError: where the model holds no trained rows for the reserved tokens.
+        ValueError: where the model holds no trained rows for the reserved tokens, or cannot be scored on a cache
+            ([`check_reads_in_parts`]).
 
     The adapter is left off: `model.generate` without S2T is the base model, token for token. (With
     `proposals="adapted"`, the paper's form, it is left on, because the adapted model writes the text.)
@@ -254,6 +255,7 @@ class LocalSelector(Selector):
         self.rows = ReservedRows(self.model, selector_config.reserved_token_ids, adapter_name)
         self.excluded_ids = torch.tensor(selector_config.reserved_token_ids)
         self.switch.set(selector_config.proposals == "adapted")
+        check_reads_in_parts("model", self.model)
 
     @classmethod
     def from_pretrained(
