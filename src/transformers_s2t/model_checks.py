@@ -269,7 +269,11 @@ def _text_for(model: nn.Module) -> list[int]:
 
 
 def _tolerance(model: nn.Module) -> float:
-    coarse = model.dtype.itemsize < 4 or getattr(model, "is_quantized", False) or torch.is_autocast_enabled()
+    coarse = (
+        model.dtype.itemsize < 4
+        or getattr(model, "is_quantized", False)
+        or torch.is_autocast_enabled(model.device.type)
+    )
     return _COARSE_TOLERANCE if coarse else _TOLERANCE
 
 
@@ -315,7 +319,8 @@ def position_rows(model: PreTrainedModel | PeftModel) -> int | None:
 def context_length(model: PreTrainedModel | PeftModel | PretrainedConfig) -> int | None:
     """How many tokens a model can read, or was made to read; `None` where nothing is said of it."""
     if isinstance(model, PretrainedConfig):
-        return getattr(model.get_text_config(), "max_position_embeddings", None)
+        length = getattr(model.get_text_config(), "max_position_embeddings", None)
+        return None if length is None or length < 1 else length  # XLNet's is -1
     rows = position_rows(model)
     return context_length(model.config) if rows is None else rows
 
