@@ -428,12 +428,52 @@ def test_a_rotary_model_is_warned_of_once(road):
         generate(road, model, inputs, teacher=tiny_model(seed=9, max_position_embeddings=14))
 
 
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    "longrope": {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4, "short_factor": [1.0] * 4}
+    | {"long_factor": [4.0] * 4},
+}
+
+
+def with_rope(kind):
+    """A model whose rotary positions change beyond ROWS tokens."""
+    if kind == "dynamic":
+        return causal("llama", max_position_embeddings=ROWS, rope_parameters=ROPES[kind])
+    lengths = {"max_position_embeddings": 4 * ROWS, "original_max_position_embeddings": ROWS}
+    return causal("phi3", rope_parameters=ROPES[kind], **lengths)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_text_that_changes_a_scorers_rotary_positions_is_refused(kind, road):
+    """Beyond that length, the keys in the cache are rotated otherwise than those of the whole text: by nats."""
+    model, teacher, inputs = tiny_model(), with_rope(kind), prompts()
+    most = ROWS - 7 + 1
+    message = f"at most {most}: .*`teacher_model` gives all tokens other rotary positions beyond {ROWS}.*{kind}"
+    refused(message, road, model, inputs, teacher=teacher, max_new_tokens=most + 1)
+    output = generate(road, model, inputs, teacher=teacher, max_new_tokens=most)
+    expected = [naive(model, teacher, single(inputs, row)["input_ids"], most) for row in range(3)]
+    assert output[:, -most:].tolist() == expected
+    local = with_rope(kind)
+    message = f"at most {most - 1}: .*`model` gives all tokens other rotary positions"
+    refused(message, road, local, inputs, make_selector(local), max_new_tokens=most)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_prompt_beyond_the_change_of_rotary_positions_is_exact(road):
+    """Where all rows are: a shorter row's cache would be of both kinds."""
+    model, teacher = tiny_model(), with_rope("longrope")
+    assert_exact(road, model, teacher, prompts((ROWS + 1, ROWS + 4)))
+    message = "must be at most 0.*other rotary positions"
+    refused(message, road, model, prompts((ROWS + 1, ROWS)), teacher=teacher)
+
+
 def test_a_processor_called_by_hand_says_where_a_table_ends():
     """There nobody has said how many tokens will follow."""
     teacher = build(AutoModelForCausalLM, "gpt2", **TABLES["gpt2"])
     model, ids = tiny_model(), single(prompts(), 0)["input_ids"]
     processor = S2TLogitsProcessor(teacher_model=teacher, config=offer_all(warmup_tokens=0))
-    with pytest.raises(ValueError, match=f"grown to {ROWS + 1} tokens, but `teacher_model` has .* for {ROWS}"):
+    with pytest.raises(ValueError, match=f"grown to {ROWS + 1} tokens, but `teacher_model` has positions for {ROWS}"):
         for _ in range(NEW_TOKENS):
             scores = processor(ids, next_logits(model, ids)[None])
             ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
@@ -441,7 +481,7 @@ def test_a_processor_called_by_hand_says_where_a_table_ends():
 
     model = build(AutoModelForCausalLM, "gpt2", **TABLES["gpt2"])
     processor, ids = S2TLogitsProcessor(make_selector(model), config=offer_all(warmup_tokens=0)), ids[:, :7]
-    with pytest.raises(ValueError, match=f"grown to {ROWS + 1} tokens, but `model` has .* for {ROWS}"):
+    with pytest.raises(ValueError, match=f"grown to {ROWS + 1} tokens, but `model` has positions for {ROWS}"):
         for _ in range(NEW_TOKENS):
             scores = processor(ids, next_logits(model, ids)[None])
             ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)

@@ -287,13 +287,27 @@ class Reader(NamedTuple):
     Attributes:
         name: of the argument, for messages.
         model: the model.
+        is_scorer: whether S2T reads it on a cache of its own; otherwise `generate` does.
         reads_candidates: whether it also reads every new token before that is chosen, the last one too. Otherwise
             nobody reads the last one.
     """
 
     name: str
     model: PreTrainedModel | PeftModel
+    is_scorer: bool = True
     reads_candidates: bool = False
+
+    def room(self, shortest: int) -> int | None:
+        """How many tokens a text may have, `None` for any number.
+
+        Args:
+            shortest: tokens of the shortest prompt. One that has passed the length at which rotary positions change
+                (see [`rotary_change`]) changes no more.
+        """
+        rows, change = position_rows(self.model), rotary_change(self.model)
+        if change is not None and self.is_scorer and (change.again or shortest <= change.length):
+            return change.length if rows is None else min(rows, change.length)
+        return rows
 
 
 def position_rows(model: PreTrainedModel | PeftModel) -> int | None:
@@ -316,6 +330,30 @@ def position_rows(model: PreTrainedModel | PeftModel) -> int | None:
     return min(rows, default=None)
 
 
+class RotaryChange(NamedTuple):
+    """From which length on a text's rotary positions are other ones, of all its tokens: `rope_type`, `length`, and
+    whether every further token changes them `again`."""
+
+    rope_type: str
+    length: int
+    again: bool
+
+
+def rotary_change(model: PreTrainedModel | PeftModel) -> RotaryChange | None:
+    """Where the rotary positions of a whole text change as it grows: a cache holds those from before (Phi-3 with its
+    long context, dynamic scaling)."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = []
+    for settings in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # one for a kind of layers
+        rope_type = settings.get("rope_type") or ""
+        if rope_type == "longrope":
+            found.append(RotaryChange(rope_type, settings["original_max_position_embeddings"], False))
+        elif "dynamic" in rope_type:
+            found.append(RotaryChange(rope_type, config.max_position_embeddings, True))
+    return min(found, key=lambda change: change.length, default=None)
+
+
 def context_length(model: PreTrainedModel | PeftModel | PretrainedConfig) -> int | None:
     """How many tokens a model can read, or was made to read; `None` where nothing is said of it."""
     if isinstance(model, PretrainedConfig):
@@ -325,43 +363,51 @@ def context_length(model: PreTrainedModel | PeftModel | PretrainedConfig) -> int
     return context_length(model.config) if rows is None else rows
 
 
-def check_context(readers: Iterable[Reader], length: int, max_new_tokens: int | None = None) -> None:
+def check_context(
+    readers: Iterable[Reader], length: int, max_new_tokens: int | None = None, shortest: int | None = None
+) -> None:
     """What can be known of lengths before the first token.
 
     Args:
         readers: who will read the text.
         length: of the longest prompt, without padding.
         max_new_tokens: how many may follow; `None` where that is not known, see [`check_room`].
+        shortest: length of the shortest prompt; `None` where there is one.
 
     Raises:
-        ValueError: a prompt that fills a context; more tokens than a model has rows of positions for.
+        ValueError: a prompt that fills a context; more tokens than a model has room for, see [`Reader.room`].
 
     Warns:
         UserWarning: where prompt and new tokens pass the context of a model that computes positions: it goes on, with
             text and scores that it was not trained for. Once for each model: the text may end before.
     """
-    for name, model, reads_candidates in readers:
-        rows = position_rows(model)
-        context = context_length(model)
-        if context is None:
-            continue
-        if length >= context:
+    for reader in readers:
+        name, model = reader.name, reader.model
+        rows, context = position_rows(model), context_length(model)
+        if context is not None and length >= context:
             source = "max_position_embeddings" if rows is None else "rows of its position embeddings"
             raise ValueError(
                 f"The prompt has {length} tokens, but `{name}` reads at most {context} ({source}): shorten the prompt."
             )
         if max_new_tokens is None:
             continue
-        num_read = length + max_new_tokens - (not reads_candidates)
-        if num_read <= context:
-            continue
-        if rows is not None:
+        not_read = 0 if reader.reads_candidates else 1
+        num_read = length + max_new_tokens - not_read
+        room = reader.room(length if shortest is None else shortest)
+        if room is not None and num_read > room:
+            if room == rows:
+                reason = f"has position embeddings for {room}"
+            else:
+                reason = (
+                    f"gives all tokens other rotary positions beyond {room} "
+                    f"(rope_type={rotary_change(model).rope_type!r}), which a cache of shorter texts does not hold"
+                )
             raise ValueError(
-                f"`max_new_tokens` must be at most {context - length + (not reads_candidates)}: the prompt has "
-                f"{length} tokens and `{name}` has position embeddings for {context}; got {max_new_tokens}."
+                f"`max_new_tokens` must be at most {max(room - length + not_read, 0)}: the prompt has {length} tokens "
+                f"and `{name}` {reason}; got {max_new_tokens}."
             )
         warned = _warned.setdefault(model, set())
-        if name not in warned:
+        if context is not None and num_read > context and name not in warned:
             warned.add(name)
             warnings.warn(
                 f"The prompt has {length} tokens and `max_new_tokens` is {max_new_tokens}, but `{name}` was made for "
@@ -370,22 +416,21 @@ def check_context(readers: Iterable[Reader], length: int, max_new_tokens: int | 
             )
 
 
-def check_room(name: str, rows: int | None, mask_BT: torch.Tensor, num_more: int = 0) -> None:
-    """Raises a ValueError where a model is about to read more tokens than it has rows of positions for.
+def check_room(name: str, room: int | None, mask_BT: torch.Tensor, num_more: int = 0) -> None:
+    """Raises a ValueError where a model is about to read more tokens than it has room for.
 
     For calls that did not say how many tokens would follow.
 
     Args:
         name: of the argument, for the message.
-        rows: of [`position_rows`].
+        room: of [`Reader.room`].
         mask_BT: of the text that it is about to read; bool, False at padding.
         num_more: tokens behind it.
     """
-    if rows is None or mask_BT.shape[1] + num_more <= rows:
+    if room is None or mask_BT.shape[1] + num_more <= room:
         return
     length = int(mask_BT.sum(-1).max()) + num_more
-    if length > rows:
+    if length > room:
         raise ValueError(
-            f"The text has grown to {length} tokens, but `{name}` has position embeddings for {rows}: generate fewer "
-            "tokens."
+            f"The text has grown to {length} tokens, but `{name}` has positions for {room}: generate fewer tokens."
         )

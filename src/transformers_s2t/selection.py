@@ -40,7 +40,6 @@ from .model_checks import (
     check_reads_in_parts,
     check_room,
     check_without_virtual_tokens,
-    position_rows,
 )
 from .proposals import Proposals, propose
 from .reserved_tokens import check_same_ids, model_hash, resize_for_reserved_tokens, vocab_hash
@@ -673,7 +672,7 @@ class S2TSession:
         self.default_B: torch.Tensor | None = None
         self.head_is_plain: bool | None = None  # known after the first tree
         self._step_forwards: dict[str, int] = {}
-        self._position_rows: dict[str, int | None] = {}
+        self._room: dict[str, int | None] = {}  # of the models that read the text, in tokens
         if trace is not None:
             trace.clear(prompt_length)
 
@@ -705,7 +704,8 @@ class S2TSession:
                 f"`num_candidates` must be in [1, {num_tokens}], the model's vocabulary without reserved tokens, got "
                 f"{self.config.num_candidates}."
             )
-        length = self.prompt_length if mask_BT is None else int(mask_BT.sum(-1).max())
+        lengths_B = torch.tensor([self.prompt_length]) if mask_BT is None else mask_BT.sum(-1)
+        shortest, length = lengths_B.min().item(), lengths_B.max().item()
         own = getattr(self.selector, "model", None)
         model = own if model is None else model
         scorers = {
@@ -714,10 +714,11 @@ class S2TSession:
         }
         scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
         check_models(model, scorers)
-        readers = [Reader("model", model, own is not None), Reader("teacher_model", self.teacher_model)]
+        readers = [Reader("model", model, is_scorer="model" in scorers, reads_candidates=own is not None)]
+        readers.append(Reader("teacher_model", self.teacher_model))
         readers = [reader for reader in readers if reader.model is not None]
-        check_context(readers, length, max_new_tokens)
-        self._position_rows = {reader.name: position_rows(reader.model) for reader in readers}
+        check_context(readers, length, max_new_tokens, shortest)
+        self._room = {reader.name: reader.room(shortest) for reader in readers}
         if self.teacher_model is not None:
             if model is not None:
                 check_same_ids(name_of(model), name_of(self.teacher_model))
@@ -800,7 +801,7 @@ class S2TSession:
                 width = int(proposals.mask_BK[rows_A].sum(-1).max())
                 asked = Proposals(*(tensor[rows_A, :width] for tensor in proposals))
                 if isinstance(self.selector, LocalSelector):
-                    check_room("model", self._position_rows.get("model"), mask_BT, num_more=1)
+                    check_room("model", self._room.get("model"), mask_BT, num_more=1)
                 scores = self.selector.score(self, rows_A, asked)
                 scores_AK, advance_from = scores if isinstance(scores, Scores) else Scores(scores)
                 check_not_nan(scores_AK, "selector's scores")
@@ -881,7 +882,7 @@ class S2TSession:
         if self._teacher_logits_BV is None:
             if self._teacher_prefix is None:
                 self._teacher_prefix = PrefixCache(self.teacher_model)
-            check_room("teacher_model", self._position_rows.get("teacher_model"), self.mask_BT)
+            check_room("teacher_model", self._room.get("teacher_model"), self.mask_BT)
             num_cached = self._teacher_prefix.num_cached
             ids_BT = self.input_ids_BT
             if self._teacher_rows is not None:  # it knows fewer tokens than the model writes
