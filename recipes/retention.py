@@ -46,10 +46,11 @@ from trl import TrlParser
 from transformers_s2t import LocalSelector, SelectorConfig
 from transformers_s2t.config import write_json
 from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
+from transformers_s2t.model_checks import context_length
 from transformers_s2t.proposals import exclude
 from transformers_s2t.reserved_tokens import vocab_hash
 from transformers_s2t.seen_problems import STAGES, check_unseen
-from transformers_s2t.teachers import context_length, head_rows, logits_from
+from transformers_s2t.teachers import head_rows, logits_from
 from transformers_s2t.trajectories import CORRECTED_ROLLOUTS, TrajectoryHeader, read_held_out_labels
 from transformers_s2t.triggers import kl_divergence
 

@@ -197,6 +197,6 @@ def test_the_fast_road_goes_on_with_the_logits_of_the_model_where_it_scored(name
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_keeps_its_state_outside_of_the_cache_is_refused(name, setup, road):
-    model, selector = set_up(name, "sdpa", setup)
     with pytest.raises(ValueError, match="outside of the cache"):
+        model, selector = set_up(name, "sdpa", setup)
         generate(road, model, single(prompts(), 0), selector, S2TDecodingConfig(num_candidates=K, warmup_tokens=0))

@@ -40,6 +40,7 @@ from transformers.generation import (
 from .call import eos_token_ids, prompt_mask, running_calls
 from .config import S2TDecodingConfig
 from .logits_process import S2TLogitsProcessor, fix_tokens, resolve_selector
+from .model_checks import check_causal_lm
 from .proposals import exclude
 from .scoring import cache_argument
 from .selection import S2TSession, S2TTrace, Selector, check_choosable
@@ -93,7 +94,8 @@ def s2t_generate(
     Raises:
         ValueError: for generation modes that selection has no meaning for (beams, assisted decoding), caches that do
             not grow, `use_cache=False`, thresholds that were never calibrated, a teacher with other token ids, a
-            prompt that fills a model's context, more candidates than tokens, and logits that are NaN.
+            model that is no causal language model, a text that does not fit into a model's context, more candidates
+            than tokens, and logits that are NaN.
     """
     selector = resolve_selector(selector, teacher_model)
     call = next(iter(running_calls()), None)
@@ -115,8 +117,14 @@ def s2t_generate(
             "The router of `selector` was loaded for another model object than the one that generates; pass the same "
             "`model` to Router.from_pretrained(path, model)."
         )
-    num_head_rows = model.get_output_embeddings().weight.shape[0]
-    session.check(mask_BT, num_head_rows, model, input_ids, eos_token_ids(generation_config))
+    session.check(
+        mask_BT,
+        model.get_output_embeddings().weight.shape[0],
+        model,
+        input_ids,
+        eos_token_ids(generation_config),
+        max_new_tokens=generation_config.max_length - input_ids.shape[1],
+    )
     with torch.no_grad():
         return _decode(
             selector.writer(session.views),
@@ -274,8 +282,7 @@ def _refuse_unsupported(
     assistant_model: PreTrainedModel | None,
 ) -> None:
     """Errors before the prefill for what this loop would silently do wrong."""
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"S2T is defined for decoder-only models, got {type(model).__name__}.")
+    check_causal_lm("model", model)
     mode = generation_config.get_generation_mode(assistant_model)
     if generation_config.num_beams and generation_config.num_beams > 1:
         raise ValueError(f"s2t_generate selects one token per row: `num_beams` must be 1 (mode: {mode.value}).")

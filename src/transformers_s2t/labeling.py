@@ -28,8 +28,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from .config import _check_choice, _check_range
 from .fingerprints import model_hash
+from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
 from .proposals import exclude, floor_mask, propose
-from .teachers import Comparison, Teacher, as_teacher, compare_logits, context_length, head_rows, logits_from
+from .teachers import Comparison, Teacher, as_teacher, compare_logits, head_rows, logits_from
 from .trajectories import (
     CORRECTED_ROLLOUTS,
     HEADER_NAME,
@@ -241,9 +242,12 @@ def score_trajectories(
         excluded_ids: reserved tokens, never proposed.
 
     Raises:
-        ValueError: for a K above what the head offers, or token ids that one of the models does not have.
+        ValueError: for a K above what the head offers, token ids that one of the models does not have, or a model
+            that is no causal language model.
     """
     teacher = as_teacher(teacher_model)
+    check_causal_lm("model", model)
+    check_reads_left_to_right("model", model)
     num_rows = head_rows(model)
     check_num_candidates(num_candidates, num_rows, excluded_ids)
     largest = max(max(ids) for ids in sequences)
@@ -456,9 +460,10 @@ def label_problems(
             f"`decode_with` must be given for the rollouts {', '.join(map(repr, CORRECTED_ROLLOUTS))} and for no "
             f"others, got {decode_with!r} for {header.rollout!r}."
         )
+    check_causal_lm("model", model)
     check_num_candidates(header.num_candidates, head_rows(model), header.excluded_ids)
     longest = max(len(ids) for ids in prompts.values())
-    check_lengths(longest, header.max_new_tokens, {"model": model.config})
+    check_lengths(longest, header.max_new_tokens, {"model": context_length(model)})
     longest = max(teacher.count_tokens(ids, len(ids)) for ids in prompts.values())
     check_lengths(longest, header.max_new_tokens, {"teacher_model": teacher.max_length})
     header = replace(
@@ -479,6 +484,7 @@ def label_problems(
             return stored
 
     model.eval()
+    check_reads_left_to_right("model", model)
     state = PartialState(cpu=model.device.type == "cpu")  # of one process where nothing else was launched
     state.wait_for_everyone()  # all have looked at the folder before anybody writes
     first_index = 0 if overwrite else next_shard_index(output_dir)

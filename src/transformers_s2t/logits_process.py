@@ -109,22 +109,27 @@ class S2TLogitsProcessor(LogitsProcessor):
         calls = running_calls()
         call = calls[0] if calls else None
         text = self._local.texts.get(call.key if call else None)
-        if text is None or not _goes_on(input_ids, text.seen_BT):
-            text = self._begin(input_ids, scores, calls, text)
+        is_new = text is None or not _goes_on(input_ids, text.seen_BT)
+        if is_new:
+            text = self._begin(input_ids, calls, text)
         text.seen_BT = input_ids
         num_written = input_ids.shape[1] - text.session.prompt_length
         written_BN = text.prompt_mask_BT.new_ones(len(input_ids), num_written)
         mask_BT = torch.cat([text.prompt_mask_BT, written_BN], dim=-1)
+        hidden_BD = self._take_hidden(call, text.session, len(scores))  # before a check runs the model
+        if is_new:
+            self._check(input_ids, scores, call, text.session, text.prompt_mask_BT)
+            # calls that have ended are forgotten; those around this one go on after it
+            keys = {around.key for around in calls} or {None}
+            self._local.texts = {key: other for key, other in self._local.texts.items() if key in keys}
+            self._local.texts[call.key if call else None] = text
         scores = exclude(scores, text.session.excluded_ids)
         with torch.no_grad():
-            hidden_BD = self._take_hidden(call, text.session, len(scores))
             result = text.session.step(input_ids, mask_BT, scores, hidden_BD=hidden_BD)
         return fix_tokens(scores, result.token_B, result.asked_B)
 
-    def _begin(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, calls: list[GenerateCall], before: _Text | None
-    ) -> _Text:
-        """The first step of a call, with all that can be refused of it."""
+    def _begin(self, input_ids: torch.Tensor, calls: list[GenerateCall], before: _Text | None) -> _Text:
+        """The text of a call at its first step."""
         is_reordered = before is not None and _is_reordered(input_ids, before.seen_BT)
         if any(call.mode not in _ONE_TOKEN_MODES for call in calls) or (is_reordered and not calls):
             raise ValueError(
@@ -140,20 +145,35 @@ class S2TLogitsProcessor(LogitsProcessor):
         if call is not None:
             takes_embeds = not session.runs_teacher
             mask_BT = prompt_mask(input_ids, call.model_kwargs, call.generation_config, takes_embeds)
-            ends = eos_token_ids(call.generation_config)
         elif input_ids.shape[1] == 0:
             raise ValueError("S2T called by hand reads the prompt's `input_ids`, which are empty here.")
         else:
-            mask_BT, ends = self._guess_mask(input_ids), set()
-        mask_BT, model = mask_BT.to(input_ids.device), settings.get("model")
+            mask_BT = self._guess_mask(input_ids)
+        return _Text(session, mask_BT.to(input_ids.device), input_ids)
+
+    def _check(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        call: GenerateCall | None,
+        session: S2TSession,
+        mask_BT: torch.Tensor,
+    ) -> None:
+        """All else that can be refused at the first step of a call."""
+        model = call.model if call else None
+        config = call.generation_config if call else None
+        max_length = getattr(config, "max_length", None)
         self.selector.check_model(model)
-        session.check(mask_BT, scores.shape[-1], model, input_ids, ends)
-        text = _Text(session, mask_BT, input_ids)
-        # calls that have ended are forgotten; those around this one go on after it
-        keys = {around.key for around in calls} or {None}
-        self._local.texts = {key: other for key, other in self._local.texts.items() if key in keys}
-        self._local.texts[call.key if call else None] = text
-        return text
+        session.check(
+            mask_BT,
+            scores.shape[-1],
+            model,
+            input_ids,
+            eos_token_ids(config),
+            max_new_tokens=None if max_length is None else max_length - input_ids.shape[1],
+        )
+        if self._router is not None:
+            self._router.tap.clear()
 
     def _take_hidden(self, call: GenerateCall | None, session: S2TSession, batch_size: int) -> torch.Tensor | None:
         """What the router reads (B, D), where exactly one forward has run since the last step: the one that gave the

@@ -45,6 +45,7 @@ from .blocks import cut_to_blocks, text_mask
 from .config import CALIBRATION_NAME, DEFAULT_NUM_CANDIDATES, ROUTER_WEIGHTS_NAME, SelectorConfig
 from .fingerprints import model_hash, same_weights, weights_name
 from .fusion import cross_fit
+from .model_checks import check_causal_lm, check_without_virtual_tokens
 from .reserved_tokens import find_reserved_token_ids, resize_for_reserved_tokens, vocab_hash
 from .s2t_config import S2TConfig
 from .scoring import (
@@ -87,8 +88,9 @@ class S2TTrainer(Trainer):
 
     Raises:
         ValueError: labels made with another tokenizer, model or K, spoilt rows, an empty data set, too few reserved
-            tokens, a model that takes no cache: all before the first step. A model whose attention or layers make
-            packed candidates inexact is trained point by point, with a warning that says what it costs.
+            tokens, a model that is no causal language model or takes no cache: all before the first step. A model
+            whose attention or layers make packed candidates inexact is trained point by point, with a warning that
+            says what it costs.
     """
 
     _tag_names = ["transformers-s2t", "s2t"]
@@ -169,6 +171,8 @@ class S2TTrainer(Trainer):
                 processing_class = AutoTokenizer.from_pretrained(name_or_path)
             _check_labels_fit(headers, processing_class, name_or_path)
 
+        check_causal_lm("model", model)
+        check_without_virtual_tokens("model", model)
         self._model_hash = model_hash(model)  # now: later the weights may be spread over processes
         _check_weights_fit(headers, self._model_hash, args)
         set_seed(args.seed)  # LoRA's random half is drawn here; Trainer sets the seed only later

@@ -33,6 +33,15 @@ from .config import (
 )
 from .fingerprints import model_hash, same_weights, weights_name
 from .fusion import fused_scores
+from .model_checks import (
+    Reader,
+    check_causal_lm,
+    check_context,
+    check_models,
+    check_reads_in_parts,
+    check_room,
+    check_without_virtual_tokens,
+)
 from .proposals import Proposals, propose
 from .reserved_tokens import check_same_ids, resize_for_reserved_tokens, vocab_hash
 from .router import LastHidden, Router
@@ -214,6 +223,8 @@ class TeacherSelector(Selector):
     ):
         if not isinstance(teacher_model, (PreTrainedModel, PeftModel)):
             raise TypeError(f"`teacher_model` must be a loaded causal language model, got {type(teacher_model)}.")
+        check_causal_lm("teacher_model", teacher_model)
+        check_without_virtual_tokens("teacher_model", teacher_model)
         self.teacher_model = teacher_model
         self.thresholds = dict(thresholds or {})
         self.takeover = takeover
@@ -242,7 +253,8 @@ class LocalSelector(Selector):
         router: trained beside the adapter, where there is one.
 
     Raises:
-        ValueError: where the model holds no trained rows for the reserved tokens.
+        ValueError: where the model holds no trained rows for the reserved tokens, or cannot be scored on a cache
+            ([`check_reads_in_parts`]).
 
     The adapter is left off: `model.generate` without S2T is the base model, token for token. (With
     `proposals="adapted"`, the paper's form, it is left on, because the adapted model writes the text.) Calls with S2T
@@ -258,6 +270,8 @@ class LocalSelector(Selector):
         adapter_name: str,
         router: Router | None = None,
     ):
+        check_causal_lm("model", model)
+        check_without_virtual_tokens("model", model)
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         num_rows = self.model.get_output_embeddings().weight.shape[0]
         if max(selector_config.reserved_token_ids) >= num_rows:
@@ -274,6 +288,7 @@ class LocalSelector(Selector):
         self.excluded_ids = torch.tensor(selector_config.reserved_token_ids)
         switch_adapter(self.model, adapter_name, self.writes_adapted)
         self.can_split = ModelViews(self.model, adapter_name).can_split
+        check_reads_in_parts("model", self.model)
 
     @classmethod
     def from_pretrained(
@@ -306,6 +321,8 @@ class LocalSelector(Selector):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(base, PreTrainedModel):
             raise TypeError(f"`model` must be a loaded causal language model, got {type(model)}.")
+        check_causal_lm("model", model)
+        check_without_virtual_tokens("model", model)
         weights = _find_weights(path, hub_kwargs)
         _check_fits(base, path, weights, config)
         _check_trained_on(base, path, config, allow_other_model)
@@ -724,6 +741,7 @@ class S2TSession:
         self.default_B: torch.Tensor | None = None
         self.head_is_plain: bool | None = None  # known after the first tree
         self._step_forwards: dict[str, int] = {}
+        self._room: dict[str, int | None] = {}  # of the models that read the text, in tokens
         if trace is not None:
             trace.clear(prompt_length)
 
@@ -734,6 +752,7 @@ class S2TSession:
         model: PreTrainedModel | None = None,
         input_ids: torch.Tensor | None = None,
         eos_token_ids: Collection[int] = (),
+        max_new_tokens: int | None = None,
     ) -> None:
         """What can be known to go wrong before the first token.
 
@@ -743,10 +762,12 @@ class S2TSession:
             model: the small model, where it is at hand.
             input_ids: the prompt.
             eos_token_ids: which end a text.
+            max_new_tokens: how many may follow it, where that is known.
 
         Raises:
-            ValueError: more candidates than tokens; a prompt that fills the context of the model or the teacher; a
-                teacher whose token ids mean something else.
+            ValueError: more candidates than tokens; a model that is no causal language model, or cannot be read on a
+                cache ([`check_reads_in_parts`]); a text that does not fit into a model's context ([`check_context`]);
+                a teacher whose token ids mean something else.
         """
         num_tokens = num_head_rows - (0 if self.selector.excluded_ids is None else len(self.selector.excluded_ids))
         if self.config.num_candidates > num_tokens:
@@ -754,23 +775,30 @@ class S2TSession:
                 f"`num_candidates` must be in [1, {num_tokens}], the model's vocabulary without reserved tokens, got "
                 f"{self.config.num_candidates}."
             )
-        length = self.prompt_length if mask_BT is None else int(mask_BT.sum(-1).max())
-        model = getattr(self.selector, "model", None) if model is None else model
-        for name, reader in (("model", model), ("teacher_model", self.teacher_model)):
-            context = (
-                None if reader is None else getattr(reader.config.get_text_config(), "max_position_embeddings", None)
-            )
-            if context is not None and length >= context:
-                raise ValueError(
-                    f"The prompt has {length} tokens, but `{name}` reads at most {context} (max_position_embeddings): "
-                    "shorten the prompt."
-                )
-        if self.teacher_model is not None:
+        lengths_B = torch.tensor([self.prompt_length]) if mask_BT is None else mask_BT.sum(-1)
+        shortest, length = lengths_B.min().item(), lengths_B.max().item()
+        own = getattr(self.selector, "model", None)
+        model = own if model is None else model
+        scorers = {
+            "model": getattr(self.router, "model", None) if own is None else own,
+            "teacher_model": self.teacher_model if self.runs_teacher else None,
+        }
+        scorers = {name: scorer for name, scorer in scorers.items() if scorer is not None}
+        check_models(model, scorers)
+        readers = [Reader("model", model, is_scorer="model" in scorers, reads_candidates=own is not None)]
+        readers.append(Reader("teacher_model", scorers.get("teacher_model")))
+        readers = [reader for reader in readers if reader.model is not None]
+        check_context(readers, length, max_new_tokens, shortest)
+        self._room = {reader.name: reader.room(shortest) for reader in readers}
+        if "teacher_model" in scorers:
             if model is not None:
                 check_same_ids(name_of(model), name_of(self.teacher_model))
             num_known = self.teacher_model.get_input_embeddings().weight.shape[0]
-            if num_known < num_head_rows and self.runs_teacher:
+            if num_known < num_head_rows:
                 self._leave_out_what_the_teacher_lacks(num_known, num_head_rows, mask_BT, input_ids, eos_token_ids)
+        is_padded = mask_BT is not None and not bool(mask_BT.all())
+        for name, scorer in scorers.items():  # last: it runs them
+            check_reads_in_parts(name, scorer, is_padded)
 
     def _leave_out_what_the_teacher_lacks(
         self,
@@ -861,6 +889,8 @@ class S2TSession:
                 # the floor keeps a prefix of the candidates, so the widest row tells how many are worth a forward
                 width = int(proposals.mask_BK[rows_A].sum(-1).max())
                 asked = Proposals(*(tensor[rows_A, :width] for tensor in proposals))
+                if isinstance(self.selector, LocalSelector):
+                    check_room("model", self._room.get("model"), mask_BT, num_more=1)
                 scores = self.selector.score(self, rows_A, asked)
                 scores_AK, advance_from = scores if isinstance(scores, Scores) else Scores(scores)
                 check_not_nan(scores_AK, "selector's scores")
@@ -949,6 +979,7 @@ class S2TSession:
         if self._teacher_logits_BV is None:
             if self._teacher_prefix is None:
                 self._teacher_prefix = PrefixCache(self.teacher_model)
+            check_room("teacher_model", self._room.get("teacher_model"), self.mask_BT)
             num_cached = self._teacher_prefix.num_cached
             ids_BT = self.input_ids_BT
             if self._teacher_rows is not None:  # in padding, or at and behind the end of a text

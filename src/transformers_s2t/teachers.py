@@ -28,10 +28,11 @@ import requests
 import torch
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
 from .cross_tokenizer import CrossTokenizer, TeacherSequence, least_divergence, score_with_teacher
+from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
 from .trajectories import MISSING_LOGPROB
 from .triggers import kl_divergence
 
@@ -125,7 +126,11 @@ def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
 
 
 class LocalTeacher:
-    """A model in this process, put into eval mode: full next-token logits of right-padded rows."""
+    """A model in this process, put into eval mode: full next-token logits of right-padded rows.
+
+    Raises:
+        ValueError: for a model that is no causal language model.
+    """
 
     source = "local"
     top_logprobs = None
@@ -133,9 +138,11 @@ class LocalTeacher:
     cross_tokenizer: Mapping[str, Any] = {}
 
     def __init__(self, model: PreTrainedModel):
+        check_causal_lm("teacher_model", model)
         self.model = model.eval()
+        check_reads_left_to_right("teacher_model", self.model)
         self.num_embeddings = model.get_input_embeddings().weight.shape[0]
-        self.max_length = context_length(model.config)
+        self.max_length = context_length(model)
         self.logits_per_position = head_rows(model)
 
     def prefetch(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
@@ -293,10 +300,6 @@ def logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], firs
 
 def head_rows(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.shape[0]
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
