@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "selection": {"config", "fingerprints", "fusion", "model_checks", "proposals", "reserved_tokens", "router"}
     | {"scoring", "triggers", "views"},
     "call": {"scoring"},
-    "logits_process": {"call", "config", "proposals", "router", "selection"},
+    "logits_process": {"call", "config", "model_checks", "proposals", "router", "selection"},
     "generation": {"call", "config", "logits_process", "model_checks", "proposals", "scoring"} | {"selection"},
     "cross_tokenizer": {"reserved_tokens", "scoring"},
     "trajectories": {"config", "fingerprints"},

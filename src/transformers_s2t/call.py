@@ -111,7 +111,8 @@ def prompt_mask(
         ValueError: naming the argument that S2T's own forwards could not be given: positions that do not follow from
             the mask, padding on the right, embeddings, part of a text, inputs of other kinds.
     """
-    others = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _KNOWN_INPUTS)
+    given = {name for name, value in model_kwargs.items() if value is not None and value != {}}
+    others = sorted(given - _KNOWN_INPUTS)
     if others:
         raise ValueError(
             f"S2T reads a text by its token ids and mask alone: the model inputs {', '.join(map(repr, others))} would "

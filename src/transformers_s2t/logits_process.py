@@ -16,6 +16,7 @@ from transformers.generation import GenerationMode
 
 from .call import GenerateCall, eos_token_ids, prompt_mask, running_calls
 from .config import S2TDecodingConfig
+from .model_checks import check_causal_lm
 from .proposals import exclude
 from .router import new_watcher
 from .selection import S2TSession, S2TTrace, Selector, TeacherSelector, check_teacher, check_teacher_tokenizer
@@ -140,6 +141,7 @@ class S2TLogitsProcessor(LogitsProcessor):
         settings = {"teacher_model": self.teacher_model, "trace": self.trace}
         if call is not None:
             check_one_s2t([self, *call.own_processors])
+            check_causal_lm("model", call.model)
             settings |= {"model": call.model, "prompt_embeds_BTD": call.model_kwargs.get("inputs_embeds")}
         session = S2TSession(self.selector, self.config, input_ids.shape[1], **settings)
         if call is not None:
