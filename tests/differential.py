@@ -290,6 +290,8 @@ def draw(number: int) -> Case:
     if sometimes(0.4):
         case |= {"do_sample": True, "temperature": rng.choice([1.0, 0.7, 1.5]), "top_k": rng.choice([0, 0, 10])}
         case |= {"top_p": rng.choice([1.0, 1.0, 0.9]), "num_return_sequences": rng.choice([1, 1, 2, 3])}
+    if case.get("positions") == "one-row" and num_rows > 1 and case.get("num_return_sequences", 1) > 1:
+        case["positions"] = "right"  # `generate` would repeat the one row, and fail
     case["again"] = sometimes(0.15)
     width = max(map(len, prompts)) + case["extra"]
     plain = case["padding"] != "right" and case["inputs"] == "ids" and case.get("num_return_sequences", 1) == 1

@@ -246,3 +246,34 @@ def test_continuous_batching_is_refused(road, paged):
             model.generate(ids, max_new_tokens=4, cache_implementation="paged", **s2t)
         else:
             model.generate_batch(ids.tolist(), max_new_tokens=4, **s2t)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_a_processor_in_a_list_knows_one_call_from_the_next(setup):
+    """A list does not say that a call begins. The next call's prompt is what the last one wrote: one token more than
+    its processor has seen."""
+    model, selector = set_up(setup)
+    trace, config = S2TTrace(), S2TDecodingConfig(num_candidates=4, min_prob_ratio=0.0, warmup_tokens=3)
+    processors = list(S2T(selector, config=config, trace=trace))
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "logits_processor": processors} | NEVER_FINISHES
+    text = model.generate(prompts((6,))["input_ids"], **settings)
+    again = model.generate(text, **settings)
+    assert trace.prompt_length == text.shape[1]
+    assert again.tolist() == decode("fast", model, selector, config=config, input_ids=text).tolist()
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_a_call_within_a_call_of_the_same_object(setup):
+    """The outer text goes on where it was, with its own warm-up."""
+    model, selector = set_up(setup)
+    config = S2TDecodingConfig(num_candidates=4, min_prob_ratio=0.0, warmup_tokens=3)
+    one, ids, inner = S2T(selector, config=config), prompts((6,))["input_ids"], prompts((5,), seed=8)["input_ids"]
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "logits_processor": one} | NEVER_FINISHES
+    expected = decode("fast", model, selector, config=config, input_ids=inner).tolist()
+
+    def decode_another(input_ids, scores, **kwargs):
+        assert model.generate(inner, **settings).tolist() == expected
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    got = model.generate(ids, **settings, stopping_criteria=[decode_another])
+    assert got.tolist() == decode("fast", model, selector, config=config, input_ids=ids).tolist()

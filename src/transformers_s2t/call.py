@@ -38,16 +38,16 @@ class GenerateCall:
     """A `generate` call that this code runs in.
 
     Attributes:
-        key: no other call on this thread's stack has the same.
         model: that generates.
         mode: of decoding, `None` where it is not decided yet.
+        generation_config: the call's own copy, `None` where it is not made yet. No other call has this object.
     """
 
     def __init__(self, frame):
         self._locals = frame.f_locals
-        self.key = id(frame)
         self.model: PreTrainedModel = self._locals["self"]
         self.mode: GenerationMode | None = self._locals.get("generation_mode")
+        self.generation_config: GenerationConfig | None = self._locals.get("generation_config")
 
     @property
     def streamer(self) -> BaseStreamer | None:
@@ -71,10 +71,6 @@ class GenerateCall:
     def model_kwargs(self) -> dict[str, Any]:
         """What the first forward was given beside `input_ids`, before the first token."""
         return self._locals.get("model_kwargs") or {}
-
-    @property
-    def generation_config(self) -> GenerationConfig | None:
-        return self._locals.get("generation_config")
 
 
 def running_calls() -> list[GenerateCall]:

@@ -11,7 +11,13 @@ import weakref
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation import GenerationMode
 
 from .call import GenerateCall, eos_token_ids, prompt_mask, running_calls
@@ -30,21 +36,23 @@ class _Text:
     """The text of one call so far.
 
     Attributes:
+        owner: the call's own generation config, which tells it from others; `None` outside of `generate`.
         session: of the call.
         prompt_mask_BT: bool, False at padding.
         seen_BT: token ids at the last step.
     """
 
+    owner: GenerationConfig | None
     session: S2TSession
     prompt_mask_BT: torch.Tensor
     seen_BT: torch.Tensor
 
 
 class _Local(threading.local):
-    """The texts of each thread: key of the call -> text; `None` stands for steps outside of `generate`."""
+    """The texts of each thread: of the `generate` calls that run in each other, or of the last steps by hand."""
 
     def __init__(self):
-        self.texts: dict[int | None, _Text] = {}
+        self.texts: list[_Text] = []
 
     def __reduce__(self) -> tuple:  # copies and pickles begin anew
         return _Local, ()
@@ -99,9 +107,8 @@ class S2TLogitsProcessor(LogitsProcessor):
         self._local = _Local()
 
     def start(self) -> None:
-        """Says that a new `generate` call begins: what was seen of another one in its place is forgotten."""
-        calls = running_calls()
-        self._local.texts.pop(calls[0].key if calls else None, None)
+        """Says that a new text begins."""
+        self._local.texts = [text for text in self._local.texts if text.owner is not None]
         if self._router is not None:
             self._router.tap.clear()
 
@@ -109,7 +116,8 @@ class S2TLogitsProcessor(LogitsProcessor):
         """Scores (B, V) with every triggered row fixed to its selected token."""
         calls = running_calls()
         call = calls[0] if calls else None
-        text = self._local.texts.get(call.key if call else None)
+        owner = call.generation_config if call else None
+        text = next((text for text in self._local.texts if text.owner is owner), None)
         is_new = text is None or not _goes_on(input_ids, text.seen_BT)
         if is_new:
             text = self._begin(input_ids, calls, text)
@@ -121,9 +129,9 @@ class S2TLogitsProcessor(LogitsProcessor):
         if is_new:
             self._check(input_ids, scores, call, text.session, text.prompt_mask_BT)
             # calls that have ended are forgotten; those around this one go on after it
-            keys = {around.key for around in calls} or {None}
-            self._local.texts = {key: other for key, other in self._local.texts.items() if key in keys}
-            self._local.texts[call.key if call else None] = text
+            around = [outer.generation_config for outer in calls[1:]]
+            self._local.texts = [other for other in self._local.texts if any(other.owner is one for one in around)]
+            self._local.texts.append(text)
         scores = exclude(scores, text.session.excluded_ids)
         with torch.no_grad():
             result = text.session.step(input_ids, mask_BT, scores, hidden_BD=hidden_BD)
@@ -151,7 +159,8 @@ class S2TLogitsProcessor(LogitsProcessor):
             raise ValueError("S2T called by hand reads the prompt's `input_ids`, which are empty here.")
         else:
             mask_BT = self._guess_mask(input_ids)
-        return _Text(session, mask_BT.to(input_ids.device), input_ids)
+        owner = call.generation_config if call else None
+        return _Text(owner, session, mask_BT.to(input_ids.device), input_ids)
 
     def _check(
         self,
