@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence test lint format clean
+.PHONY: help demo evidence test nightly lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,13 @@ evidence: $(STAMP)  ## every table of docs/results; options: TABLES= PAIRS= DATA
 		$(if $(PAIRS),--pairs $(PAIRS)) $(if $(DATA),--data $(DATA))
 
 test: $(STAMP)  ## the CPU test suite
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+nightly: $(STAMP)  ## hours: all tests, 1000 random calls against a naive decoder, 200 pairs of threads, 300 interrupts
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/differential.py --cases 1000 --jobs 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_threads.py --tries 200
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_interrupts.py --tries 300
 
 lint: $(STAMP)  ## ruff, lint and format check
 	$(BIN)/ruff check .

@@ -50,7 +50,7 @@ from transformers import PreTrainedModel
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig, __version__, triggers
 from transformers_s2t.calibration import TARGET_RATES, ScoredPoints, read_router, score_labels
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, write_json
-from transformers_s2t.router import Router, RouterConfig, RouterHead
+from transformers_s2t.router import HiddenTap, Router, RouterConfig, RouterHead
 from transformers_s2t.router_training import (
     RouterData,
     auc,
@@ -761,7 +761,7 @@ def time_readings(
         return statistics.median(seconds)
 
     samples = []
-    with torch.no_grad(), router.tap.watching():
+    with torch.no_grad(), HiddenTap(router.read) as tap:
         past = model(ids_BT[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
         last = {}
 
@@ -776,7 +776,7 @@ def time_readings(
             return seconds
 
         timed_step()
-        hidden_BD = router.tap.take()[:, -1]
+        hidden_BD = tap.hidden.take()[:, -1]
         logits_BV = last["logits_BV"]
         for turn in range(turns + 1):  # the first one warms up
             found = (

@@ -45,14 +45,16 @@ _WRAPPERS = [
 ]
 # what may stand between thousands: a thin, negative or unbreakable space, a comma that takes no space
 _GAP = r"(?: ?(?:\\[,;:!> ]|\\thinspace|~|[\u00a0\u2007\u2009\u202f]|\{\\[,;:!]\}|,\\!|\{,\}(?:\\!)?) ?)"
+# any of these, and of spaces, before a unit; possessive, so that no text of many of them takes long
+_GAPS = r"(?:\s|~|\\thinspace|\\[,;:!> ]|\{\\[,;:!]\}|,\\!|\{,\})*+"
 _GROUPED = re.compile(rf"(?<![\d.^_])(?<!\d,)\d{{1,3}}(?:{_GAP}\d{{3}})+(?!\d)")
 _SPACED = re.compile(r"(?<=[{$])\s*[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?\s*(?=[}$])")
 _ROMAN = r"\\(?:mathrm|text|textrm|textnormal|mbox|mathsf|textsf|rm)\s*"
 _UNIT = re.compile(
-    rf"(?<=[\d.])(?:{_GAP}|\s)*(?:{_ROMAN}\{{(?!\s*~?\s*(?:hundred|thousand|[mbtr]+illion|dozen|percent))[^{{}}^\d]*"
+    rf"(?<=[\d.]){_GAPS}(?:{_ROMAN}\{{(?!\s*~?\s*(?:hundred|thousand|[mbtr]+illion|dozen|percent))[^{{}}^\d]*"
     r"(?:\^\{?-?\d\}?[^{}^\d]*)*\}(?:\s*\^\s*(?:-?\d|\{\s*-?\d\s*\}))?)\.?\Z"
 )
-_ITALIC_UNIT = re.compile(rf"(?<=[\d}}])((?:{_GAP}|\s)*)(mm|cm|dm|km|ft)\s*(\^\s*(?:[23]|\{{[23]\}}))(?=\.?\s*[}}$])")
+_ITALIC_UNIT = re.compile(rf"(?<=[\d}}])({_GAPS})(mm|cm|dm|km|ft)\s*(\^\s*(?:[23]|\{{[23]\}}))(?=\.?\s*[}}$])")
 
 
 def check_style(style: str) -> None:

@@ -39,7 +39,16 @@ from transformers_s2t import (
 )
 from transformers_s2t.fingerprints import model_hash, weights_name
 from transformers_s2t.proposals import exclude
-from transformers_s2t.router import ROUTER_WEIGHTS_NAME, HiddenTap, Router, RouterConfig, RouterHead, num_layers
+from transformers_s2t.router import (
+    ROUTER_WEIGHTS_NAME,
+    HiddenTap,
+    LastHidden,
+    Router,
+    RouterConfig,
+    RouterHead,
+    num_layers,
+    read_module,
+)
 from transformers_s2t.views import get_decoder, switch_adapter
 
 
@@ -273,14 +282,14 @@ def test_the_tap_sees_what_the_library_calls_hidden_states(name, batch):
     model = make_model(name, FAMILIES[name].impls[0])
     reader, text = Reader(model), batch["input_ids"][0].tolist()
     for layer in range(1, num_layers(model) + 1):
-        with HiddenTap(model, layer).watching() as tap:
+        with HiddenTap(read_module(model, layer)) as tap:
             expected_D, _ = reader.read(text, "none", layer)
-            assert torch.equal(tap.take()[0, -1], expected_D)
+            assert torch.equal(tap.hidden.take()[0, -1], expected_D)
             with torch.no_grad():
                 get_decoder(model)(input_ids=torch.tensor([text]), use_cache=False)
-            assert tap.saw_one_forward
-            assert torch.equal(tap.take()[0, -1], expected_D)
-            assert tap.take() is None
+            assert tap.hidden.num_forwards == 1
+            assert torch.equal(tap.hidden.take()[0, -1], expected_D)
+            assert tap.hidden.take() is None
 
 
 ARCHITECTURES = ("gpt2", "mistral", "gemma2", "lfm2", "mamba2", "jamba", "opt", "bloom", "llama4_text")
@@ -640,7 +649,8 @@ def test_no_hook_is_left_when_a_call_is_over(road, fails, batch):
         assert fails
     gc.collect()
     assert num_hooks(case.model) == before
-    assert case.router.tap.take() is None, "hidden states are kept"
+    kept = [kept for kept in gc.get_objects() if isinstance(kept, LastHidden) and kept.num_forwards]
+    assert not kept, "hidden states are kept"
 
 
 def test_hooks_are_there_as_long_as_an_s2t_object_that_reads_them(batch):
@@ -651,7 +661,7 @@ def test_hooks_are_there_as_long_as_an_s2t_object_that_reads_them(batch):
     S2T(case.selector, config=offer_all())
     assert num_hooks(case.model) == before, "nothing reads the router"
     objects = [S2T(case.selector, config=config) for _ in range(3)]
-    assert num_hooks(case.model) == before + 1
+    assert num_hooks(case.model) == before + 3
     while objects:
         for one in objects:
             assert plain(case.model, batch, logits_processor=one).tolist() == expected
@@ -659,7 +669,7 @@ def test_hooks_are_there_as_long_as_an_s2t_object_that_reads_them(batch):
         del one
         objects.pop()
         gc.collect()
-        assert num_hooks(case.model) == before + bool(objects)
+        assert num_hooks(case.model) == before + len(objects)
 
 
 def test_a_failed_s2t_leaves_no_hook():
@@ -718,11 +728,12 @@ def test_a_copy_of_the_model_is_nobodys_to_watch(copied, batch):
     one = S2T(case.selector, config=config)
     case.model(**batch)  # now there is something to keep
     model, router = copied((case.model, case.router))
-    assert router.model is model and router.tap.take() is None
+    assert router.model is model
+    before = [kept for kept in gc.get_objects() if isinstance(kept, LastHidden) and kept.num_forwards]
+    assert len(before) == 1
     model(**batch)
-    assert router.tap.take() is None, "a copy is watched by nobody"
-    kept = [kept for kept in gc.get_objects() if isinstance(kept, HiddenTap) and kept.holds_something]
-    assert kept == [case.router.tap], "a tap behind a hook of the copy keeps what it saw"
+    kept = [kept for kept in gc.get_objects() if isinstance(kept, LastHidden) and kept.num_forwards]
+    assert kept == before and kept[0].num_forwards == 1, "a tap behind a hook of the copy keeps what it saw"
     assert plain(model, batch).tolist() == plain(tiny_model(), batch).tolist()
     selector = TeacherSelector(case.selector.teacher_model, router=router)
     for road in ROADS:
@@ -1003,7 +1014,7 @@ def test_a_router_of_other_weights_is_refused_unless_it_is_wanted(tmp_path):
 @pytest.mark.parametrize("layer", [0, 3, 1.5, True])
 def test_a_layer_that_the_model_does_not_have_cannot_be_tapped(layer):
     with pytest.raises(ValueError, match=r"`layer` must be an integer in \[1, 2\]"):
-        HiddenTap(tiny_model(), layer)
+        read_module(tiny_model(), layer)
 
 
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)

@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "views",
     }
     | {"trajectories"},
-    "router_training": {"config", "losses", "proposals", "router", "teachers"},
+    "router_training": {"config", "losses", "proposals", "router", "teachers", "views"},
     "rates": {"config", "generation", "labeling", "selection", "triggers"},
     "calibration": {"config", "fusion", "losses", "proposals", "router_training", "scoring", "selection"}
     | {"trajectories", "triggers"},

@@ -24,7 +24,7 @@ from .call import GenerateCall, eos_token_ids, prompt_mask, running_calls
 from .config import S2TDecodingConfig
 from .model_checks import check_causal_lm
 from .proposals import exclude
-from .router import new_watcher
+from .router import HiddenTap
 from .selection import S2TSession, S2TTrace, Selector, TeacherSelector, check_teacher, check_teacher_tokenizer
 
 
@@ -98,9 +98,9 @@ class S2TLogitsProcessor(LogitsProcessor):
         check_teacher(self.config, self.selector, teacher_model)
         self._router = self.selector.needed_router(self.config)
         if self._router is not None:
-            watcher = new_watcher()
-            weakref.finalize(self, self._router.tap.stop, watcher)
-            self._router.tap.start(watcher)
+            self._tap = HiddenTap(self._router.read)
+            weakref.finalize(self, self._tap.close)
+            self._tap.open()
         self.trace = trace
         scorer = getattr(self.selector, "model", None) or getattr(self.selector, "teacher_model", None)
         self._padding = _padding_token(scorer, pad_token_id)
@@ -110,7 +110,7 @@ class S2TLogitsProcessor(LogitsProcessor):
         """Says that a new text begins."""
         self._local.texts = [text for text in self._local.texts if text.owner is not None]
         if self._router is not None:
-            self._router.tap.clear()
+            self._tap.hidden.clear()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (B, V) with every triggered row fixed to its selected token."""
@@ -184,7 +184,7 @@ class S2TLogitsProcessor(LogitsProcessor):
             max_new_tokens=None if max_length is None else max_length - input_ids.shape[1],
         )
         if self._router is not None:
-            self._router.tap.clear()
+            self._tap.hidden.clear()
 
     def _take_hidden(self, call: GenerateCall | None, session: S2TSession, batch_size: int) -> torch.Tensor | None:
         """What the router reads (B, D), where exactly one forward has run since the last step: the one that gave the
@@ -193,8 +193,8 @@ class S2TLogitsProcessor(LogitsProcessor):
             return None
         if call is None or call.model is not self._router.model:
             return None
-        is_clear = self._router.tap.saw_one_forward
-        hidden_BTD = self._router.tap.take()
+        is_clear = self._tap.hidden.num_forwards == 1
+        hidden_BTD = self._tap.hidden.take()
         return hidden_BTD[:, -1] if is_clear and len(hidden_BTD) == batch_size else None
 
     def _guess_mask(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,9 @@ Legend: B rows, T tokens, D hidden size, F proposal features, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +20,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -135,89 +133,42 @@ class _Local(threading.local):
 
 
 class HiddenTap:
-    """Keeps what one layer of a model put out last, for as long as somebody watches: what each thread ran itself.
+    """Keeps what a module put out last, while it is open: for each thread what that ran itself.
 
     For forwards that somebody else runs; S2T's own forwards run views of the model, which are watched apart. A copy of
-    the model, or of the tap, is watched by nobody.
+    the module is watched by nobody, and a copy of the tap is closed.
 
     Args:
-        model: causal language model.
-        layer: 1 to the number of layers; the last one behind the final norm.
-
-    Raises:
-        ValueError: for a layer that the model does not have, or whose place is not found.
+        module: of [`read_module`].
     """
 
-    def __init__(self, model: PreTrainedModel, layer: int):
-        depth = num_layers(model)
-        _check_range("layer", layer, 1, depth, integer=True)
-        self.module = innermost_decoder(model) if layer == depth else _find_layers(model)[layer - 1]
-        self._watch_anew()
-
-    def _watch_anew(self) -> None:
-        self._handle = None
-        self._watchers: set[int] = set()
-        self._lock = threading.RLock()
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._handle: RemovableHandle | None = None
         self._local = _Local()
 
-    def __getstate__(self) -> dict:
-        return {"module": self.module}
+    def __reduce__(self) -> tuple:
+        return HiddenTap, (self._module,)
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._watch_anew()
+    def open(self) -> None:
+        self._handle = self._module.register_forward_hook(_Hook(self))
 
-    def start(self, watcher: int) -> None:
-        """One more watches, by a number of [`new_watcher`]. More than once is as good as once."""
-        with self._lock:
-            self._watchers.add(watcher)
-            if self._handle is None:
-                self._handle = self.module.register_forward_hook(_Hook(self))
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._local = _Local()
 
-    def stop(self, watcher: int) -> None:
-        """It watches no longer."""
-        with self._lock:
-            self._watchers.discard(watcher)
-            if not self._watchers and self._handle is not None:
-                self._handle.remove()
-                self._handle, self._local = None, _Local()
+    def __enter__(self) -> HiddenTap:
+        self.open()
+        return self
 
-    @contextmanager
-    def watching(self) -> Iterator[HiddenTap]:
-        watcher = new_watcher()
-        self.start(watcher)
-        try:
-            yield self
-        finally:
-            self.stop(watcher)
-
-    def see(self, hidden_BTD: torch.Tensor) -> None:
-        self._local.hidden.see(hidden_BTD)
-
-    def clear(self) -> None:
-        self._local.hidden.clear()
+    def __exit__(self, *error) -> None:
+        self.close()
 
     @property
-    def holds_something(self) -> bool:
-        """Whether hidden states of this thread are kept."""
-        return self._local.hidden.num_forwards > 0
-
-    @property
-    def saw_one_forward(self) -> bool:
-        """Whether this thread has run exactly one forward since it last cleared."""
-        return self._local.hidden.num_forwards == 1
-
-    def take(self) -> torch.Tensor | None:
-        """Hidden states (B, T, D) of this thread's last forward since the last time, `None` where there was none."""
-        return self._local.hidden.take()
-
-
-_WATCHERS = itertools.count()
-
-
-def new_watcher() -> int:
-    """A number that nobody else watches by."""
-    return next(_WATCHERS)
+    def hidden(self) -> LastHidden:
+        """Of this thread."""
+        return self._local.hidden
 
 
 class _Hook:
@@ -229,7 +180,7 @@ class _Hook:
         self.tap = tap
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-        self.tap.see(output if isinstance(output, torch.Tensor) else output[0])
+        self.tap.hidden.see(output if isinstance(output, torch.Tensor) else output[0])
 
     def __reduce__(self) -> tuple:
         return _NoHook, ()
@@ -245,7 +196,11 @@ def num_layers(model: PreTrainedModel) -> int:
 
 
 def _find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's list of layers, told by its length: it has many names."""
+    """The decoder's list of layers, told by its length: it has many names.
+
+    Raises:
+        ValueError: where it is not found.
+    """
     depth = num_layers(model)
     for module in innermost_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -256,8 +211,26 @@ def _find_layers(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
+def read_module(model: PreTrainedModel, layer: int) -> nn.Module:
+    """The module whose output a router reads.
+
+    Args:
+        model: causal language model.
+        layer: 1 to the number of layers; the last one is read behind the final norm.
+
+    Raises:
+        ValueError: for a layer that the model does not have, or whose place is not found.
+    """
+    depth = num_layers(model)
+    _check_range("layer", layer, 1, depth, integer=True)
+    return innermost_decoder(model) if layer == depth else _find_layers(model)[layer - 1]
+
+
 class Router:
     """A trained head, and the model that it reads.
+
+    Attributes:
+        read: the module of the model whose output it reads.
 
     Args:
         model: the small model, the one that generates.
@@ -278,7 +251,7 @@ class Router:
                 "was trained on."
             )
         self.head, self.config = head.eval().requires_grad_(False), config
-        self.tap = HiddenTap(self.model, config.layer)
+        self.read = read_module(self.model, config.layer)
 
     @torch.no_grad()
     def logits(self, hidden_BD: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from .config import DEFAULT_WARMUP_TOKENS
 from .losses import best_candidate
 from .proposals import exclude, floor_mask
-from .router import HiddenTap, Router, RouterConfig, RouterHead, num_layers, proposal_features
+from .router import LastHidden, Router, RouterConfig, RouterHead, num_layers, proposal_features, read_module
 from .teachers import logits_from
+from .views import make_view
 
 
 _LEAST_KL = 1e-2  # nats; below that, differences of KL are rounding
@@ -111,7 +112,8 @@ def read_trajectories(
     order = sorted(range(len(labels)), key=lambda i: lengths[i])
     num_rows = model.get_output_embeddings().weight.shape[0]
     excluded = torch.tensor(list(excluded_ids), dtype=torch.long)
-    taps = {layer: HiddenTap(model, layer) for layer in layers}
+    hidden = {layer: LastHidden() for layer in layers}
+    view = make_view(model, {}, watches={id(read_module(model, layer)): hidden[layer].see for layer in layers})
     with tqdm(total=len(order), desc="Reading labels", unit="row") as bar:
         while order:
             # the longest of the first `batch_size` rows says how many fit
@@ -119,20 +121,14 @@ def read_trajectories(
             size = max(1, min(batch_size, _MAX_LOGITS // (longest * num_rows)))
             chunk, order = order[:size], order[size:]
             first = min(lengths[i][1] for i in chunk) - 1  # logits at index p - 1 decide the token at index p
-            for tap in taps.values():
-                tap.start()
-            try:
-                logits_BTV = logits_from(model, [labels[i]["input_ids"] for i in chunk], first)
-                hidden = {layer: tap.take() for layer, tap in taps.items()}
-            finally:
-                for tap in taps.values():
-                    tap.stop()
+            logits_BTV = logits_from(view, [labels[i]["input_ids"] for i in chunk], first)
+            hidden_BTD = {layer: last.take() for layer, last in hidden.items()}
             for b, i in enumerate(chunk):
                 length, prompt_length = lengths[i]
                 logits_SV = exclude(logits_BTV[b, prompt_length - 1 - first : length - 1 - first].float(), excluded)
                 states = {
                     layer: states_BTD[b, prompt_length - 1 : length - 1].float().cpu()
-                    for layer, states_BTD in hidden.items()
+                    for layer, states_BTD in hidden_BTD.items()
                 }
                 yield i, states, proposal_features(logits_SV, num_top).cpu()
             bar.update(len(chunk))

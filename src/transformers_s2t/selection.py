@@ -730,7 +730,7 @@ class S2TSession:
         self._scorer_prefix: PrefixCache | None = None
         self._writer_prefix: PrefixCache | None = None
         self.hidden = LastHidden()
-        watches = {} if self.router is None else {id(self.router.tap.module): self.hidden.see}
+        watches = {} if self.router is None else {id(self.router.read): self.hidden.see}
         if self.router is not None:
             model = self.router.model
         self.views = selector.views(model, watches)
