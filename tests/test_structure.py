@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "proposals": set(),
     "triggers": set(),
     "fingerprints": set(),
-    "reserved_tokens": {"fingerprints"},
+    "reserved_tokens": set(),
     "losses": set(),
     "fusion": {"config", "proposals", "losses"},
     "views": set(),

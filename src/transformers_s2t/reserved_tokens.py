@@ -11,8 +11,6 @@ import re
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .fingerprints import model_hash as model_hash  # where it was before it had a file of its own
-
 
 #: R = 16 reserved tokens, as in arXiv 2604.26940.
 NUM_RESERVED_TOKENS = 16

@@ -340,13 +340,17 @@ class LocalSelector(Selector):
         state, training = adapter_state(base), base.training
         resize_for_reserved_tokens(base, max(config.reserved_token_ids) + 1)
         try:
-            if isinstance(model, PeftModel):
-                model.load_adapter(str(path), adapter_name=adapter_name, **hub_kwargs)
-            else:
-                model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, **hub_kwargs)
-            model.train(training)
-        finally:  # half loaded, it is off too
+            try:
+                if isinstance(model, PeftModel):
+                    model.load_adapter(str(path), adapter_name=adapter_name, **hub_kwargs)
+                else:
+                    model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, **hub_kwargs)
+                model.train(training)
+            finally:
+                switch_adapter(base, adapter_name, False, state)
+        except BaseException:  # half loaded, it is off too, and an interrupt may have come to the line above
             switch_adapter(base, adapter_name, False, state)
+            raise
         return cls(model, config, adapter_name, router)
 
     def merge(self) -> LocalSelector:

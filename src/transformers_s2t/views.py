@@ -182,20 +182,21 @@ class ModelViews:
         self._layers = adapted_layers(model, adapter_name)
         for layer in self._layers:
             _check_layer(layer, adapter_name)
+        self._views: dict[str, PreTrainedModel] = {}
         self._tokens: slice = slice(None)
         self._shape: tuple[int, int] | None = None
 
-    @functools.cached_property
+    @property
     def base(self) -> PreTrainedModel:
         """Off for every token."""
         if not self._layers and not self._watches:
             return self.model
-        return self._view({id(layer): self._off(layer) for layer in self._layers})
+        return self._view("base", self._off)
 
-    @functools.cached_property
+    @property
     def adapted(self) -> PreTrainedModel:
         """On for every token."""
-        return self._view({id(layer): self._on(layer) for layer in self._layers})
+        return self._view("adapted", self._on)
 
     @property
     def can_split(self) -> bool:
@@ -221,16 +222,19 @@ class ModelViews:
             TokensNotInRows: by the forward, where a layer with the adapter flattens its input (experts do).
         """
         self._tokens, self._shape = tokens, shape
-        return self._split
+        return self._view("on_tokens", lambda layer: _OnTokens(self._off(layer), layer, self))
 
-    @functools.cached_property
-    def _split(self) -> PreTrainedModel:
-        return self._view({id(layer): _OnTokens(self._off(layer), layer, self) for layer in self._layers})
+    def _view(self, name: str, form: Callable[[nn.Module], nn.Module]) -> PreTrainedModel:
+        """The view of this name, made where there is none yet from what `form` puts in the place of each layer.
 
-    def _view(self, replacements: dict[int, nn.Module]) -> PreTrainedModel:
-        # hooks are put on a decoder to read it: on the view's own, then
-        own = [self.model, get_decoder(self.model), innermost_decoder(self.model)]
-        return make_view(self.model, replacements, own, self._watches)
+        (No `functools.cached_property`: before Python 3.12 all objects of a class share its lock.)
+        """
+        if name not in self._views:
+            # hooks are put on a decoder to read it: on the view's own, then
+            own = [self.model, get_decoder(self.model), innermost_decoder(self.model)]
+            replacements = {id(layer): form(layer) for layer in self._layers}
+            self._views[name] = make_view(self.model, replacements, own, self._watches)
+        return self._views[name]
 
     def _off(self, layer: nn.Module) -> nn.Module:
         disabled, active = _others(layer, self.adapter_name)
@@ -315,15 +319,25 @@ def switch_adapter(
         enabled: on or off, for text. The rows of the head that only scores read are off in any case.
         state: of [`adapter_state`] before the adapter was loaded, which may have switched off others.
     """
-    text_layers = set(adapted_layers(model, adapter_name))
-    for layer in (module for module in model.modules() if _holds_adapter(module, adapter_name)):
-        if state and layer in state:
-            layer._disable_adapters, layer._active_adapter = state[layer]
-        disabled, active = _others(layer, adapter_name)
+    before = adapter_state(model)
+    text_layers, after = set(adapted_layers(model, adapter_name)), {}
+    for layer in (layer for layer in before if _holds_adapter(layer, adapter_name)):
+        disabled, active = (state or {}).get(layer, before[layer])
+        active = [name for name in active if name != adapter_name and name not in layer.merged_adapters]
         if enabled and layer in text_layers:
             disabled, active = False, [adapter_name] if disabled else [*active, adapter_name]
         elif not active and getattr(model, "_hf_peft_config_loaded", False):
             disabled, active = True, [adapter_name]  # transformers saves the one that is active
+        after[layer] = (disabled, active)
+    try:
+        _apply(after)
+    except BaseException:  # Ctrl-C: not half of it
+        _apply({layer: before[layer] for layer in after})
+        raise
+
+
+def _apply(states: Mapping[nn.Module, tuple[bool, list[str]]]) -> None:
+    for layer, (disabled, active) in states.items():
         layer._disable_adapters, layer._active_adapter = disabled, active
 
 
