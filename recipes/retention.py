@@ -26,8 +26,7 @@ import hashlib
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -195,24 +194,21 @@ def read_text(args: RetentionArguments) -> list[Problem]:
 # Comparing
 
 
-def load_model_of(
-    args: RetentionArguments, row: Row, source: str | None, device: torch.device
-) -> tuple[PreTrainedModel, Callable[[], AbstractContextManager]]:
-    """A model as it writes text, and a context that puts it into that state."""
+def load_model_of(args: RetentionArguments, row: Row, source: str | None, device: torch.device) -> PreTrainedModel:
+    """A model as it writes text."""
     model = load_model(args.model, args.dtype, device)
     if row.kind == "selector":
         selector = LocalSelector.from_pretrained(source, model)
-        return selector.model, selector.generating
+        return selector.writer(selector.views())
     if row.kind == "tuned":  # as recipes/evaluate.py decodes with it
         model = merge_adapter(model, source, "tuned")
-    return model, nullcontext
+    return model
 
 
 @torch.no_grad()
 def compare(
     base: PreTrainedModel,
     model: PreTrainedModel,
-    state: Callable[[], AbstractContextManager],
     sequences: Sequence[list[int]],
     excluded: torch.Tensor,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -220,13 +216,11 @@ def compare(
 
     Args:
         base, model: on one device.
-        state: entered while `model` reads.
         sequences: texts, which go through each model at once.
         excluded: tokens that are no text.
     """
     base_BTV = logits_from(base, sequences, 0)
-    with state():
-        model_BTV = logits_from(model, sequences, 0)
+    model_BTV = logits_from(model, sequences, 0)
     shared = min(base_BTV.shape[-1], model_BTV.shape[-1])
     excluded = excluded[excluded < shared].to(base_BTV.device)
     chunk = max(1, MAX_FLOAT_LOGITS // shared)
@@ -247,7 +241,6 @@ def compare(
 def add_up(
     base: PreTrainedModel,
     model: PreTrainedModel,
-    state: Callable[[], AbstractContextManager],
     documents: Sequence[Document],
     excluded: torch.Tensor,
     batch_size: int,
@@ -261,7 +254,7 @@ def add_up(
         size = max(1, min(batch_size, MAX_LOGITS // (len(order[0].token_ids) * num_rows)))
         batch, order = order[:size], order[size:]
         texts = [document.token_ids for document in batch]
-        for document, (kl_T, loss_T, counts_T) in zip(batch, compare(base, model, state, texts, excluded)):
+        for document, (kl_T, loss_T, counts_T) in zip(batch, compare(base, model, texts, excluded)):
             for kind, (start, end) in document.spans.items():
                 predicted = slice(start - 1, end - 1)  # index t - 1 is of the token t
                 keep_S = counts_T[predicted]
@@ -379,9 +372,9 @@ def measure(args: RetentionArguments) -> dict:
         for row in rows:
             for number, source in enumerate(row.sources):
                 bar.set_description(f"{row.name} {number}" if len(row.sources) > 1 else row.name)
-                model, state = load_model_of(args, row, source, device)
-                runs[row.name].append(add_up(base, model, state, documents, excluded, args.batch_size, bar))
-                del model, state
+                model = load_model_of(args, row, source, device)
+                runs[row.name].append(add_up(base, model, documents, excluded, args.batch_size, bar))
+                del model
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -11,6 +11,7 @@ from tiny import ROADS, prompts, single, tiny_model
 from tiny_architectures import NaiveCausalLM, make_model
 
 from transformers_s2t import S2T, S2TDecodingConfig, S2TTrace, s2t_generate
+from transformers_s2t.model_checks import check_reads_in_parts
 
 
 NEW_TOKENS = 12
@@ -128,6 +129,8 @@ def test_every_token_of_zero_shot_is_counted(road, batch):
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: ran.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
+    check_reads_in_parts("model", model)  # which runs it, once for a model
+    ran.clear()
     _, trace = generate(model, batch, controls.ZeroShotSelector(model), road, min_prob_ratio=0.05)
     plain = batch["input_ids"].numel() + len(batch["input_ids"]) * (NEW_TOKENS - 1)
     assert trace.tokens.keys() == {"scorer"}

@@ -2,7 +2,6 @@
 
 import json
 import re
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -79,7 +78,7 @@ def rows_of(report):
 
 
 @torch.no_grad()
-def one_by_one(folder, model, state=nullcontext):
+def one_by_one(folder, model):
     """kind -> [(problem, KL, loss)] of each token that counts, every text by itself in float64."""
     base = tiny_model().double()
     model = model.double()
@@ -88,8 +87,7 @@ def one_by_one(folder, model, state=nullcontext):
 
     def read(ids, first, end, kind, problem):
         base_TV = base(torch.tensor([ids])).logits[0, :, kept].log_softmax(-1)
-        with state():
-            model_TV = model(torch.tensor([ids])).logits[0, :, kept].log_softmax(-1)
+        model_TV = model(torch.tensor([ids])).logits[0, :, kept].log_softmax(-1)
         for t in range(first, end):
             if ids[t] in kept:
                 p_V, q_V = base_TV[t - 1], model_TV[t - 1]
@@ -132,7 +130,7 @@ def test_figures_are_those_of_one_document_at_a_time(bed, report):
     ]
     selector = LocalSelector.from_pretrained(bed / "adapted", tiny_model())
     expected = {"base": [of_base], "sft": tuned, "kd": tuned[1:]}
-    expected["s2t-local-adapted"] = [one_by_one(bed, selector.model, selector.generating)]
+    expected["s2t-local-adapted"] = [one_by_one(bed, selector.model)]
     for kind, counts in report["meta"]["documents"].items():
         assert counts["tokens"] == len(of_base[kind])
         assert counts["documents"] == len({problem for problem, *_ in of_base[kind]})
