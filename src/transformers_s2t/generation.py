@@ -152,7 +152,7 @@ def _guard_continuous_batching() -> None:
     @functools.wraps(generate_batch)
     def guarded(self, *args, **kwargs):
         call = next(iter(running_calls()), None)  # of `generate(cache_implementation="paged")`
-        strategies = {kwargs.get("custom_generate"), call.custom_generate if call else None}
+        strategies = (kwargs.get("custom_generate"), call.custom_generate if call else None)
         given = kwargs.get("logits_processor") or []
         processors = [*(list.__iter__(given) if isinstance(given, list) else [given])]
         processors += call.own_processors if call else []

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft import PeftModel
@@ -42,6 +42,8 @@ _FAULTS = {
 
 _found: WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = WeakKeyDictionary()
 _warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_causal: WeakSet[nn.Module] = WeakSet()  # found to be so: what a model is made of is looked at once
+_rows: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,6 +61,8 @@ def check_causal_lm(name: str, model: PreTrainedModel | PeftModel) -> None:
         model: a loaded model.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base in _causal:
+        return
     kind = type(base).__name__
 
     def refuse(reason: str) -> ValueError:
@@ -74,6 +78,7 @@ def check_causal_lm(name: str, model: PreTrainedModel | PeftModel) -> None:
         )
     if _lacks_weights(base):
         raise ValueError(f"`{name}` ({kind}) has no weights: its parameters are on the meta device.")
+    _causal.add(base)
 
 
 def check_models(writer: PreTrainedModel | None, scorers: Mapping[str, PreTrainedModel | PeftModel]) -> None:
@@ -86,10 +91,10 @@ def check_models(writer: PreTrainedModel | None, scorers: Mapping[str, PreTraine
     Raises:
         ValueError: see [`check_causal_lm`], [`check_evaluates`], [`check_without_virtual_tokens`].
     """
-    for name, model in [("model", writer), *scorers.items()]:
-        if model is not None:
-            check_causal_lm(name, model)
-            check_evaluates(name, model)
+    models = {id(model): (name, model) for name, model in [*scorers.items(), ("model", writer)] if model is not None}
+    for name, model in models.values():
+        check_causal_lm(name, model)
+        check_evaluates(name, model)
     for name, model in scorers.items():
         check_without_virtual_tokens(name, model)
         if name == "model" and writer is not None:  # it may know of a PeftModel around it
@@ -317,6 +322,12 @@ def position_rows(model: PreTrainedModel | PeftModel) -> int | None:
     name them otherwise, or not count the rows that OPT and BART skip.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base not in _rows:
+        _rows[base] = min(_position_tables(base), default=None)
+    return _rows[base]
+
+
+def _position_tables(base: PreTrainedModel) -> list[int]:
     rows = []
     for name, module in _text_decoder(base).named_modules():
         part = name.rpartition(".")[2]
@@ -327,7 +338,7 @@ def position_rows(model: PreTrainedModel | PeftModel) -> int | None:
         for key, table in module.named_buffers(recurse=False):
             if "pos" in key and table.dim() == 2 and table.is_floating_point():
                 rows.append(table.shape[0])
-    return min(rows, default=None)
+    return rows
 
 
 class RotaryChange(NamedTuple):

@@ -53,6 +53,8 @@ def make_view(
     def visit(module: nn.Module) -> nn.Module:
         if (done := made.get(id(module))) is not None:
             return done
+        if not module._modules and id(module) not in copied:
+            return module
         before = module._modules.copy()
         children = {name: child if child is None else visit(child) for name, child in before.items()}
         is_changed = any(child is not before[name] for name, child in children.items())
@@ -79,8 +81,8 @@ def copy_module(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.
     attributes = module.__dict__.copy()
     for name, value in attributes.items():
         if "hooks" in name and isinstance(value, dict):  # registers of hooks, by id
-            hooks = list(value.items())
-            attributes[name] = type(value)((id, hook) for id, hook in hooks if not getattr(hook, "skips_views", False))
+            hooks = [(id, hook) for id, hook in list(value.items()) if not getattr(hook, "skips_views", False)]
+            attributes[name] = type(value)(hooks) if hooks else type(value)()
     attributes |= {"_modules": children, "_copy_of": module}
     attributes["_compiled_call_impl"] = None  # torch.compile's is bound to the module
     copied = object.__new__(type(module))
