@@ -97,7 +97,9 @@ CALLS += [
 ]
 
 
-@pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "bytecodes"])
+@pytest.mark.parametrize(
+    "opcodes", [pytest.param(False, id="lines"), pytest.param(True, id="bytecodes", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("setup", "road", "router"), CALLS)
 def test_an_interrupt_in_front_of_any_line_or_bytecode(setup, road, router, opcodes, tries):
     scene = Scene(setup, road, router)

@@ -233,12 +233,12 @@ def test_two_plain_texts_at_the_same_time(eager_threads, tries):
     check(partial(two_plain_texts, None), lambda calls, _: together(calls), range(tries(3)))
 
 
-@pytest.mark.parametrize("scene", scenes(every=2))
+@pytest.mark.parametrize("scene", scenes(every=3))
 def test_calls_at_the_same_time(scene, folder, eager_threads, tries):
     check(partial(SCENES[scene], folder), lambda calls, _: together(calls), range(tries(1)))
 
 
-@pytest.mark.parametrize("scene", scenes(every=5))
+@pytest.mark.parametrize("scene", scenes(every=7))
 def test_a_call_in_the_middle_of_another(scene, folder, tries):
     """Deterministic: the second call runs where the first one stands between two lines of this package."""
     make_scene = partial(SCENES[scene], folder)

@@ -1,4 +1,4 @@
-"""`s2t_generate`: the fast road, `model.generate(..., custom_generate=s2t_generate, selector=...)`.
+"""`s2t_generate`: the cached loop, `model.generate(..., custom_generate=s2t_generate, selector=...)`.
 
 Owns the decoding loop and the KV cache, so that candidates are scored on the cache that decoding keeps anyway.
 Same tokens as the logits processor; does not know how a selector scores.
