@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 from . import triggers
 from .config import ROUTER_WEIGHTS_NAME, _check_choice, _check_range, atomic_write
 from .fingerprints import model_hash, same_weights, weights_name
-from .views import innermost_decoder
+from .views import innermost_decoder, tell
 
 
 ROUTER_TARGETS = ("gain", "differs", "kl")
@@ -180,7 +180,7 @@ class _Hook:
         self.tap = tap
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-        self.tap.hidden.see(output if isinstance(output, torch.Tensor) else output[0])
+        tell(self.tap.hidden.see, module, args, output)
 
     def __reduce__(self) -> tuple:
         return _NoHook, ()

@@ -60,7 +60,7 @@ def make_view(
         is_changed = any(child is not before[name] for name, child in children.items())
         made[id(module)] = copy_module(module, children) if is_changed or id(module) in copied else module
         if id(module) in watches:
-            made[id(module)].register_forward_hook(functools.partial(_tell, watches[id(module)]))
+            made[id(module)].register_forward_hook(functools.partial(tell, watches[id(module)]))
         return made[id(module)]
 
     view = visit(model)
@@ -72,7 +72,8 @@ def make_view(
     return view
 
 
-def _tell(watch: Callable[[torch.Tensor], None], module: nn.Module, args: tuple, output: Any) -> None:
+def tell(watch: Callable[[torch.Tensor], None], module: nn.Module, args: tuple, output: Any) -> None:
+    """A forward hook: calls `watch` with a module's output, the first one where it has several."""
     watch(output if isinstance(output, torch.Tensor) else output[0])
 
 
