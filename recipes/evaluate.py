@@ -65,7 +65,7 @@ from controls import (
 from estimates import NUM_RESAMPLES, bootstrap_interval
 from fidelity import DEFINITION, describe, measure_fidelity, measure_hits, open_labels
 from models import default_device, load_model, padding_token_id
-from problems import PROMPT_SETTINGS, Problem, encode_prompts, left_pad, load_problems, read_template_kwargs
+from problems import PROMPT_SETTINGS, Problem, encode_prompts, load_problems, read_template_kwargs
 from records import fingerprint, hash_of, read_records, write_records
 from texts import TEXTS_NAME, collect_texts
 from tqdm.auto import tqdm
@@ -86,6 +86,7 @@ from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, vocab_hash
 from transformers_s2t.router import Router
 from transformers_s2t.seen_problems import STAGES, check_unseen
+from transformers_s2t.shared_prefix import pad_prompts, read_shared
 from transformers_s2t.trajectories import read_header, read_labels
 
 
@@ -480,7 +481,6 @@ class Bench:
         trace = None
         if policy.num_votes:
             kwargs |= {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
-            kwargs["num_return_sequences"] = policy.num_votes
         elif policy.trigger is not None:
             trace = S2TTrace()
             kwargs |= {
@@ -507,10 +507,13 @@ class Bench:
         per_batch = max(1, args.batch_size // max(1, policy.num_votes))
         for number, start in enumerate(range(0, len(self.order), per_batch)):
             rows = self.order[start : start + per_batch]
-            inputs = left_pad([self.prompt_ids[i] for i in rows], self.pad_token_id)
+            prompts = [self.prompt_ids[i] for i in rows for _ in range(max(1, policy.num_votes))]
+            inputs = pad_prompts(prompts, self.pad_token_id, filter(None, [model, teacher]))
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
             torch.manual_seed(args.seed * 1_000_003 + number)
             began, cpu_began = self._clock(), time.process_time()
+            if policy.trigger is None:  # s2t_generate reads what prompts share once by itself
+                kwargs["past_key_values"] = read_shared(model, **inputs)
             output_BT = model.generate(**inputs, **kwargs)
             totals["seconds"] += self._clock() - began
             totals["cpu_seconds"] += time.process_time() - cpu_began
@@ -518,7 +521,7 @@ class Bench:
             num_tokens_B = count_tokens(new_ids_BS, kwargs["eos_token_id"])
             totals["steps"] += new_ids_BS.shape[1]
             totals["generated"] += int(num_tokens_B.sum())
-            read = int(inputs["attention_mask"].sum()) * max(1, policy.num_votes) + int(num_tokens_B.sum())
+            read = int(inputs["attention_mask"].sum()) + int(num_tokens_B.sum())
             totals["teacher_tokens" if policy.name == "teacher" else "student_tokens"] += read
             if trace is not None:
                 teacher_tokens = trace.tokens.get("teacher", 0)
@@ -1122,7 +1125,7 @@ def evaluate(args: EvaluateArguments) -> dict:
 
 def warm_up(model: PreTrainedModel, bench: Bench) -> None:
     """A few tokens nobody times: the first call pays for what the process sets up once."""
-    inputs = left_pad([bench.prompt_ids[i] for i in bench.order[:2]], bench.pad_token_id)
+    inputs = pad_prompts([bench.prompt_ids[i] for i in bench.order[:2]], bench.pad_token_id)
     inputs = {name: tensor.to(bench.device) for name, tensor in inputs.items()}
     model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=bench.pad_token_id)
 

@@ -21,7 +21,6 @@ import jinja2.meta
 from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
-from transformers_s2t.labeling import left_pad
 from transformers_s2t.trajectories import share_of
 
 
@@ -29,7 +28,6 @@ __all__ = [
     "Problem",
     "check_template_kwargs",
     "encode_prompts",
-    "left_pad",
     "load_problems",
     "read_template_kwargs",
     "split_by_id",
@@ -81,7 +79,7 @@ def load_problems(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"`limit` must be an integer of at least 1, or None for all problems, got {limit!r}.")
-    rows = _read_rows(source, split)
+    rows = read_rows(source, split)
     problems: dict[str, Problem] = {}
     where = source if split is None else f"{source} ({split})"
     for number, row in enumerate(rows):
@@ -126,7 +124,7 @@ def _answer_text(answer: str | int | float | None) -> str | None:
     return format(Decimal(repr(answer)), "f") if isinstance(answer, float) and math.isfinite(answer) else str(answer)
 
 
-def _read_rows(source: str, split: str | None) -> Iterable[Mapping[str, Any]]:
+def read_rows(source: str, split: str | None) -> Iterable[Mapping[str, Any]]:
     path = Path(source).expanduser()
     if path.is_dir():
         path = _file_of_split(path, split)

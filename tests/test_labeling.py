@@ -31,7 +31,6 @@ from transformers_s2t.labeling import (
     choose_positions,
     label_problems,
     label_stats,
-    left_pad,
     rollout,
     score_positions,
     score_trajectories,
@@ -128,12 +127,6 @@ def naive_greedy(model, ids, max_new_tokens, suppressed=()):
         logits_V[list(suppressed)] = float("-inf")
         ids.append(int(logits_V.argmax()))
     return ids[start:]
-
-
-def test_left_pad():
-    padded = left_pad([[5, 6, 7], [8]], pad_token_id=0)
-    assert padded["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert padded["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_greedy_is_the_argmax_whatever_the_checkpoint_says(pair, prompts):

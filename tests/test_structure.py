@@ -23,18 +23,21 @@ MAY_IMPORT = {
     "losses": set(),
     "fusion": {"config", "proposals", "losses"},
     "views": set(),
-    "scoring": {"proposals", "views"},
+    "shared_prefix": {"views"},
+    "scoring": {"proposals", "shared_prefix", "views"},
     "model_checks": {"scoring", "triggers"},
     "router": {"config", "fingerprints", "triggers", "views"},
     "selection": {"config", "fingerprints", "fusion", "model_checks", "proposals", "reserved_tokens", "router"}
     | {"scoring", "triggers", "views"},
     "call": {"scoring"},
     "logits_process": {"call", "config", "model_checks", "proposals", "router", "selection"},
-    "generation": {"call", "config", "logits_process", "model_checks", "proposals", "scoring"} | {"selection"},
+    "generation": {"call", "config", "logits_process", "model_checks", "proposals", "scoring"}
+    | {"selection", "shared_prefix"},
     "cross_tokenizer": {"reserved_tokens", "scoring"},
     "trajectories": {"config", "fingerprints"},
-    "teachers": {"cross_tokenizer", "model_checks", "triggers", "trajectories"},
-    "labeling": {"config", "fingerprints", "model_checks", "proposals", "teachers", "triggers", "trajectories"},
+    "teachers": {"cross_tokenizer", "model_checks", "shared_prefix", "triggers", "trajectories"},
+    "labeling": {"config", "fingerprints", "model_checks", "proposals", "shared_prefix", "teachers"}
+    | {"triggers", "trajectories"},
     "s2t_config": {"config"},
     "blocks": {"s2t_config", "scoring", "trajectories"},
     "s2t_trainer": {

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import (
     Cache,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -44,6 +45,7 @@ from .model_checks import check_causal_lm
 from .proposals import exclude
 from .scoring import cache_argument
 from .selection import S2TSession, S2TTrace, Selector, check_choosable
+from .shared_prefix import read_shared
 
 
 # what `generate` puts behind the user's own processors
@@ -196,6 +198,10 @@ def _decode(
 
     processors, warpers = _split_processors(logits_processor, own_processors)
     unfinished_B = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, DynamicCache) and not cache.get_seq_length() and model_kwargs.get("inputs_embeds") is None:
+        shared = read_shared(model, input_ids, mask_BT)
+        cache.layers = cache.layers if shared is None else shared.layers
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     logits_BV = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,21 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PretrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .config import _check_choice, _check_range
 from .fingerprints import model_hash
 from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
 from .proposals import exclude, floor_mask, propose
+from .shared_prefix import can_share, pad_prompts, read_shared
 from .teachers import Comparison, Teacher, as_teacher, compare_logits, head_rows, logits_from
 from .trajectories import (
     CORRECTED_ROLLOUTS,
@@ -59,17 +68,6 @@ _MAX_FLOAT_LOGITS = 1 << 24  # logits alive in float32 at one time
 # Rollouts
 
 
-def left_pad(ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` (B, T), padding on the left, ready for `generate`."""
-    width = max(len(row) for row in ids)
-    input_ids_BT = torch.full((len(ids), width), pad_token_id)
-    mask_BT = torch.zeros((len(ids), width), dtype=torch.long)
-    for b, row in enumerate(ids):
-        input_ids_BT[b, width - len(row) :] = torch.tensor(row)
-        mask_BT[b, width - len(row) :] = 1
-    return {"input_ids": input_ids_BT, "attention_mask": mask_BT}
-
-
 class _GumbelNoise(LogitsProcessor):
     """Makes argmax a sample from softmax(logits / temperature), each row from a generator of its own.
 
@@ -91,6 +89,10 @@ class _GumbelNoise(LogitsProcessor):
             digest = hashlib.sha256(f"{seed} {number} {list(ids)}".encode()).digest()
             row_seed = int.from_bytes(digest[:8], "big") >> 1
             self.generators.append(torch.Generator(device=device).manual_seed(row_seed))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows of the batch alone."""
+        self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise_BV = torch.empty_like(scores, dtype=torch.float32)
@@ -132,14 +134,15 @@ def rollout(
     Returns:
         New tokens of each row, up to its first end-of-sequence token, which is included: it is a decision too.
     """
+    readers = [model, getattr((decode_with or {}).get("selector"), "teacher_model", None)]
+    inputs = pad_prompts(prompt_ids, pad_token_id, [reader for reader in readers if reader is not None])
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=list(eos_token_ids) or None,
         pad_token_id=pad_token_id,
         suppress_tokens=list(suppressed_ids) or None,
     )
-    inputs = {name: tensor.to(model.device) for name, tensor in left_pad(prompt_ids, pad_token_id).items()}
     processors = LogitsProcessorList()
     if do_sample:
         numbers = [0] * len(prompt_ids) if rollouts is None else rollouts
@@ -147,16 +150,76 @@ def rollout(
     # `generate` fills everything that is None from the model's own config, so that one has to be out of the way.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        output_BT = model.generate(
-            **inputs, generation_config=config, logits_processor=processors, **(decode_with or {})
-        )
+        if decode_with:
+            config.max_new_tokens = max_new_tokens
+            width = inputs["input_ids"].shape[1]
+            output_BT = model.generate(**inputs, generation_config=config, logits_processor=processors, **decode_with)
+            new = output_BT[:, width:].tolist()
+        else:
+            new = _generate_and_drop_finished(model, inputs, config, max_new_tokens, processors)
     finally:
         model.generation_config = own
-    ends, rows = set(eos_token_ids), []
-    for ids in output_BT[:, inputs["input_ids"].shape[1] :].tolist():
-        end = next((i + 1 for i, id in enumerate(ids) if id in ends), len(ids))
-        rows.append(ids[:end])
-    return rows
+    ends = set(eos_token_ids)
+    return [ids[: next((i + 1 for i, id in enumerate(ids) if id in ends), len(ids))] for ids in new]
+
+
+#: A batch of fewer rows is not made smaller: on a CPU a step of these takes about as long as one of half as many.
+_FEW_ROWS = 8
+
+
+class _HalfFinished(StoppingCriteria):
+    """Stops a batch when half of its rows have ended."""
+
+    def __init__(self, eos_token_ids: Collection[int], width: int, device: torch.device):
+        self.ends, self.width = torch.tensor(sorted(eos_token_ids), device=device), width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        ended_B = torch.isin(input_ids[:, self.width :], self.ends).any(-1)
+        return torch.full_like(ended_B, bool(2 * ended_B.sum() >= len(ended_B)))
+
+
+def _generate_and_drop_finished(
+    model: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    config: GenerationConfig,
+    max_new_tokens: int,
+    processors: LogitsProcessorList,
+) -> list[list[int]]:
+    """New tokens of each row. Where half of the rows have ended the others go on without them, so that one long text
+    does not hold a batch."""
+    input_ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
+    rows, new = list(range(len(input_ids_BT))), [[] for _ in input_ids_BT]
+    cache, num_left = read_shared(model, input_ids_BT, mask_BT), max_new_tokens
+    drops = bool(config.eos_token_id) and can_share(model)
+    while rows:
+        width, several = input_ids_BT.shape[1], drops and len(rows) > _FEW_ROWS
+        stop = [_HalfFinished(config.eos_token_id, width, input_ids_BT.device)] if several else []
+        config.max_new_tokens, config.return_dict_in_generate = num_left, several
+        given = {} if cache is None else {"past_key_values": cache}
+        output = model.generate(
+            input_ids=input_ids_BT,
+            attention_mask=mask_BT,
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList(stop),
+            **given,
+        )
+        all_ids_BT = output.sequences if several else output
+        new_BS = all_ids_BT[:, width:]
+        for row, ids in zip(rows, new_BS.tolist()):
+            new[row] += ids
+        num_left -= new_BS.shape[1]
+        if not several or num_left <= 0:
+            break
+        left_A = (~torch.isin(new_BS, stop[0].ends).any(-1)).nonzero()[:, 0]
+        rows = [rows[b] for b in left_A.tolist()]
+        cache = output.past_key_values
+        cache.batch_select_indices(left_A)
+        input_ids_BT = all_ids_BT[left_A]
+        mask_BT = torch.cat([mask_BT[left_A], mask_BT.new_ones(len(left_A), new_BS.shape[1])], dim=1)
+        for processor in processors:
+            processor.keep(left_A.tolist())
+    return new
 
 
 # ---------------------------------------------------------------------------------------------------------------------

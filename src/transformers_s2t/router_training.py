@@ -123,11 +123,12 @@ def read_trajectories(
             first = min(lengths[i][1] for i in chunk) - 1  # logits at index p - 1 decide the token at index p
             logits_BTV = logits_from(view, [labels[i]["input_ids"] for i in chunk], first)
             hidden_BTD = {layer: last.take() for layer, last in hidden.items()}
+            shared = max(lengths[i][0] for i in chunk) - next(iter(hidden_BTD.values())).shape[1]  # read before
             for b, i in enumerate(chunk):
                 length, prompt_length = lengths[i]
                 logits_SV = exclude(logits_BTV[b, prompt_length - 1 - first : length - 1 - first].float(), excluded)
                 states = {
-                    layer: states_BTD[b, prompt_length - 1 : length - 1].float().cpu()
+                    layer: states_BTD[b, prompt_length - 1 - shared : length - 1 - shared].float().cpu()
                     for layer, states_BTD in hidden_BTD.items()
                 }
                 yield i, states, proposal_features(logits_SV, num_top).cpu()

@@ -35,6 +35,7 @@ from transformers.cache_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .proposals import floor_mask
+from .shared_prefix import can_share, read_shared, repeat_rows, shared_columns
 from .views import ModelViews, TokensNotInRows, copy_module, get_decoder, innermost_decoder, make_view
 
 
@@ -440,6 +441,11 @@ class PrefixCache:
             num_prompt = embeds_BTD.shape[1]
             self.feed(input_ids_BT[:, :num_prompt], mask_BT[:, :num_prompt])
             return self.feed(input_ids_BT, mask_BT, with_logits)
+        if start == 0 and embeds_BTD is None and (shared := shared_columns(input_ids_BT, mask_BT)):
+            if can_share(self.model):
+                self.feed(input_ids_BT[:1, :shared], mask_BT[:1, :shared])
+                repeat_rows(self.cache, len(input_ids_BT))
+                return self.feed(input_ids_BT, mask_BT, with_logits)
         new_ids = input_ids_BT[:, start:].to(device)
         if new_ids.shape[1] == 0:
             if with_logits:
@@ -613,11 +619,16 @@ def packed_hidden(
     positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
     if adapter_scope == "candidate":
         with torch.no_grad():
-            cache = DynamicCache()  # windowed layers keep everything too: candidates stand all along the text
+            # processes that share out the weights must run as many forwards as each other
+            alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+            cache = read_shared(views.base, input_ids_BT, mask_BT) if alone else None
+            if cache is None:
+                cache = DynamicCache()  # windowed layers keep everything too: candidates stand all along the text
+            start = cache.get_seq_length()
             get_decoder(views.base)(
-                input_ids=input_ids_BT,
+                input_ids=input_ids_BT[:, start:],
                 attention_mask=mask_BT.long(),
-                position_ids=positions_BT,
+                position_ids=positions_BT[:, start:],
                 past_key_values=cache,
                 use_cache=True,
             )

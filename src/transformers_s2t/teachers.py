@@ -33,6 +33,7 @@ from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
 from .cross_tokenizer import CrossTokenizer, TeacherSequence, least_divergence, score_with_teacher
 from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
+from .shared_prefix import read_shared
 from .trajectories import MISSING_LOGPROB
 from .triggers import kl_divergence
 
@@ -284,7 +285,10 @@ class _TextReading:
 
 
 def logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> torch.Tensor:
-    """Logits (B, T - first, V) of right-padded rows, in the model's own type."""
+    """Logits (B, T - first, V) of right-padded rows, in the model's own type.
+
+    What the rows begin with is read once (`shared_prefix`), where no gradient is wanted.
+    """
     width = max(len(ids) for ids in sequences)
     input_ids_BT = torch.zeros((len(sequences), width), dtype=torch.long)
     mask_BT = torch.zeros_like(input_ids_BT)
@@ -292,8 +296,17 @@ def logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], firs
         input_ids_BT[b, : len(ids)] = torch.tensor(ids)
         mask_BT[b, : len(ids)] = 1
     keep = {"logits_to_keep": width - first} if "logits_to_keep" in signature(model.forward).parameters else {}
+    cache, start = None, 0
+    if not torch.is_grad_enabled():
+        cache = read_shared(model, input_ids_BT[:, : first + 1], mask_BT[:, : first + 1])
+    if cache is not None:
+        start = cache.get_seq_length()
+        keep["past_key_values"] = cache
     output = model(
-        input_ids=input_ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), use_cache=False, **keep
+        input_ids=input_ids_BT[:, start:].to(model.device),
+        attention_mask=mask_BT.to(model.device),
+        use_cache=cache is not None,
+        **keep,
     )
     return output.logits[:, -(width - first) :]
 

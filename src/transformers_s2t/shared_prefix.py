@@ -1,0 +1,107 @@
+"""What all rows of a batch begin with (a system prompt, a chat template, few-shot examples) is read once.
+
+Rows are laid out as `[shared][padding][own]`. One forward of a single row fills the cache of the shared tokens, which
+all rows then go on from. Positions and masks are those of the padded rows, so the logits are too, but for rounding.
+
+Legend: B rows, T columns, P shared tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .views import get_decoder
+
+
+#: Fewer shared tokens are not worth a forward of their own.
+MIN_SHARED = 8
+
+
+def can_share(model: PreTrainedModel) -> bool:
+    """Whether the model can go on from a cache of other rows, with padding behind it.
+
+    Full attention in all layers: windows count columns, padding among them, and recurrent layers read padding.
+    """
+    if not model._supports_attention_backend or model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    if "past_key_values" not in inspect.signature(type(get_decoder(model)).forward).parameters:
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def shared_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens P all rows begin with: fewer than any row has, and 0 where sharing is not worth it."""
+    if len(rows) < 2:
+        return 0
+    shortest, most = min(map(len, rows)), list(os.path.commonprefix([list(row) for row in rows]))
+    length = min(len(most), shortest - 1)
+    return length if length >= MIN_SHARED else 0
+
+
+def shared_columns(input_ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> int:
+    """[`shared_length`] of rows in a tensor: how many columns at its beginning are the same text in all rows."""
+    if len(input_ids_BT) < 2:
+        return 0
+    same_T = (input_ids_BT == input_ids_BT[:1]).all(0) & mask_BT.bool().all(0)
+    length = min(int(same_T.long().cumprod(0).sum()), input_ids_BT.shape[1] - 1)
+    return length if length >= MIN_SHARED else 0
+
+
+def pad_prompts(
+    prompt_ids: Sequence[Sequence[int]], pad_token_id: int, models: Iterable[PreTrainedModel] = ()
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, T) for `generate`: what the prompts share first, then padding.
+
+    Args:
+        prompt_ids: token ids, one prompt a row.
+        pad_token_id: for shorter prompts.
+        models: all that will read the text. Where one of them cannot share ([`can_share`]), all padding is on the
+            left, as `generate` has it.
+    """
+    models = list(models)
+    shared = shared_length(prompt_ids) if models and all(map(can_share, models)) else 0
+    width = max(map(len, prompt_ids))
+    input_ids_BT = torch.full((len(prompt_ids), width), pad_token_id)
+    mask_BT = torch.zeros_like(input_ids_BT)
+    for b, ids in enumerate(prompt_ids):
+        own = len(ids) - shared
+        for part, tokens in ((slice(0, shared), ids[:shared]), (slice(width - own, width), ids[shared:])):
+            input_ids_BT[b, part] = torch.tensor(tokens, dtype=torch.long)
+            mask_BT[b, part] = 1
+    return {"input_ids": input_ids_BT, "attention_mask": mask_BT}
+
+
+@torch.no_grad()
+def read_shared(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Cache | None:
+    """The cache (B rows) of what the rows begin with, read as one row; `None` where nothing is shared.
+
+    Args:
+        model: causal language model, or a view of one.
+        input_ids, attention_mask: (B, T), of [`pad_prompts`], or rows that are padded on the right.
+    """
+    length = shared_columns(input_ids, attention_mask)
+    if not length or not can_share(model):
+        return None
+    cache = DynamicCache(config=model.config)
+    get_decoder(model)(
+        input_ids=input_ids[:1, :length].to(model.device),
+        attention_mask=torch.ones(1, length, dtype=torch.long, device=model.device),
+        position_ids=torch.arange(length, device=model.device)[None],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    repeat_rows(cache, len(input_ids))
+    return cache
+
+
+def repeat_rows(cache: Cache, batch_size: int) -> None:
+    """Makes a cache of one row one of `batch_size` rows, without copies: layers grow by concatenation."""
+    for layer in (layer for layer in cache.layers if layer.is_initialized):
+        layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
+        layer.values = layer.values.expand(batch_size, -1, -1, -1)

@@ -1,0 +1,213 @@
+"""What the rows of a batch begin with is read once: nothing that is written, scored or trained changes by it.
+
+Legend: B rows, T columns.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_labeling import HEADER, assert_same_rows, rows_of
+from tiny import EOS, PAD, RESERVED, SETUPS, disagreeing_pair, make_selector, tiny_model
+from tiny_architectures import FAMILIES, make_model
+
+from transformers_s2t import S2TDecodingConfig, TeacherSelector, labeling, s2t_generate, scoring, shared_prefix
+from transformers_s2t.labeling import label_problems, rollout
+from transformers_s2t.scoring import PackedPoints, PrefixCache, packed_hidden
+from transformers_s2t.shared_prefix import can_share, pad_prompts, read_shared, shared_columns, shared_length
+from transformers_s2t.teachers import logits_from
+from transformers_s2t.views import ModelViews
+
+
+SYSTEM = [5, 17, 40, 8, 23, 11, 60, 31, 9, 77]
+PROMPTS = [SYSTEM + own for own in ([4, 8], [50], [33, 12, 9, 41, 7], [61, 62, 3])]
+
+
+class CountTokens:
+    """How many tokens go through a model's decoder."""
+
+    def __init__(self, *models):
+        self.tokens = 0
+        self.handles = [model.model.register_forward_pre_hook(self._count, with_kwargs=True) for model in models]
+
+    def _count(self, module, args, kwargs):
+        self.tokens += kwargs["input_ids"].numel()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.fixture
+def nothing_shared(monkeypatch):
+    """Switches sharing off."""
+    return lambda: monkeypatch.setattr(shared_prefix, "MIN_SHARED", 1 << 30)
+
+
+def test_rows_begin_with_what_they_share_and_padding_follows():
+    inputs = pad_prompts(PROMPTS, PAD, [tiny_model()])
+    assert inputs["input_ids"].tolist()[1] == [*SYSTEM, PAD, PAD, PAD, PAD, 50]
+    assert inputs["attention_mask"].tolist()[1] == [1] * 10 + [0] * 4 + [1]
+    assert shared_columns(inputs["input_ids"], inputs["attention_mask"]) == len(SYSTEM) == shared_length(PROMPTS)
+
+
+def test_without_a_model_all_padding_is_on_the_left():
+    padded = pad_prompts([[5, 6, 7], [8]], PAD)
+    assert padded["input_ids"].tolist() == [[5, 6, 7], [PAD, PAD, 8]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert pad_prompts(PROMPTS, PAD)["input_ids"].tolist()[1] == [PAD] * 4 + [*SYSTEM, 50]
+
+
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [
+        ([SYSTEM, SYSTEM], 9),  # each keeps a token of its own
+        ([SYSTEM, SYSTEM[:9]], 8),
+        ([SYSTEM, SYSTEM[:8]], 0),  # seven are too few
+        ([SYSTEM], 0),
+        ([SYSTEM, [1, *SYSTEM[1:]]], 0),
+    ],
+)
+def test_length_of_what_is_shared(rows, length):
+    assert shared_length(rows) == length
+
+
+def test_a_column_of_padding_ends_what_is_shared():
+    inputs = pad_prompts([SYSTEM, SYSTEM[:9]], SYSTEM[0])
+    assert shared_columns(inputs["input_ids"], inputs["attention_mask"]) == 0
+
+
+def test_one_forward_of_one_row_fills_the_cache():
+    model, inputs = tiny_model(), pad_prompts(PROMPTS, PAD, [tiny_model()])
+    with CountTokens(model) as count:
+        cache = read_shared(model, **inputs)
+    assert count.tokens == len(SYSTEM) == cache.get_seq_length()
+    assert {len(layer.keys) for layer in cache.layers} == {len(PROMPTS)}
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_only_full_attention_shares_and_the_logits_are_the_same(name, nothing_shared):
+    """Windows and states would see the padding; a wrong list of architectures shows here."""
+    model = make_model(name, FAMILIES[name].impls[0])
+    expected = rollout(model, PROMPTS, 6, PAD, [EOS])
+    inputs = pad_prompts(PROMPTS, PAD, [model])
+    shares = can_share(model)
+    assert (inputs["attention_mask"][1, 0] == 1).item() is shares
+    if shares:
+        with torch.no_grad():
+            rows = [torch.tensor([ids]) for ids in PROMPTS]
+            alone = torch.cat([model(row).logits[:, -1] for row in rows])
+            cache = read_shared(model, **inputs)
+            own = inputs["input_ids"][:, cache.get_seq_length() :]
+            positions = scoring.positions_from_mask(inputs["attention_mask"])[:, cache.get_seq_length() :]
+            mask = inputs["attention_mask"]
+            output = model(input_ids=own, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        torch.testing.assert_close(output.logits[:, -1], alone, rtol=1e-4, atol=1e-5)
+    nothing_shared()
+    assert rollout(model, PROMPTS, 6, PAD, [EOS]) == expected
+
+
+def test_some_architectures_share_and_some_do_not():
+    shares = {name: can_share(make_model(name, FAMILIES[name].impls[0])) for name in FAMILIES}
+    assert {shares[name] for name in shares} == {True, False}
+    assert not can_share(tiny_model("mistral", sliding_window=4))
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_selectors_decode_the_same(setup, nothing_shared):
+    model = tiny_model()
+    selector = TeacherSelector(tiny_model(seed=9)) if setup == "teacher" else make_selector(model, *setup)
+    config = S2TDecodingConfig(trigger="always", min_prob_ratio=0.0, warmup_tokens=0)
+    settings = {"custom_generate": s2t_generate, "selector": selector, "decoding_config": config}
+    models = [model, *filter(None, [getattr(selector, "teacher_model", None)])]
+    expected = rollout(model, PROMPTS, 8, PAD, [EOS], decode_with=settings)  # scorers are tried out once, not counted
+    with CountTokens(*models) as shared:
+        assert rollout(model, PROMPTS, 8, PAD, [EOS], decode_with=settings) == expected
+    nothing_shared()
+    with CountTokens(*models) as apart:
+        assert rollout(model, PROMPTS, 8, PAD, [EOS], decode_with=settings) == expected
+    assert expected != rollout(model, PROMPTS, 8, PAD, [EOS])
+    readers = 1 if setup in (("candidate", "base"), ("sequence", "adapted")) else 2
+    assert apart.tokens - shared.tokens >= readers * 3 * len(SYSTEM)
+
+
+def test_a_cache_of_the_users_own_is_filled():
+    from transformers import DynamicCache
+
+    model, cache = tiny_model(), DynamicCache()
+    inputs = pad_prompts(PROMPTS, PAD, [model])
+    settings = {"custom_generate": s2t_generate, "selector": make_selector(model, "candidate", "base")}
+    ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=5, do_sample=False, **settings)
+    assert cache.get_seq_length() == ids.shape[1] - 1
+
+
+def test_labels_are_the_same(tmp_path, nothing_shared):
+    pair = disagreeing_pair()
+    prompts = {f"p{i}": ids for i, ids in enumerate(PROMPTS)}
+    settings = {"pad_token_id": PAD, "batch_size": 4, "shard_size": 4, "show_progress": False}
+    for header, name in ((HEADER, "greedy"), (replace(HEADER, rollout="sample", num_rollouts=2), "sample")):
+        with CountTokens(*pair) as shared:
+            label_problems(*pair, prompts, tmp_path / name, header, **settings)
+    nothing_shared()
+    for header, name in ((HEADER, "greedy"), (replace(HEADER, rollout="sample", num_rollouts=2), "sample")):
+        with CountTokens(*pair) as apart:
+            label_problems(*pair, prompts, tmp_path / f"{name}-apart", header, **settings)
+        assert_same_rows(rows_of(tmp_path / name), rows_of(tmp_path / f"{name}-apart"))
+    assert shared.tokens < apart.tokens - 3 * 2 * 3 * len(SYSTEM) + 1
+
+
+def test_gradients_go_through_everything():
+    model = tiny_model()
+    logits_from(model, PROMPTS, 11 - 1).sum().backward()
+    assert model.get_input_embeddings().weight.grad[SYSTEM[0]].abs().sum() > 0
+
+
+def test_training_scores_are_the_same(nothing_shared):
+    model = tiny_model()
+    selector = make_selector(model, "candidate", "base")
+    rows = [[*ids, 9, 44, 15] for ids in PROMPTS]
+    width = max(map(len, rows))
+    ids_BT = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+    mask_BT = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    positions_BN = torch.tensor([[len(row) - 3, len(row) - 1] for row in rows])
+    candidates_BNK = torch.randint(3, 80, (4, 2, 3), generator=torch.Generator().manual_seed(0))
+    points = PackedPoints(positions_BN, candidates_BNK, torch.ones(4, 2, 3, dtype=torch.bool))
+
+    def hidden():
+        with CountTokens(model) as count:
+            return packed_hidden(ModelViews(model, selector.adapter_name), ids_BT, mask_BT, points, "candidate"), count
+
+    (shared_BMD, _), few = hidden()
+    nothing_shared()
+    (apart_BMD, _), all_of_them = hidden()
+    torch.testing.assert_close(shared_BMD, apart_BMD, rtol=1e-5, atol=1e-5)
+    assert shared_BMD.requires_grad or not any(p.requires_grad for p in model.parameters())
+    assert all_of_them.tokens - few.tokens == 3 * len(SYSTEM)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rows_that_have_ended_leave_the_batch(sampled, monkeypatch):
+    """Texts of 20 rows, which end at different places, are those of each row alone; fewer rows run."""
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(1)
+    many = [[*SYSTEM, *torch.randint(3, 80, (1 + i % 5,), generator=generator).tolist()] for i in range(20)]
+    ends = [EOS, *range(20, 32)]
+    settings = {"do_sample": sampled, "suppressed_ids": RESERVED}
+    with CountTokens(model) as shrinking:
+        together = rollout(model, many, 16, PAD, ends, **settings)
+    assert len(set(map(len, together))) > 3
+    assert together == [rollout(model, [ids], 16, PAD, ends, **settings)[0] for ids in many]
+    monkeypatch.setattr(labeling, "_FEW_ROWS", 1 << 30)
+    with CountTokens(model) as whole:
+        assert rollout(model, many, 16, PAD, ends, **settings) == together
+    assert shrinking.tokens < 0.8 * whole.tokens
+
+
+def test_the_cache_of_a_prefix_counts_what_it_holds():
+    model = tiny_model()
+    prefix, inputs = PrefixCache(model), pad_prompts(PROMPTS, PAD, [model])
+    prefix.feed(inputs["input_ids"], inputs["attention_mask"].bool())
+    assert prefix.num_cached == inputs["input_ids"].shape[1] == prefix.cache.get_seq_length()
