@@ -86,7 +86,7 @@ from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, vocab_hash
 from transformers_s2t.router import Router
 from transformers_s2t.seen_problems import STAGES, check_unseen
-from transformers_s2t.shared_prefix import pad_prompts, read_shared
+from transformers_s2t.shared_prefix import pad_prompts, read_prompts, read_shared
 from transformers_s2t.trajectories import read_header, read_labels
 
 
@@ -507,12 +507,14 @@ class Bench:
         per_batch = max(1, args.batch_size // max(1, policy.num_votes))
         for number, start in enumerate(range(0, len(self.order), per_batch)):
             rows = self.order[start : start + per_batch]
-            prompts = [self.prompt_ids[i] for i in rows for _ in range(max(1, policy.num_votes))]
-            inputs = pad_prompts(prompts, self.pad_token_id, filter(None, [model, teacher]))
+            inputs = pad_prompts([self.prompt_ids[i] for i in rows], self.pad_token_id, filter(None, [model, teacher]))
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
             torch.manual_seed(args.seed * 1_000_003 + number)
             began, cpu_began = self._clock(), time.process_time()
-            if policy.trigger is None:  # s2t_generate reads what prompts share once by itself
+            if policy.num_votes:
+                kwargs["past_key_values"] = read_prompts(model, **inputs, num_copies=policy.num_votes)
+                inputs = {name: rows_BT.repeat_interleave(policy.num_votes, 0) for name, rows_BT in inputs.items()}
+            elif policy.trigger is None:  # s2t_generate reads what prompts share once by itself
                 kwargs["past_key_values"] = read_shared(model, **inputs)
             output_BT = model.generate(**inputs, **kwargs)
             totals["seconds"] += self._clock() - began

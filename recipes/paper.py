@@ -53,7 +53,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--pairs", f"instead of those that a table names: {', '.join(pairs)}; or paths of YAMLs", nargs="+")
     add("--output_dir", "where everything that is made goes (default: runs/paper)", default="runs/paper")
     add("--results", "where tables go (default: docs/results)", type=Path, default=results.RESULTS)
-    add("--data", "folder that {data} in a pair's YAML stands for; pairs that want it are left out without it")
+    for name in ("data", "models"):
+        add(f"--{name}", f"folder that {{{name}}} in a pair's YAML stands for; without it the pair is left out")
     add(
         "--num_parallel",
         f"recipes side by side (default: one per core, at most {MAX_PARALLEL}; 1 with a GPU)",
@@ -131,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     pairs, absent = {}, {}
     for name in dict.fromkeys(name for names in wanted.values() for name in names):
         try:
-            pairs[name] = Pair.load(find(name, PAPER / "pairs", "pairs"), args.data)
+            pairs[name] = Pair.load(find(name, PAPER / "pairs", "pairs"), args.data, args.models)
         except FileNotFoundError as error:
             absent[name] = str(error)
     has_gpu = torch.cuda.is_available()

@@ -41,7 +41,8 @@ class Pair:
     Args:
         name: of the YAML file.
         title: for tables.
-        model, teacher_model, dataset: Hub ids or local paths; `{data}` in them is the folder of `--data`.
+        model, teacher_model, dataset: Hub ids or local paths; `{data}` and `{models}` in them, and in `part_options`,
+            are the folders of `--data` and `--models`.
         sizes: part -> problems.
         part_options: part -> further arguments of a bed's corpus.py.
         label_problems: how many of the part `label`, its first ones, everything trains on; all by default.
@@ -88,16 +89,16 @@ class Pair:
     other_text: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, file: Path, data: str | None = None) -> Pair:
+    def load(cls, file: Path, data: str | None = None, models: str | None = None) -> Pair:
         """Reads a YAML. `like: NAME` in it takes what it does not say from the pair of that name beside it.
 
         Args:
             file: of the pair.
-            data: what `{data}` stands for.
+            data, models: what `{data}` and `{models}` stand for.
 
         Raises:
             ValueError: for a key that there is not, or one that is missing, or a pair that is like none.
-            FileNotFoundError: where the pair wants `{data}` and there is none, or it lacks a file.
+            FileNotFoundError: where the pair wants one of these folders and there is none, or it lacks a file.
         """
         values, names = read_yaml(file), [file.stem]
         while like := values.pop("like", None):  # another pair, but for what this one says
@@ -109,12 +110,22 @@ class Pair:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"{file} has unknown keys {sorted(unknown)}; legal: {[f.name for f in fields(cls)]}.")
-        for name in ("model", "teacher_model", "dataset"):
-            if "{data}" in values.get(name, ""):
-                path = Path(values[name].replace("{data}", data or ""))
-                if data is None or not path.exists():
-                    raise FileNotFoundError(f"{file} wants {values[name]}: pass its folder as --data.")
-                values[name] = str(path)
+        folders = {"data": data, "models": models}
+
+        def fill_in(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: fill_in(one) for key, one in value.items()}
+            if isinstance(value, list):
+                return [fill_in(one) for one in value]
+            for name, folder in folders.items():
+                if isinstance(value, str) and f"{{{name}}}" in value:
+                    path = Path(value.replace(f"{{{name}}}", folder or ""))
+                    if folder is None or not path.exists():
+                        raise FileNotFoundError(f"{file} wants {value}: pass its folder as --{name}.")
+                    return str(path)
+            return value
+
+        values = fill_in(values)
         try:
             pair = cls(name=file.stem, **values)
         except TypeError as error:

@@ -11,10 +11,18 @@ from test_labeling import HEADER, assert_same_rows, rows_of
 from tiny import EOS, PAD, RESERVED, SETUPS, disagreeing_pair, make_selector, tiny_model
 from tiny_architectures import FAMILIES, make_model
 
-from transformers_s2t import S2TDecodingConfig, TeacherSelector, labeling, s2t_generate, scoring, shared_prefix
+from transformers_s2t import S2TDecodingConfig, TeacherSelector, labeling, s2t_generate, shared_prefix
 from transformers_s2t.labeling import label_problems, rollout
 from transformers_s2t.scoring import PackedPoints, PrefixCache, packed_hidden
-from transformers_s2t.shared_prefix import can_share, pad_prompts, read_shared, shared_columns, shared_length
+from transformers_s2t.shared_prefix import (
+    can_share,
+    pad_prompts,
+    positions_from_mask,
+    read_prompts,
+    read_shared,
+    shared_columns,
+    shared_length,
+)
 from transformers_s2t.teachers import logits_from
 from transformers_s2t.views import ModelViews
 
@@ -102,7 +110,7 @@ def test_only_full_attention_shares_and_the_logits_are_the_same(name, nothing_sh
             alone = torch.cat([model(row).logits[:, -1] for row in rows])
             cache = read_shared(model, **inputs)
             own = inputs["input_ids"][:, cache.get_seq_length() :]
-            positions = scoring.positions_from_mask(inputs["attention_mask"])[:, cache.get_seq_length() :]
+            positions = positions_from_mask(inputs["attention_mask"])[:, cache.get_seq_length() :]
             mask = inputs["attention_mask"]
             output = model(input_ids=own, attention_mask=mask, position_ids=positions, past_key_values=cache)
         torch.testing.assert_close(output.logits[:, -1], alone, rtol=1e-4, atol=1e-5)
@@ -211,3 +219,21 @@ def test_the_cache_of_a_prefix_counts_what_it_holds():
     prefix, inputs = PrefixCache(model), pad_prompts(PROMPTS, PAD, [model])
     prefix.feed(inputs["input_ids"], inputs["attention_mask"].bool())
     assert prefix.num_cached == inputs["input_ids"].shape[1] == prefix.cache.get_seq_length()
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6, 7], [8]]], ids=["shared", "nothing shared"])
+def test_several_samples_go_on_from_one_reading_of_their_prompt(prompts):
+    model = tiny_model()
+    inputs = pad_prompts(prompts, PAD, [model])
+    settings = {"max_new_tokens": 6, "do_sample": True, "pad_token_id": PAD, "output_logits": True}
+    torch.manual_seed(3)
+    expected = model.generate(**inputs, num_return_sequences=3, return_dict_in_generate=True, **settings)
+    with CountTokens(model) as count:
+        cache = read_prompts(model, **inputs, num_copies=3)
+    shared = shared_length(prompts)
+    assert count.tokens == shared + (inputs["input_ids"].shape[1] - 1 - shared) * len(prompts)
+    copies = {name: rows_BT.repeat_interleave(3, 0) for name, rows_BT in inputs.items()}
+    torch.manual_seed(3)
+    found = model.generate(**copies, past_key_values=cache, return_dict_in_generate=True, **settings)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    torch.testing.assert_close(found.logits[0], expected.logits[0], rtol=1e-4, atol=1e-5)

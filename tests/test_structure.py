@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "router": {"config", "fingerprints", "triggers", "views"},
     "selection": {"config", "fingerprints", "fusion", "model_checks", "proposals", "reserved_tokens", "router"}
     | {"scoring", "triggers", "views"},
-    "call": {"scoring"},
+    "call": {"shared_prefix"},
     "logits_process": {"call", "config", "model_checks", "proposals", "router", "selection"},
     "generation": {"call", "config", "logits_process", "model_checks", "proposals", "scoring"}
     | {"selection", "shared_prefix"},

@@ -4,8 +4,8 @@
         --num-label 470 --num-tuning 90 --num-calibration 50 --num-test 390
 
 SVAMP (Patel et al. 2021, https://github.com/arkilpatel/SVAMP, MIT) asks several questions about one story, with other
-numbers or other words: 1000 problems tell about 160 stories. A story belongs to one part as a whole, so that no problem
-of the test was seen in training in other words. A hash decides, so a story is in the same part on every machine.
+numbers or other words: 1000 problems tell about 160 stories. A story belongs to one part as a whole, so that no test
+problem was seen in training in other words. A hash decides, so a story is in the same part on every machine.
 
 Written as JSON lines with `prompt` (story and question), `answer` and `type` (the arithmetic that SVAMP names).
 """

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -501,7 +500,8 @@ def label_problems(
         batch_size: rows of one forward.
         shard_size: problems of one shard, at most.
         overwrite: start anew where the folder holds labels.
-        show_progress: a bar over problems, with tokens per second and Hit@K at the chosen points.
+        show_progress: a bar over the tokens that are read and written, with the time that is left by it, the problems
+            that are done and Hit@K at the chosen points.
         decode_with: how `generate` corrects the student where the header's rollout is "s2t" or "s2t-local", see
             [`rollout`].
 
@@ -557,9 +557,9 @@ def label_problems(
     shards = list(enumerate(chunks, start=first_index))[state.process_index :: state.num_processes]
     mine = {id for _, ids in shards for id in ids}
     disable = not show_progress or not state.is_main_process
-    num_done = len(prompts) - len(todo)
-    with tqdm(total=num_done + len(mine), initial=num_done, unit="problem", disable=disable) as bar:
+    with tqdm(unit="token", unit_scale=True, disable=disable) as bar:
         worker = _Worker(model, teacher, prompts, header, pad_token_id, batch_size, bar, decode_with)
+        worker.expect(mine)
         ready: dict[str, list[_Trajectory]] = {}
         if header.divergence_threshold is None:
             bar.set_description("Estimating the threshold")
@@ -615,8 +615,14 @@ class _Worker:
         num_rows = head_rows(model)
         teacher_rows = num_rows if teacher.num_embeddings is None else teacher.num_embeddings
         self.suppressed_ids = sorted({*header.excluded_ids, *range(teacher_rows, num_rows), *teacher.unreadable_ids})
-        self.num_tokens = self.num_points = self.num_hits = 0
-        self.began = time.monotonic()
+        self.num_rollouts = self.num_tokens = self.num_points = self.num_hits = 0
+        self.num_problems, self.num_done, self.num_prompt_tokens = 0, 0, 0
+
+    def expect(self, problem_ids: Collection[str]) -> None:
+        """Tells the bar what there is to do."""
+        self.num_problems += len(problem_ids)
+        self.num_prompt_tokens += sum(len(self.prompts[id]) for id in problem_ids)
+        self._tell()
 
     def run(self, problem_ids: Sequence[str]) -> dict[str, list[_Trajectory]]:
         """All rollouts of some problems, with their scores."""
@@ -648,6 +654,8 @@ class _Worker:
             for one, new in zip(batch, new_ids):
                 sequences[one] = self._cut([*self.prompts[one[0]], *new], len(self.prompts[one[0]]))
                 self.num_tokens += len(new)
+                self.bar.update(len(sequences[one]))
+            self.num_rollouts += len(batch)
             self.teacher.prefetch([sequences[one] for one in batch], [len(self.prompts[id]) for id, _ in batch])
             self._tell()
         return sequences
@@ -655,7 +663,6 @@ class _Worker:
     def _score(
         self, problem_ids: Sequence[str], sequences: Mapping[tuple[str, int], list[int]]
     ) -> dict[str, list[_Trajectory]]:
-        num_rollouts = self.header.num_rollouts
         done: dict[tuple[str, int], _Trajectory] = {}
         for batch in _chunks(sorted(sequences, key=lambda one: len(sequences[one])), self.batch_size):
             prompt_lengths = [len(self.prompts[id]) for id, _ in batch]
@@ -669,9 +676,9 @@ class _Worker:
             )
             for one, prompt_length, score in zip(batch, prompt_lengths, scores):
                 done[one] = _Trajectory(one[1], sequences[one], prompt_length, score)
-            told = (len(done) - len(batch)) // num_rollouts
-            self.bar.update(len(done) // num_rollouts - told)
-        return {id: [done[id, number] for number in range(num_rollouts)] for id in problem_ids}
+                self.bar.update(len(sequences[one]))
+        self.num_done += len(problem_ids)
+        return {id: [done[id, number] for number in range(self.header.num_rollouts)] for id in problem_ids}
 
     def _cut(self, ids: list[int], prompt_length: int) -> list[int]:
         """As much as the teacher's context takes: in tokens of its own, a rollout may be longer than expected."""
@@ -689,9 +696,12 @@ class _Worker:
         self._tell()
 
     def _tell(self) -> None:
-        rate = self.num_tokens / max(time.monotonic() - self.began, 1e-9)
+        # every token of a prompt and of what was written behind it goes through a rollout and a scoring
+        mean = self.num_tokens / self.num_rollouts if self.num_rollouts else self.header.max_new_tokens
+        self.bar.total = round(2 * self.header.num_rollouts * (self.num_prompt_tokens + self.num_problems * mean))
         hit = f"{self.num_hits / self.num_points:.3f}" if self.num_points else "-"
-        self.bar.set_postfix({"tokens/s": f"{rate:.0f}", f"Hit@{self.header.num_candidates}": hit})
+        told = {"problems": f"{self.num_done}/{self.num_problems}", f"Hit@{self.header.num_candidates}": hit}
+        self.bar.set_postfix(told)
 
 
 def make_row(problem_id: str, trajectory: _Trajectory, header: TrajectoryHeader) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from transformers.cache_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .proposals import floor_mask
-from .shared_prefix import can_share, read_shared, repeat_rows, shared_columns
+from .shared_prefix import can_share, positions_from_mask, read_shared, repeat_rows, shared_columns
 from .views import ModelViews, TokensNotInRows, copy_module, get_decoder, innermost_decoder, make_view
 
 
@@ -51,12 +51,6 @@ def candidate_scores(bin_logits_R: torch.Tensor, score_head: str = "bins") -> to
         return bin_logits_R[..., num_bins // 2 :].mean(-1) - bin_logits_R[..., : num_bins // 2].mean(-1)
     bins_R = torch.linspace(0.0, 1.0, num_bins, device=bin_logits_R.device)
     return torch.softmax(bin_logits_R, dim=-1) @ bins_R
-
-
-def positions_from_mask(attention_mask_BT: torch.Tensor) -> torch.Tensor:
-    """Position of each token in its own text, as `generate` numbers them: padding on the left counts as 1."""
-    positions_BT = attention_mask_BT.long().cumsum(-1) - 1
-    return positions_BT.masked_fill(attention_mask_BT == 0, 1)
 
 
 def tree_mask(

@@ -100,6 +100,40 @@ def read_shared(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask:
     return cache
 
 
+@torch.no_grad()
+def read_prompts(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_copies: int
+) -> Cache | None:
+    """The cache of prompts without their last tokens, each prompt `num_copies` times: several samples of a prompt go
+    on from one reading of it. `None` where the model cannot share.
+
+    Args:
+        model: causal language model.
+        input_ids, attention_mask: (B, T), of [`pad_prompts`].
+        num_copies: of each row.
+    """
+    if not can_share(model) or input_ids.shape[1] < 2:
+        return None
+    cache = read_shared(model, input_ids, attention_mask) or DynamicCache(config=model.config)
+    own = slice(cache.get_seq_length(), -1)
+    if input_ids[:, own].shape[1]:
+        get_decoder(model)(
+            input_ids=input_ids[:, own].to(model.device),
+            attention_mask=attention_mask[:, :-1].to(model.device),
+            position_ids=positions_from_mask(attention_mask)[:, own].to(model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    cache.batch_repeat_interleave(num_copies)
+    return cache
+
+
+def positions_from_mask(attention_mask_BT: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its own text, as `generate` numbers them: padding on the left counts as 1."""
+    positions_BT = attention_mask_BT.long().cumsum(-1) - 1
+    return positions_BT.masked_fill(attention_mask_BT == 0, 1)
+
+
 def repeat_rows(cache: Cache, batch_size: int) -> None:
     """Makes a cache of one row one of `batch_size` rows, without copies: layers grow by concatenation."""
     for layer in (layer for layer in cache.layers if layer.is_initialized):
