@@ -15,6 +15,7 @@ seeds. recipes/evaluate.py measures what was trained (`--tuned sft=FOLDER kd=FOL
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,11 +33,16 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 from transformers_s2t.config import write_json
 from transformers_s2t.labeling import rollout
 from transformers_s2t.reserved_tokens import check_same_vocabulary
+from transformers_s2t.scoring import text_logits
 from transformers_s2t.seen_problems import write_seen_problems
+from transformers_s2t.shared_prefix import can_share, share_in_forward
 from transformers_s2t.trajectories import TrajectoryHeader, read_labels
+from transformers_s2t.views import get_decoder
 
 
 METHODS = ("sft", "kd")
+#: Bytes of the teacher's hidden states that are kept in memory, at most.
+MAX_STATES = 4 << 30
 
 
 @dataclass
@@ -97,26 +103,65 @@ class DistillationTrainer(SFTTrainer):
 
     Args:
         teacher_model: with the student's tokenizer; on its own device, without gradient.
+        texts: token ids, and where the trained ones begin. Of these the teacher's last hidden states are kept where
+            they fit, so that it reads each text once and not in every epoch.
     """
 
-    def __init__(self, *args, teacher_model: PreTrainedModel, **kwargs):
+    def __init__(
+        self,
+        *args,
+        teacher_model: PreTrainedModel,
+        texts: Sequence[tuple[list[int], int]] = (),
+        batch_size=8,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.teacher_model = teacher_model.eval()
+        self.states = keep_states(self.teacher_model, texts, batch_size)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels_BT = inputs.pop("labels")
-        outputs = model(**inputs)
-        with torch.no_grad():
-            teacher_BTV = self.teacher_model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-            ).logits
         trained_BT = labels_BT[:, 1:] != -100
-        shared = min(outputs.logits.shape[-1], teacher_BTV.shape[-1])
-        student_NV = outputs.logits[:, :-1, :shared][trained_BT].float().log_softmax(-1)
-        teacher_NV = teacher_BTV[:, :-1, :shared][trained_BT].float().log_softmax(-1).to(student_NV.device)
+        some_T = trained_BT.any(0).nonzero()[:, 0]  # a head over a large vocabulary costs as much as many layers
+        outputs = model(**inputs, logits_to_keep=some_T)
+        with torch.no_grad():
+            teacher_NV = self._teacher_logits(inputs, trained_BT)
+        shared = min(outputs.logits.shape[-1], teacher_NV.shape[-1])
+        student_NV = outputs.logits[..., :shared][trained_BT[:, some_T]].float().log_softmax(-1)
+        teacher_NV = teacher_NV[:, :shared].float().log_softmax(-1).to(student_NV.device)
         total = (teacher_NV.exp() * (teacher_NV - student_NV)).sum()
         loss = total / (num_items_in_batch if num_items_in_batch is not None else trained_BT.sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _teacher_logits(self, inputs: dict[str, torch.Tensor], trained_BT: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits (N, V) at the trained tokens, row by row."""
+        ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
+        rows = [tuple(ids_T[mask_T.bool()].tolist()) for ids_T, mask_T in zip(ids_BT, mask_BT)]
+        if all(row in self.states for row in rows):
+            states_ND = torch.cat([self.states[row] for row in rows])
+            return text_logits(self.teacher_model, states_ND.to(self.teacher_model.device))
+        return self.teacher_model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, :-1][trained_BT]
+
+
+@torch.no_grad()
+def keep_states(
+    teacher: PreTrainedModel, texts: Sequence[tuple[list[int], int]], batch_size: int
+) -> dict[tuple[int, ...], torch.Tensor]:
+    """Text -> the teacher's last hidden states (trained tokens, D) that decide its trained tokens, on the CPU; empty
+    where they would take more than `MAX_STATES` bytes."""
+    width = teacher.get_output_embeddings().weight
+    if sum(len(ids) - start for ids, start in texts) * width.shape[1] * width.element_size() > MAX_STATES:
+        return {}
+    states, order = {}, sorted(texts, key=lambda text: len(text[0]))
+    for begin in tqdm(range(0, len(order), batch_size), desc="The teacher's hidden states", unit="batch"):
+        batch = order[begin : begin + batch_size]
+        longest = len(batch[-1][0])
+        ids_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch], device=teacher.device)
+        mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch]).to(ids_BT)
+        hidden_BTD = get_decoder(teacher)(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        for hidden_TD, (ids, start) in zip(hidden_BTD, batch):
+            states[tuple(ids)] = hidden_TD[start - 1 : len(ids) - 1].cpu().clone()
+    return states
 
 
 def make_texts(args: BaselineArguments, labels: Dataset, header: TrajectoryHeader, pad: int):
@@ -201,11 +246,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     config.max_length = None  # texts are as long as they were labelled
     settings = {"args": config, "train_dataset": dataset, "processing_class": tokenizer, "peft_config": lora}
+    if can_share(model) and not config.gradient_checkpointing:
+        share_in_forward(model)  # a system prompt is the longest part of a short text
     if args.method == "sft":
         trainer = SFTTrainer(model, **settings)
     else:
         teacher = load_model(args.teacher_model, args.dtype, default_device())
-        trainer = DistillationTrainer(model, teacher_model=teacher, **settings)
+        trainer = DistillationTrainer(
+            model, teacher_model=teacher, texts=texts, batch_size=args.teacher_batch_size, **settings
+        )
     trainer.train()
     trainer.save_model(config.output_dir)
     write_seen_problems(config.output_dir, "training", labels["problem_id"])

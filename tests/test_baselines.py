@@ -141,7 +141,7 @@ def mean_kl(model, teacher, texts):
 
 
 @torch.no_grad()
-def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(folder, recipes):
+def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(folder, recipes, monkeypatch):
     texts, teacher, _ = texts_of(folder, "kd", recipes)
     module = recipes["train_baseline"]
     model = tiny_model()
@@ -153,9 +153,17 @@ def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(fol
     }
     trainer = module.DistillationTrainer.__new__(module.DistillationTrainer)
     trainer.teacher_model = teacher
-    loss = trainer.compute_loss(model, dict(inputs))
-    assert float(loss) == pytest.approx(mean_kl(model, teacher, texts), rel=1e-4)
-    assert float(trainer.compute_loss(model, dict(inputs), num_items_in_batch=1)) > float(loss)  # a sum, then
+    read = []
+    hook = lambda module, args, kwargs: read.append(kwargs["input_ids"].numel())  # noqa: E731
+    teacher.model.register_forward_pre_hook(hook, with_kwargs=True)
+    for trainer.states in ({}, module.keep_states(teacher, texts, batch_size=3)):
+        read.clear()
+        loss = trainer.compute_loss(model, dict(inputs))
+        assert (sum(read) == 0) is bool(trainer.states)  # what is kept is not read again
+        assert float(loss) == pytest.approx(mean_kl(model, teacher, texts), rel=1e-4)
+        assert float(trainer.compute_loss(model, dict(inputs), num_items_in_batch=1)) > float(loss)  # a sum, then
+    monkeypatch.setattr(module, "MAX_STATES", 1)
+    assert module.keep_states(teacher, texts, batch_size=3) == {}
 
 
 @torch.no_grad()

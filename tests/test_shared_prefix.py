@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_labeling import HEADER, assert_same_rows, rows_of
 from tiny import EOS, PAD, RESERVED, SETUPS, disagreeing_pair, make_selector, tiny_model
 from tiny_architectures import FAMILIES, make_model
@@ -20,6 +21,7 @@ from transformers_s2t.shared_prefix import (
     positions_from_mask,
     read_prompts,
     read_shared,
+    share_in_forward,
     shared_columns,
     shared_length,
 )
@@ -237,3 +239,44 @@ def test_several_samples_go_on_from_one_reading_of_their_prompt(prompts):
     found = model.generate(**copies, past_key_values=cache, return_dict_in_generate=True, **settings)
     assert found.sequences.tolist() == expected.sequences.tolist()
     torch.testing.assert_close(found.logits[0], expected.logits[0], rtol=1e-4, atol=1e-5)
+
+
+def lora(model):
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0)
+    torch.manual_seed(0)
+    return get_peft_model(model, config)
+
+
+def test_a_training_forward_shares_and_its_gradients_are_the_same():
+    rows = [[*ids, 9, 44, 15] for ids in PROMPTS]
+    width = max(map(len, rows))
+    inputs = {
+        "input_ids": torch.tensor([row + [PAD] * (width - len(row)) for row in rows]),
+        "attention_mask": (torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]).long(),
+    }
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    models = [lora(tiny_model()) for _ in range(2)]
+    share_in_forward(models[1].get_base_model())
+    tokens = []
+    for model in models:
+        layer = model.get_base_model().model.layers[0]
+        layer.register_forward_pre_hook(lambda module, args: tokens.append(args[0][..., 0].numel()))
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+    assert tokens == [width * 4, len(SYSTEM), (width - len(SYSTEM)) * 4]
+    grads = [{name: p.grad for name, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert len(grads[0]) > 10 and all(grad.abs().sum() > 0 for grad in grads[0].values())
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_forward_with_dropout_or_a_cache_is_left_alone():
+    model = tiny_model()
+    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)).train()
+    share_in_forward(model)
+    ids_BT = torch.tensor([[*SYSTEM, 9], [*SYSTEM, 15]])
+    tokens = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape[1]))
+    peft_model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
+    peft_model.eval()(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True, past_key_values=None)
+    assert tokens == [11, 10, 1]

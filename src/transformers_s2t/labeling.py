@@ -557,7 +557,7 @@ def label_problems(
     shards = list(enumerate(chunks, start=first_index))[state.process_index :: state.num_processes]
     mine = {id for _, ids in shards for id in ids}
     disable = not show_progress or not state.is_main_process
-    with tqdm(unit="token", unit_scale=True, disable=disable) as bar:
+    with tqdm(unit="token", unit_scale=True, smoothing=0, disable=disable) as bar:
         worker = _Worker(model, teacher, prompts, header, pad_token_id, batch_size, bar, decode_with)
         worker.expect(mine)
         ready: dict[str, list[_Trajectory]] = {}
@@ -654,8 +654,8 @@ class _Worker:
             for one, new in zip(batch, new_ids):
                 sequences[one] = self._cut([*self.prompts[one[0]], *new], len(self.prompts[one[0]]))
                 self.num_tokens += len(new)
-                self.bar.update(len(sequences[one]))
             self.num_rollouts += len(batch)
+            self.bar.update(sum(len(sequences[one]) for one in batch))
             self.teacher.prefetch([sequences[one] for one in batch], [len(self.prompts[id]) for id, _ in batch])
             self._tell()
         return sequences
@@ -676,7 +676,7 @@ class _Worker:
             )
             for one, prompt_length, score in zip(batch, prompt_lengths, scores):
                 done[one] = _Trajectory(one[1], sequences[one], prompt_length, score)
-                self.bar.update(len(sequences[one]))
+            self.bar.update(sum(len(sequences[one]) for one in batch))
         self.num_done += len(problem_ids)
         return {id: [done[id, number] for number in range(self.header.num_rollouts)] for id in problem_ids}
 

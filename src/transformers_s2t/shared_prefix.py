@@ -8,6 +8,7 @@ Legend: B rows, T columns, P shared tokens.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,8 @@ from .views import get_decoder
 
 #: Fewer shared tokens are not worth a forward of their own.
 MIN_SHARED = 8
+#: What a forward may be given for [`share_in_forward`] to share.
+_PLAIN_INPUTS = {"input_ids", "attention_mask", "use_cache", "return_dict"}
 
 
 def can_share(model: PreTrainedModel) -> bool:
@@ -139,3 +142,51 @@ def repeat_rows(cache: Cache, batch_size: int) -> None:
     for layer in (layer for layer in cache.layers if layer.is_initialized):
         layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
         layer.values = layer.values.expand(batch_size, -1, -1, -1)
+
+
+def share_in_forward(model: PreTrainedModel) -> None:
+    """From now on the model's own forward over several rows reads what they begin with once; gradients go through it.
+
+    For training with long prompts: the loss and all gradients stay what they are, but for rounding. Forwards that have
+    a cache, positions or embeddings of their own are run as they are, and so is everything while a dropout is active,
+    which would be drawn once for all rows.
+
+    Args:
+        model: causal language model; LoRA layers in it are trained as ever.
+
+    Raises:
+        ValueError: where it cannot share ([`can_share`]).
+    """
+    if not can_share(model):
+        raise ValueError(f"{type(model).__name__} cannot go on from a cache of other rows.")
+    decoder = get_decoder(model)
+    own = decoder.forward
+    dropouts = [module for module in decoder.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+
+    @functools.wraps(own)
+    def forward(*args, **kwargs):
+        given = {name for name, value in kwargs.items() if value is not None and value is not False}
+        ids_BT, mask_BT = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        length = 0
+        if not args and given <= _PLAIN_INPUTS and given >= {"input_ids", "attention_mask"} and mask_BT.dim() == 2:
+            if not any(module.training for module in dropouts):
+                length = shared_columns(ids_BT, mask_BT)
+        if not length:
+            return own(*args, **kwargs)
+        cache = DynamicCache(config=model.config)
+        first = own(input_ids=ids_BT[:1, :length], past_key_values=cache, use_cache=True)
+        repeat_rows(cache, len(ids_BT))
+        positions_BT = positions_from_mask(mask_BT)[:, length:]
+        output = own(
+            input_ids=ids_BT[:, length:],
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        shared_BPD = first.last_hidden_state.expand(len(ids_BT), -1, -1)
+        output.last_hidden_state = torch.cat([shared_BPD, output.last_hidden_state], dim=1)
+        output.past_key_values = None
+        return output
+
+    decoder.forward = forward
