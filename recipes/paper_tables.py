@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from demo import recipe
 from estimates import bootstrap_interval
 from evaluate import mcnemar
@@ -23,6 +24,7 @@ from pipeline import METHODS, SAMPLED, Best, Pipeline, Sweep, as_arguments, tag
 from records import read_records
 from row_names import label_of, name_of
 
+from transformers_s2t.proposals import floor_mask
 from transformers_s2t.trajectories import read_labels
 
 
@@ -199,36 +201,61 @@ class Base:
 
 
 def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
-    """Hit@K by divergence bucket. `buckets`: upper edges as shares of the tokens; `hits`: values of K."""
-    labels = pipeline.labels("test")
+    """Hit@K: how often the teacher's token is among the student's first K.
+
+    `hits`: values of K. `part`: whose problems, those of the test by default. `buckets`: a row for each range of KL,
+    by upper edges as shares of the tokens. `top`: instead, a row for each such share from the top, one for the points
+    with a choice, and 95 % intervals over problems.
+    """
+    labels = pipeline.labels(spec.get("part", "test"))
 
     def collect() -> Result:
-        data, _ = read_labels(labels.path, split="all")
+        data, header = read_labels(labels.path, split="all")
         divergence_T = np.concatenate([np.asarray(row) for row in data["divergence"]])
         starts = np.cumsum([0, *map(len, data["divergence"])])
-        found = []  # (divergence, rank of the teacher's token, candidates), of every stored point
-        for start, row in zip(starts, data):
-            for position, ids, top in zip(row["positions"], row["candidate_ids"], row["teacher_top_id"]):
+        found = []  # (divergence, rank of the teacher's token, candidates, of those above the floor, problem)
+        for number, (start, row) in enumerate(zip(starts, data)):
+            columns = (row[name] for name in ("positions", "candidate_ids", "teacher_top_id", "student_logprobs"))
+            for position, ids, top, logprobs in zip(*columns):
                 rank = ids.index(top) if top in ids else np.inf
-                found.append((divergence_T[start + position - row["prompt_length"]], rank, len(ids)))
-        divergence_N, rank_N, width_N = np.array(found).T
+                divergence = divergence_T[start + position - row["prompt_length"]]
+                offered = int(floor_mask(torch.tensor(logprobs), header.min_prob_ratio).sum())
+                found.append((divergence, rank, len(ids), offered, number))
+        divergence_N, rank_N, width_N, offered_N, problem_N = np.array(found).T
         hits = [k for k in spec["hits"] if k <= width_N.min()]  # beyond what was stored nobody knows
-        rows, low, missing = [], 0.0, []
-        for high in spec["buckets"]:
+        form = "interval" if "top" in spec else "1f"
+        rows, missing = [], []
+
+        def add(name: str, inside_N: np.ndarray, lower: float | None = None) -> None:
+            row = {"bucket": name, "points": int(inside_N.sum()), "divergence": lower}
+            for k in hits:
+                hit_N = rank_N[inside_N] < k
+                row[f"hit{k}"] = 100 * float(hit_N.mean())
+                if form == "interval":
+                    points_P = np.bincount(problem_N[inside_N].astype(int), minlength=len(data))
+                    hits_P = np.bincount(problem_N[inside_N].astype(int), hit_N, minlength=len(data))
+                    some = points_P > 0
+                    share_P = 100 * hits_P[some] / points_P[some]
+                    row[f"hit{k}_ci"] = bootstrap_interval(share_P, weights_N=points_P[some])
+            rows.append(row)
+
+        low = 0.0
+        for high in spec.get("buckets") or spec["top"]:
             upper = np.inf if low == 0 else np.quantile(divergence_T, 1 - low)
             lower = np.quantile(divergence_T, 1 - high)
-            inside_N = (divergence_N >= lower) & (divergence_N < upper)
             num_tokens = int(((divergence_T >= lower) & (divergence_T < upper)).sum())
+            inside_N = (divergence_N >= lower) & (divergence_N < upper)
             if inside_N.sum() < num_tokens:  # beyond the threshold of the labels, which was estimated on some of them
                 missing.append(
                     f"{int(inside_N.sum())} of the {num_tokens} tokens from {low:.0%} to {high:.0%} are labelled"
                 )
-            row = {"bucket": f"top {100 * low:g} to {100 * high:g} %", "points": int(inside_N.sum())}
-            row |= {f"hit{k}": 100 * float((rank_N[inside_N] < k).mean()) for k in hits}
-            rows.append(row | {"divergence": float(lower)})
-            low = high
+            name = f"top {100 * low:g} to {100 * high:g} %" if "buckets" in spec else f"top {100 * high:g} %"
+            add(name, inside_N, float(lower))
+            low = high if "buckets" in spec else 0.0
+        if "top" in spec:
+            add("points with a choice", offered_N > 1)
         columns = [("tokens by KL(teacher ‖ student)", "bucket", "text"), ("KL from, nats", "divergence", "2f")]
-        columns += [("points", "points", "count"), *((f"Hit@{k}", f"hit{k}", "1f") for k in hits)]
+        columns += [("points", "points", "count"), *((f"Hit@{k}", f"hit{k}", form) for k in hits)]
         notes = [f"{len(data)} greedy texts of the small model, {len(divergence_T)} tokens."]
         notes += [f"{', '.join(missing)}: those above the label run's threshold, or with a choice."] if missing else []
         return Result(columns, rows, notes, [job_text(labels)])

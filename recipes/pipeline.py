@@ -53,6 +53,7 @@ class Pair:
         selector_label: further arguments of recipes/label.py for the texts that selectors learn from; without any,
             they learn from the labels that everything else learns from.
         learning_rates: method -> rates tried first on the tuning problems (see `Sweep`).
+        further_rates: how often such a sweep goes beyond them, see `MAX_FURTHER_RATES`.
         learning_rates_by_problems: number of label problems -> method -> the same, where the best are other ones.
         system_prompt: with one, prompts go through the tokenizer's chat template.
         chat_template_kwargs: variables of the template; with some, prompts go through it too.
@@ -84,6 +85,7 @@ class Pair:
     evaluate: dict[str, Any] = field(default_factory=dict)
     baseline: dict[str, Any] = field(default_factory=dict)
     learning_rates: dict[str, list[float]] = field(default_factory=dict)
+    further_rates: int = MAX_FURTHER_RATES
     learning_rates_by_problems: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     zero_shot_text: str | None = None
     other_text: dict[str, Any] = field(default_factory=dict)
@@ -451,7 +453,7 @@ class Pipeline:
         first_seed, *other_seeds = self.seeds if seeds is None else seeds
         found = self.pair.learning_rates
         rates = rates or found.get(method) or found[method.removesuffix("-sampled")]
-        sweep = Sweep(method, tuple(sorted(rates)))
+        sweep = Sweep(method, tuple(sorted(rates)), self.pair.further_rates)
         name = f"sweep-{method}-{labels.path.name}{tag(options)}"
 
         def try_out(rate: float, seed: int, step: Step | None = None, judge: Step | None = None) -> tuple[Job, Job]:
@@ -499,7 +501,7 @@ class Sweep:
     """Trainings at several learning rates, compared by their accuracy on the tuning problems.
 
     After the first rates those between them are tried that are half or double of the best. While the best rate is then
-    the lowest, half of it is tried too, and while it is the highest, twice as much: at most `MAX_FURTHER_RATES` times.
+    the lowest, half of it is tried too, and while it is the highest, twice as much: at most `further` times.
     All that with one seed. The best rate, and the second best if it is within `CLOSE` points of it, are then trained
     with the other seeds, and the mean over all counts: one seed does not tell a good rate from one at which some
     trainings fail. Of equally good rates the one tried first counts as the best.
@@ -507,6 +509,7 @@ class Sweep:
     Attributes:
         method: of METHODS or SAMPLED.
         first: the rates tried in any case, from low to high.
+        further: how often a rate beyond these is tried, in each direction.
         trained: rate -> the job that trains with it and the first seed; of all rates that might be tried.
         reports: rate -> its evaluation on the tuning problems.
         again: other seed -> rate -> both of these, run where the rate comes close.
@@ -514,6 +517,7 @@ class Sweep:
 
     method: str
     first: tuple[float, ...]
+    further: int = MAX_FURTHER_RATES
     trained: dict[float, Job] = field(default_factory=dict)
     reports: dict[float, Job] = field(default_factory=dict)
     again: dict[int, dict[float, tuple[Job, Job]]] = field(default_factory=dict)
@@ -525,7 +529,7 @@ class Sweep:
 
     def outward(self) -> tuple[list[float], list[float]]:
         """Rates that might be tried too: below the first ones and above, from these outwards."""
-        powers = [2.0**power for power in range(1, MAX_FURTHER_RATES + 1)]
+        powers = [2.0**power for power in range(1, self.further + 1)]
         return [self.first[0] / power for power in powers], [self.first[-1] * power for power in powers]
 
     def is_tried(self, rate: float) -> bool:

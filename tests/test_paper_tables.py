@@ -235,6 +235,30 @@ def test_hits_by_bucket_of_divergence(make_pipeline, random):
     assert "| top 5 to 10 % |" in rendered(result) and len(result.commands) == 1
 
 
+def test_hits_of_shares_from_the_top_have_intervals_over_problems(make_pipeline, random):
+    pipeline = make_pipeline()
+    collect = tables.sufficiency(pipeline, {"name": "x", "part": "label", "top": [0.1, 1.0], "hits": [1, 4]})
+    rows, rank_by_place, _ = labels_by_divergence(random)
+    for row in rows[1:]:  # the second candidate is at e^-4 of the first, below the floor
+        row["student_logprobs"] = [[0.0, -4.0, -4.0, -4.0] for _ in row["positions"]]
+    write_labels(job_of(pipeline, "labels-label").path, rows)
+    result = collect()
+    assert [row["bucket"] for row in result.rows] == ["top 10 %", "top 100 %", "points with a choice"]
+    assert [row["points"] for row in result.rows] == [
+        20,
+        len(rank_by_place) - rank_by_place.count("no point"),
+        len(rows[0]["positions"]),
+    ]
+    ranks = rank_by_place[:20]
+    for row in result.rows[:2]:
+        low, high = row["hit1_ci"]
+        assert low < row["hit1"] < high
+    assert result.rows[0]["hit4"] == pytest.approx(100 - 5 * ranks.count(None))
+    one = [top == ids[0] for top, ids in zip(rows[0]["teacher_top_id"], rows[0]["candidate_ids"])]
+    assert result.rows[2]["hit1"] == pytest.approx(100 * sum(one) / len(one))
+    assert "[" in rendered(result)
+
+
 def test_no_hit_is_told_beyond_the_candidates_that_were_stored(make_pipeline, random):
     """What is not among four candidates may be the fifth or none: Hit@8 would be anything."""
     pipeline = make_pipeline()
