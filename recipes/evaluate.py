@@ -187,6 +187,13 @@ class EvaluateArguments:
         },
     )
     batch_size: int = field(default=128, metadata={"help": "Sequences per generate call."})
+    batch_by: str = field(
+        default="prompt_length",
+        metadata={
+            "help": "Which problems share a batch: those of like 'prompt_length', or 'greedy_length': whose greedy "
+            "texts are about as long, so that no long text holds a batch (not for greedy itself and maj@n)."
+        },
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "New tokens at most, for every policy."})
     temperature: float = field(default=0.7, metadata={"help": "Of maj@n; everything else is greedy."})
     num_candidates: int = field(default=8, metadata={"help": "K, the candidates offered at a step."})
@@ -240,7 +247,9 @@ class EvaluateArguments:
             raise ValueError(f"`bare_margin` must be in [0, 1], as scores are, got {self.bare_margin!r}.")
         if self.num_examples < 0:
             raise ValueError(f"`num_examples` must be at least 0, got {self.num_examples!r}.")
-        for name, legal in (("answer_style", STYLES), ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+        choices = {"answer_style": STYLES, "dtype": ("auto", "float32", "bfloat16", "float16")}
+        choices["batch_by"] = ("prompt_length", "greedy_length")
+        for name, legal in choices.items():
             if getattr(self, name) not in legal:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(map(repr, legal))}, got {getattr(self, name)!r}."
@@ -455,6 +464,11 @@ class Bench:
         self.pad_token_id = padding_token_id(tokenizer, args.model)
         # long prompts first: a batch that does not fit into memory fails at once
         self.order = sorted(range(len(problems)), key=lambda i: -len(self.prompt_ids[i]))
+        self.order_of_lengths = self.order
+
+    def expect_lengths(self, greedy: list[dict]) -> None:
+        """Puts problems together whose greedy texts are about as long: other policies write about as much."""
+        self.order_of_lengths = sorted(self.order, key=lambda i: -greedy[i]["num_tokens"])
 
     def check_length(self, max_positions: int | None) -> None:
         """Refuses prompts that leave no room for `max_new_tokens`."""
@@ -505,8 +519,9 @@ class Bench:
         }
         records: list[dict | None] = [None] * len(self.problems)
         per_batch = max(1, args.batch_size // max(1, policy.num_votes))
-        for number, start in enumerate(range(0, len(self.order), per_batch)):
-            rows = self.order[start : start + per_batch]
+        order = self.order if policy.num_votes else self.order_of_lengths
+        for number, start in enumerate(range(0, len(order), per_batch)):
+            rows = order[start : start + per_batch]
             inputs = pad_prompts([self.prompt_ids[i] for i in rows], self.pad_token_id, filter(None, [model, teacher]))
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
             torch.manual_seed(args.seed * 1_000_003 + number)
@@ -924,6 +939,10 @@ def evaluate(args: EvaluateArguments) -> dict:
     configs = [SelectorConfig.from_pretrained(path) for path in args.adapters]
     has_router = of_others is not None and all(config.router for config in [of_others, *configs])
     policies = choose_policies(args, bool(thresholds), has_router)
+    if args.batch_by == "greedy_length" and policies[0] != Policy("greedy"):
+        raise ValueError(
+            "`batch_by`='greedy_length' needs greedy as the first of `policies`: its texts tell the lengths."
+        )
     for policy in policies:
         if policy.trigger is not None:
             for table in [config.thresholds for config in configs] if policy.is_local else [thresholds]:
@@ -996,6 +1015,8 @@ def evaluate(args: EvaluateArguments) -> dict:
 
     def settings_of(policy: Policy, seed: int | None) -> dict:
         settings = common | {"policy": policy.label}
+        if args.batch_by != "prompt_length" and policy.name != "greedy" and not policy.num_votes:
+            settings["batch_by"] = args.batch_by
         if policy.needs_teacher:
             settings["teacher_model"] = teacher_print
         if policy.num_votes:
@@ -1047,6 +1068,8 @@ def evaluate(args: EvaluateArguments) -> dict:
             warm_up(model, bench)
             for job in batch:
                 policy = job[0]
+                if args.batch_by == "greedy_length" and done.get((Policy("greedy"), None)) is not None:
+                    bench.expect_lengths(done[Policy("greedy"), None][1])
                 bar.set_description(policy.label + ("" if seed is None else f" adapter {seed}"))
                 selector = local
                 if not policy.is_local:

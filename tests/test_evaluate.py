@@ -191,6 +191,31 @@ POLICIES = ["greedy", "maj@2", "teacher", "takeover:kl:0.1", "s2t:always", "seco
 LOCAL = ["s2t-local:always", "s2t-local-bare:margin:0.1"]
 
 
+def test_problems_of_like_greedy_texts_share_a_batch(bed, tmp_path, monkeypatch):
+    """The order of problems changes no text; greedy itself, which tells the lengths, and votes stay as they are."""
+    policies = ["greedy", "maj@2", "s2t:always", "teacher"]
+    args = {"policies": policies, "batch_size": 2}
+    usual = evaluate.evaluate(arguments(bed, tmp_path / "usual", **args))
+    batches, grade = [], evaluate.Bench._grade
+
+    def seen(self, policy, rows, *rest):
+        batches.append((policy.name, rows))
+        return grade(self, policy, rows, *rest)
+
+    monkeypatch.setattr(evaluate.Bench, "_grade", seen)
+    result = evaluate.evaluate(arguments(bed, tmp_path / "sorted", batch_by="greedy_length", **args))
+    for row, other in zip(result["rows"], usual["rows"], strict=True):
+        assert [row["accuracy"], row["helped"], row["hurt"]] == [other["accuracy"], other["helped"], other["hurt"]]
+    lengths = [record["num_tokens"] for record in evaluate.read_records(tmp_path / "sorted/records/greedy.jsonl")[1]]
+    assert len(set(lengths)) > 1
+    for name in ("s2t", "teacher"):
+        order = [lengths[i] for policy, rows in batches if policy == name for i in rows]
+        assert order == sorted(lengths, reverse=True)
+    assert [rows for name, rows in batches if name == "greedy"] != [rows for name, rows in batches if name == "s2t"]
+    with pytest.raises(ValueError, match="needs greedy as the first"):
+        evaluate.evaluate(arguments(bed, tmp_path, policies=["teacher", "greedy"], batch_by="greedy_length"))
+
+
 def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
     args = arguments(
         bed, tmp_path, policies=POLICIES + LOCAL, label_dirs=[str(bed / "labels")], eval_labels=str(bed / "labels")
