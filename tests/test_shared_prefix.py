@@ -175,9 +175,13 @@ def test_gradients_go_through_everything():
     assert model.get_input_embeddings().weight.grad[SYSTEM[0]].abs().sum() > 0
 
 
-def test_training_scores_are_the_same(nothing_shared):
+@pytest.mark.parametrize("scope", ["candidate", "sequence"])
+def test_training_scores_and_gradients_are_the_same(scope, nothing_shared):
     model = tiny_model()
-    selector = make_selector(model, "candidate", "base")
+    selector = make_selector(model, scope, "base")
+    weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    for weight in weights.values():
+        weight.requires_grad_(True)
     rows = [[*ids, 9, 44, 15] for ids in PROMPTS]
     width = max(map(len, rows))
     ids_BT = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
@@ -186,16 +190,24 @@ def test_training_scores_are_the_same(nothing_shared):
     candidates_BNK = torch.randint(3, 80, (4, 2, 3), generator=torch.Generator().manual_seed(0))
     points = PackedPoints(positions_BN, candidates_BNK, torch.ones(4, 2, 3, dtype=torch.bool))
 
-    def hidden():
+    def run():
         with CountTokens(model) as count:
-            return packed_hidden(ModelViews(model, selector.adapter_name), ids_BT, mask_BT, points, "candidate"), count
+            hidden, text = packed_hidden(ModelViews(model, selector.adapter_name), ids_BT, mask_BT, points, scope)
+        loss = hidden.square().sum() + (0 if text is None else text[mask_BT].square().sum())
+        grads = torch.autograd.grad(loss, list(weights.values()))
+        return hidden, text, grads, count.tokens
 
-    (shared_BMD, _), few = hidden()
+    shared_BMD, shared_text, shared_grads, few = run()
     nothing_shared()
-    (apart_BMD, _), all_of_them = hidden()
+    apart_BMD, apart_text, apart_grads, all_of_them = run()
+    assert all_of_them - few == 3 * len(SYSTEM)
+    assert (shared_text is None) == (scope == "candidate")
     torch.testing.assert_close(shared_BMD, apart_BMD, rtol=1e-5, atol=1e-5)
-    assert shared_BMD.requires_grad or not any(p.requires_grad for p in model.parameters())
-    assert all_of_them.tokens - few.tokens == 3 * len(SYSTEM)
+    if shared_text is not None:
+        torch.testing.assert_close(shared_text[mask_BT], apart_text[mask_BT], rtol=1e-5, atol=1e-5)
+    for one, other in zip(shared_grads, apart_grads, strict=True):
+        assert other.abs().sum() > 0
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 @pytest.mark.parametrize("sampled", [False, True])

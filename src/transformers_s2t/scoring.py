@@ -35,7 +35,15 @@ from transformers.cache_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .proposals import floor_mask
-from .shared_prefix import can_share, positions_from_mask, read_shared, repeat_rows, shared_columns
+from .shared_prefix import (
+    can_share,
+    draws_dropout,
+    positions_from_mask,
+    read_shared,
+    repeat_rows,
+    share,
+    shared_columns,
+)
 from .views import ModelViews, TokensNotInRows, copy_module, get_decoder, innermost_decoder, make_view
 
 
@@ -611,10 +619,10 @@ def packed_hidden(
     if not supports_packing(views.model):
         return _hidden_one_by_one(views, input_ids_BT, mask_BT, points, adapter_scope)
     positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
+    # processes that share out the weights must run as many forwards as each other
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if adapter_scope == "candidate":
         with torch.no_grad():
-            # processes that share out the weights must run as many forwards as each other
-            alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
             cache = read_shared(views.base, input_ids_BT, mask_BT) if alone else None
             if cache is None:
                 cache = DynamicCache()  # windowed layers keep everything too: candidates stand all along the text
@@ -636,16 +644,21 @@ def packed_hidden(
             tree=True,
         )
         return appended.hidden_BMD, None
-    num_prefix = input_ids_BT.shape[1]
-    mask = tree_attention(views.model, mask_BT, points.positions_BM, num_new=num_prefix)
+    shared = share(views.adapted, input_ids_BT, mask_BT) if alone and not draws_dropout(views.adapted) else None
+    start = 0 if shared is None else shared.hidden_BPD.shape[1]
+    num_new = input_ids_BT.shape[1] - start
+    mask = tree_attention(views.model, mask_BT, points.positions_BM, num_new, shared and shared.cache)
     output = get_decoder(views.adapted)(
-        input_ids=torch.cat([input_ids_BT, points.candidate_ids_BM], dim=1),
+        input_ids=torch.cat([input_ids_BT[:, start:], points.candidate_ids_BM], dim=1),
         attention_mask=mask,
-        position_ids=torch.cat([positions_BT, points.positions_BM], dim=1),
-        use_cache=False,
+        position_ids=torch.cat([positions_BT[:, start:], points.positions_BM], dim=1),
+        **({"use_cache": False} if shared is None else {"past_key_values": shared.cache, "use_cache": True}),
     )
     hidden = output.last_hidden_state
-    return hidden[:, num_prefix:], hidden[:, :num_prefix]
+    prefix_BTD = hidden[:, :num_new]
+    if shared is not None:
+        prefix_BTD = torch.cat([shared.hidden_BPD, prefix_BTD], dim=1)
+    return hidden[:, num_new:], prefix_BTD
 
 
 def _hidden_one_by_one(

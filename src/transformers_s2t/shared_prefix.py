@@ -3,7 +3,7 @@
 Rows are laid out as `[shared][padding][own]`. One forward of a single row fills the cache of the shared tokens, which
 all rows then go on from. Positions and masks are those of the padded rows, so the logits are too, but for rounding.
 
-Legend: B rows, T columns, P shared tokens.
+Legend: B rows, T columns, P shared tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -80,9 +81,20 @@ def pad_prompts(
     return {"input_ids": input_ids_BT, "attention_mask": mask_BT}
 
 
-@torch.no_grad()
-def read_shared(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Cache | None:
-    """The cache (B rows) of what the rows begin with, read as one row; `None` where nothing is shared.
+class Shared(NamedTuple):
+    """What [`share`] returns.
+
+    Attributes:
+        cache: of P tokens, B rows.
+        hidden_BPD: last hidden states of these tokens.
+    """
+
+    cache: Cache
+    hidden_BPD: torch.Tensor
+
+
+def share(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Shared | None:
+    """Reads what the rows begin with as one row, with gradient where one is wanted; `None` where nothing is shared.
 
     Args:
         model: causal language model, or a view of one.
@@ -92,7 +104,7 @@ def read_shared(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask:
     if not length or not can_share(model):
         return None
     cache = DynamicCache(config=model.config)
-    get_decoder(model)(
+    output = get_decoder(model)(
         input_ids=input_ids[:1, :length].to(model.device),
         attention_mask=torch.ones(1, length, dtype=torch.long, device=model.device),
         position_ids=torch.arange(length, device=model.device)[None],
@@ -100,7 +112,19 @@ def read_shared(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask:
         use_cache=True,
     )
     repeat_rows(cache, len(input_ids))
-    return cache
+    return Shared(cache, output.last_hidden_state.expand(len(input_ids), -1, -1))
+
+
+@torch.no_grad()
+def read_shared(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Cache | None:
+    """The cache of [`share`], without gradient."""
+    shared = share(model, input_ids, attention_mask)
+    return None if shared is None else shared.cache
+
+
+def draws_dropout(model: torch.nn.Module) -> bool:
+    """Whether a forward would draw a dropout: for rows that share tokens once, not for each."""
+    return any(isinstance(module, torch.nn.Dropout) and module.p and module.training for module in model.modules())
 
 
 @torch.no_grad()
@@ -161,31 +185,29 @@ def share_in_forward(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} cannot go on from a cache of other rows.")
     decoder = get_decoder(model)
     own = decoder.forward
-    dropouts = [module for module in decoder.modules() if isinstance(module, torch.nn.Dropout) and module.p]
 
     @functools.wraps(own)
     def forward(*args, **kwargs):
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         ids_BT, mask_BT = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        length = 0
+        shared = None
         if not args and given <= _PLAIN_INPUTS and given >= {"input_ids", "attention_mask"} and mask_BT.dim() == 2:
-            if not any(module.training for module in dropouts):
-                length = shared_columns(ids_BT, mask_BT)
-        if not length:
+            decoder.forward = own
+            try:
+                shared = None if draws_dropout(decoder) else share(model, ids_BT, mask_BT)
+            finally:
+                decoder.forward = forward
+        if shared is None:
             return own(*args, **kwargs)
-        cache = DynamicCache(config=model.config)
-        first = own(input_ids=ids_BT[:1, :length], past_key_values=cache, use_cache=True)
-        repeat_rows(cache, len(ids_BT))
-        positions_BT = positions_from_mask(mask_BT)[:, length:]
+        length = shared.hidden_BPD.shape[1]
         output = own(
             input_ids=ids_BT[:, length:],
             attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=cache,
+            position_ids=positions_from_mask(mask_BT)[:, length:],
+            past_key_values=shared.cache,
             use_cache=True,
         )
-        shared_BPD = first.last_hidden_state.expand(len(ids_BT), -1, -1)
-        output.last_hidden_state = torch.cat([shared_BPD, output.last_hidden_state], dim=1)
+        output.last_hidden_state = torch.cat([shared.hidden_BPD, output.last_hidden_state], dim=1)
         output.past_key_values = None
         return output
 
