@@ -193,7 +193,8 @@ def test_training_scores_and_gradients_are_the_same(scope, nothing_shared):
     def run():
         with CountTokens(model) as count:
             hidden, text = packed_hidden(ModelViews(model, selector.adapter_name), ids_BT, mask_BT, points, scope)
-        loss = hidden.square().sum() + (0 if text is None else text[mask_BT].square().sum())
+        loss = (hidden * torch.linspace(-1, 1, hidden.shape[-1])).sum()  # behind a norm, squares sum up to a constant
+        loss = loss if text is None else loss + text[mask_BT][:, :7].sum()
         grads = torch.autograd.grad(loss, list(weights.values()))
         return hidden, text, grads, count.tokens
 
@@ -207,7 +208,7 @@ def test_training_scores_and_gradients_are_the_same(scope, nothing_shared):
         torch.testing.assert_close(shared_text[mask_BT], apart_text[mask_BT], rtol=1e-5, atol=1e-5)
     for one, other in zip(shared_grads, apart_grads, strict=True):
         assert other.abs().sum() > 0
-        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
 
 
 @pytest.mark.parametrize("sampled", [False, True])
