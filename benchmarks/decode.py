@@ -3,12 +3,13 @@
     python benchmarks/decode.py --json runs/benchmarks/decode.json --plot runs/benchmarks/decode.png
     python benchmarks/decode.py --quick                  # a few minutes on two cores
     python benchmarks/decode.py --device cuda --dtype bfloat16 --shape qwen2.5-1.5b --naive_batches 1 8
+    python benchmarks/decode.py --model MODELS/qwen2.5-coder-0.5b
 
-Random weights of a given shape decode the same prompts in every way in turn, A B C A B C ..., and each ratio to
-greedy is taken inside one turn, so that it holds when the machine's speed drifts; medians over turns are reported,
-of wall time and (on a CPU) of processor time. Absolute times mean little. Steps trigger at random, with a seed that
-was searched for so that the share of asked tokens is the rate and not just close to it. Nothing stops early: every
-way decodes exactly `--new_tokens` tokens.
+Random weights of a given shape, or a checkpoint's with --model, decode the same prompts in every way in turn, A B C A
+B C ..., and each ratio to greedy is taken inside one turn, so that it holds when the machine's speed drifts; medians
+over turns are reported, of wall time and (on a CPU) of processor time. Absolute times mean little. Steps trigger at
+random, with a seed that was searched for so that the share of asked tokens is the rate and not just close to it.
+Nothing stops early: every way decodes exactly `--new_tokens` tokens.
 
     greedy         model.generate of a model that holds no adapter
     s2t_generate   custom_generate=s2t_generate; scope candidate/base is the default, sequence/adapted the paper's form
@@ -51,7 +52,14 @@ from setting import (
     random_model,
 )
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from transformers_s2t import S2T, LocalSelector, S2TDecodingConfig, SelectorConfig, s2t_generate
 from transformers_s2t.config import DEFAULT_WARMUP_TOKENS, write_json
@@ -286,7 +294,13 @@ class Bench:
 
 
 def make_model(args: argparse.Namespace) -> PreTrainedModel:
-    """A random model that never ends a text."""
+    """The checkpoint's model, or a random one, that never ends a text."""
+    if args.model is not None:
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=getattr(torch, args.dtype), attn_implementation=args.attn_implementation
+        )
+        model.generation_config = GenerationConfig(pad_token_id=0)
+        return model.eval().to(args.device)
     return random_model(args, max(args.prefix_lengths) + args.new_tokens + WARMUP_TOKENS + 2, eos_token_id=None)
 
 
@@ -368,7 +382,7 @@ def make_meta(args: argparse.Namespace, skipped: list[str]) -> dict:
     return machine_meta(args) | {
         "new_tokens": args.new_tokens,
         "num_candidates": args.num_candidates,
-        "settings": {name: value for name, value in vars(args).items() if name not in ("json", "plot")},
+        "settings": {name: value for name, value in vars(args).items() if name not in ("json", "plot", "model")},
         "skipped": skipped,
         "greedy_seconds": [],
     }
@@ -494,6 +508,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--quick", action="store_true", help="a preset of a few minutes; flags given beside it win")
     add("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the random model [%(default)s]")
+    add("--model", help="a checkpoint to take the weights of, in place of random ones: Hub id or folder")
     add("--num_layers", type=int, help="by default the shape's own")
     add("--vocab_size", type=int, help="rows of the head; by default the shape's own (qwen2.5-0.5b: cut to 32768)")
     add("--rates", type=float, nargs="+", default=[0.01, 0.05, 0.1], help="shares of tokens asked %(default)s")
@@ -553,7 +568,15 @@ def parse_arguments(
     args = parser.parse_args(argv)
     for name in ("rates", "batch_sizes", "prefix_lengths", "variants", "scopes", "naive_batches"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # each once
-    fill_in_shape(args)
+    if args.model is None:
+        fill_in_shape(args)
+    elif (args.num_layers, args.vocab_size) != (None, None):
+        parser.error("--num_layers and --vocab_size are those of --model: leave them out.")
+    else:
+        config = AutoConfig.from_pretrained(args.model).get_text_config()
+        args.num_layers, args.vocab_size = config.num_hidden_layers, config.vocab_size
+        args.model = args.model.rstrip("/")
+        args.shape = Path(args.model).name
     if args.naive_rates is None:
         args.naive_rates = [min(args.rates)] if args.quick else args.rates
     args.slow_turns = min(args.slow_turns, args.turns)

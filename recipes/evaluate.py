@@ -191,7 +191,8 @@ class EvaluateArguments:
         default="prompt_length",
         metadata={
             "help": "Which problems share a batch: those of like 'prompt_length', or 'greedy_length': whose greedy "
-            "texts are about as long, so that no long text holds a batch (not for greedy itself and maj@n)."
+            "texts are about as long, so that no long text holds a batch (where greedy is the first of `policies`; "
+            "not for maj@n)."
         },
     )
     max_new_tokens: int = field(default=256, metadata={"help": "New tokens at most, for every policy."})
@@ -939,10 +940,7 @@ def evaluate(args: EvaluateArguments) -> dict:
     configs = [SelectorConfig.from_pretrained(path) for path in args.adapters]
     has_router = of_others is not None and all(config.router for config in [of_others, *configs])
     policies = choose_policies(args, bool(thresholds), has_router)
-    if args.batch_by == "greedy_length" and policies[0] != Policy("greedy"):
-        raise ValueError(
-            "`batch_by`='greedy_length' needs greedy as the first of `policies`: its texts tell the lengths."
-        )
+    by_length = args.batch_by == "greedy_length" and policies[0] == Policy("greedy")  # else nothing tells the lengths
     for policy in policies:
         if policy.trigger is not None:
             for table in [config.thresholds for config in configs] if policy.is_local else [thresholds]:
@@ -1015,7 +1013,7 @@ def evaluate(args: EvaluateArguments) -> dict:
 
     def settings_of(policy: Policy, seed: int | None) -> dict:
         settings = common | {"policy": policy.label}
-        if args.batch_by != "prompt_length" and policy.name != "greedy" and not policy.num_votes:
+        if by_length and policy.name != "greedy" and not policy.num_votes:
             settings["batch_by"] = args.batch_by
         if policy.needs_teacher:
             settings["teacher_model"] = teacher_print
@@ -1068,7 +1066,7 @@ def evaluate(args: EvaluateArguments) -> dict:
             warm_up(model, bench)
             for job in batch:
                 policy = job[0]
-                if args.batch_by == "greedy_length" and done.get((Policy("greedy"), None)) is not None:
+                if by_length and policy.name != "greedy":
                     bench.expect_lengths(done[Policy("greedy"), None][1])
                 bar.set_description(policy.label + ("" if seed is None else f" adapter {seed}"))
                 selector = local
