@@ -279,7 +279,8 @@ def test_batches_split_for_memory_give_the_same(pair, prompts, monkeypatch):
     sequences = [[*ids, 5, 6, 7] for ids in prompts.values()]
     lengths = [len(ids) for ids in prompts.values()]
     whole = score_trajectories(*pair, sequences, lengths, 5, RESERVED)
-    monkeypatch.setattr(labeling, "_MAX_LOGITS", 4000)
+    monkeypatch.setattr(labeling, "_MAX_NUMBERS", 2000)
+    monkeypatch.setattr(labeling, "_MAX_TOKENS", 20)
     monkeypatch.setattr(labeling, "_MAX_FLOAT_LOGITS", 2 * VOCAB_SIZE)
     for one, other in zip(whole, score_trajectories(*pair, sequences, lengths, 5, RESERVED)):
         assert one.candidate_ids_SK.shape == (3, 5)

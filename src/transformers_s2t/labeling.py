@@ -37,8 +37,9 @@ from .config import _check_choice, _check_range
 from .fingerprints import model_hash
 from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
 from .proposals import exclude, floor_mask, propose
+from .scoring import text_logits
 from .shared_prefix import can_share, pad_prompts, read_shared
-from .teachers import Comparison, Teacher, as_teacher, compare_logits, head_rows, logits_from
+from .teachers import Comparison, Teacher, as_teacher, compare_logits, head_rows, states_from
 from .trajectories import (
     CORRECTED_ROLLOUTS,
     HEADER_NAME,
@@ -59,7 +60,8 @@ from .triggers import calibrate_threshold, entropy, margin
 
 
 HIT_SIZES = (1, 2, 4, 8, 16)
-_MAX_LOGITS = 1 << 28  # logits of both models alive at one time, in the models' own type
+_MAX_NUMBERS = 1 << 28  # hidden states (or logits) of both models alive at one time, in the models' own type
+_MAX_TOKENS = 1 << 14  # of one forward
 _MAX_FLOAT_LOGITS = 1 << 24  # logits alive in float32 at one time
 
 
@@ -291,9 +293,9 @@ def score_trajectories(
     """Scores every generated position of some trajectories: one teacher-forced forward of the student,
     one reading of the teacher.
 
-    Rows are padded on the right, which no causal model can see. Only logits of generated positions are kept; batches
-    whose logits would not fit into about a gigabyte are run in parts, and float32 copies are made a few positions at a
-    time. The models may be on different devices.
+    Rows are padded on the right, which no causal model can see. Only hidden states of generated positions are kept,
+    and logits of a few of them at a time; batches that would take more than about a gigabyte are run in parts. The
+    models may be on different devices.
 
     Args:
         model: the student, in eval mode.
@@ -321,7 +323,8 @@ def score_trajectories(
         raise ValueError("`prompt_lengths` must be at least 1 and leave one generated token at least in each row.")
     width = max(len(ids) for ids in sequences)
     kept = width - min(prompt_lengths) + 1
-    rows_at_once = max(1, _MAX_LOGITS // (kept * (num_rows + teacher.logits_per_position)))
+    numbers = model.get_input_embeddings().weight.shape[1] + teacher.numbers_per_position
+    rows_at_once = max(1, min(_MAX_NUMBERS // (kept * numbers), _MAX_TOKENS // width))
     scores = []
     for start in range(0, len(sequences), rows_at_once):
         part = slice(start, start + rows_at_once)
@@ -339,17 +342,16 @@ def _score_batch(
 ) -> list[TrajectoryScores]:
     first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
     reading = teacher.read(sequences, prompt_lengths)  # first: a server works on it during the student's forward
-    logits_BTV = logits_from(model, sequences, first)
-    device = logits_BTV.device
-    excluded = torch.tensor(list(excluded_ids), dtype=torch.long, device=device)
-    chunk = max(1, _MAX_FLOAT_LOGITS // max(logits_BTV.shape[-1], teacher.logits_per_position))
+    states_BTD = states_from(model, sequences, first)
+    excluded = torch.tensor(list(excluded_ids), dtype=torch.long, device=states_BTD.device)
+    chunk = max(1, _MAX_FLOAT_LOGITS // max(head_rows(model), teacher.numbers_per_position))
     scores = []
     for b, (ids, prompt_length) in enumerate(zip(sequences, prompt_lengths)):
         parts = []
         num_generated, offset = len(ids) - prompt_length, prompt_length - 1 - first
         for start in range(0, num_generated, chunk):
             where = slice(start, min(start + chunk, num_generated))
-            logits_SV = logits_BTV[b, offset + where.start : offset + where.stop]
+            logits_SV = text_logits(model, states_BTD[b, offset + where.start : offset + where.stop])
             parts.append(_score(logits_SV, partial(reading.compare, b, where), num_candidates, excluded))
         scores.append(TrajectoryScores(*(torch.cat(columns).cpu() for columns in zip(*parts))))
     return scores

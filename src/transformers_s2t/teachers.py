@@ -33,9 +33,11 @@ from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
 from .cross_tokenizer import CrossTokenizer, TeacherSequence, least_divergence, score_with_teacher
 from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
+from .scoring import text_logits
 from .shared_prefix import read_shared
 from .trajectories import MISSING_LOGPROB
 from .triggers import kl_divergence
+from .views import get_decoder
 
 
 _FLOOR = -9999.0  # what vLLM writes for minus infinity
@@ -78,7 +80,7 @@ class Teacher(Protocol):
         num_embeddings: token ids that it can read; `None` where unknown.
         unreadable_ids: those of them that it cannot read all the same.
         max_length: how many of its own tokens it can read; `None` where unknown.
-        logits_per_position: numbers that it keeps on a device for each position, for the memory of a batch.
+        numbers_per_position: that it keeps on a device for each position, for the memory of a batch.
         cross_tokenizer: of a teacher with another tokenizer, what its scores depend on; empty otherwise.
     """
 
@@ -87,7 +89,7 @@ class Teacher(Protocol):
     num_embeddings: int | None
     unreadable_ids: Sequence[int]
     max_length: int | None
-    logits_per_position: int
+    numbers_per_position: int
     cross_tokenizer: Mapping[str, Any]
 
     def count_tokens(self, ids: Sequence[int], prompt_length: int) -> int:
@@ -127,7 +129,7 @@ def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
 
 
 class LocalTeacher:
-    """A model in this process, put into eval mode: full next-token logits of right-padded rows.
+    """A model in this process, put into eval mode: its next-token logits along right-padded rows.
 
     Raises:
         ValueError: for a model that is no causal language model.
@@ -144,7 +146,7 @@ class LocalTeacher:
         check_reads_left_to_right("teacher_model", self.model)
         self.num_embeddings = model.get_input_embeddings().weight.shape[0]
         self.max_length = context_length(model)
-        self.logits_per_position = head_rows(model)
+        self.numbers_per_position = model.get_input_embeddings().weight.shape[1]
 
     def prefetch(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
         pass  # it would take the device from the student
@@ -155,9 +157,10 @@ class LocalTeacher:
     def count_tokens(self, ids: Sequence[int], prompt_length: int) -> int:
         return len(ids)
 
-    def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> _LogitsReading:
+    def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> _StatesReading:
         first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
-        return _LogitsReading(logits_from(self.model, sequences, first), [p - 1 - first for p in prompt_lengths])
+        states_BTD = states_from(self.model, sequences, first)
+        return _StatesReading(self.model, states_BTD, [p - 1 - first for p in prompt_lengths])
 
     @torch.no_grad()
     def logprobs_of(self, sequences, prompt_lengths, positions, ids) -> list[list[list[float]]]:
@@ -171,13 +174,14 @@ class LocalTeacher:
         return rows
 
 
-class _LogitsReading:
-    def __init__(self, logits_BTV: torch.Tensor, starts: Sequence[int]):
-        self.logits_BTV, self.starts = logits_BTV, starts
+class _StatesReading:
+    def __init__(self, model: PreTrainedModel, states_BTD: torch.Tensor, starts: Sequence[int]):
+        self.model, self.states_BTD, self.starts = model, states_BTD, starts
 
     def compare(self, b: int, where: slice, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor) -> Comparison:
         start = self.starts[b]
-        teacher_logits_SV = self.logits_BTV[b, start + where.start : start + where.stop]
+        states_SD = self.states_BTD[b, start + where.start : start + where.stop]
+        teacher_logits_SV = text_logits(self.model, states_SD)
         return compare_logits(teacher_logits_SV.to(logits_SV.device), logits_SV, candidate_ids_SK)
 
 
@@ -221,6 +225,7 @@ class CrossTokenizerTeacher(LocalTeacher):
         if cross.same_vocabulary:
             raise ValueError("`cross` must be of two different tokenizers: with one, pass the model itself.")
         self.cross, self.teacher_prompts = cross, teacher_prompts
+        self.numbers_per_position = head_rows(model)
         self.num_embeddings, self.unreadable_ids = cross.num_student_ids, cross.unreadable_ids()
         self.cross_tokenizer = cross.settings
 
@@ -289,26 +294,37 @@ def logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], firs
 
     What the rows begin with is read once (`shared_prefix`), where no gradient is wanted.
     """
+    width = max(map(len, sequences))
+    keep = {"logits_to_keep": width - first} if "logits_to_keep" in signature(model.forward).parameters else {}
+    return model(**_right_padded(model, sequences, first), **keep).logits[:, -(width - first) :]
+
+
+def states_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> torch.Tensor:
+    """The last hidden states (B, T - first, D) behind [`logits_from`].
+
+    Far smaller than logits over a large vocabulary; `scoring.text_logits` gives these for the positions that count.
+    """
+    width = max(map(len, sequences))
+    output = get_decoder(model)(**_right_padded(model, sequences, first))
+    return output.last_hidden_state[:, -(width - first) :]
+
+
+def _right_padded(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> dict[str, Any]:
+    """Inputs of a forward over right-padded rows; what they begin with, up to `first`, is in a cache already."""
     width = max(len(ids) for ids in sequences)
     input_ids_BT = torch.zeros((len(sequences), width), dtype=torch.long)
     mask_BT = torch.zeros_like(input_ids_BT)
     for b, ids in enumerate(sequences):
         input_ids_BT[b, : len(ids)] = torch.tensor(ids)
         mask_BT[b, : len(ids)] = 1
-    keep = {"logits_to_keep": width - first} if "logits_to_keep" in signature(model.forward).parameters else {}
-    cache, start = None, 0
+    cache = None
     if not torch.is_grad_enabled():
         cache = read_shared(model, input_ids_BT[:, : first + 1], mask_BT[:, : first + 1])
+    inputs = {"attention_mask": mask_BT.to(model.device), "use_cache": cache is not None}
     if cache is not None:
-        start = cache.get_seq_length()
-        keep["past_key_values"] = cache
-    output = model(
-        input_ids=input_ids_BT[:, start:].to(model.device),
-        attention_mask=mask_BT.to(model.device),
-        use_cache=cache is not None,
-        **keep,
-    )
-    return output.logits[:, -(width - first) :]
+        inputs["past_key_values"] = cache
+        input_ids_BT = input_ids_BT[:, cache.get_seq_length() :]
+    return {"input_ids": input_ids_BT.to(model.device), **inputs}
 
 
 def head_rows(model: PreTrainedModel) -> int:
@@ -366,7 +382,7 @@ class HTTPTeacher:
     """
 
     unreadable_ids: Sequence[int] = ()
-    logits_per_position = 0
+    numbers_per_position = 0
     cross_tokenizer: Mapping[str, Any] = {}
 
     def __init__(
