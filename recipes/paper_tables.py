@@ -23,6 +23,7 @@ from jobs import Job
 from pipeline import METHODS, SAMPLED, Best, Pipeline, Sweep, as_arguments, tag
 from records import read_records
 from row_names import label_of, name_of
+from transformers import AutoTokenizer
 
 from transformers_s2t.proposals import floor_mask
 from transformers_s2t.trajectories import read_labels
@@ -263,6 +264,52 @@ def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
     return collect
 
 
+#: Kinds of tokens, by the text that a token adds; the first one that fits.
+TOKEN_KINDS = {
+    "number": re.compile(r"\s*[\d.,$]*\d[\d.,]*\s*"),
+    "operator": re.compile(r"\s*[-+*/=÷×−()]+\s*"),
+    "end": re.compile(r""),
+    "word or other": re.compile(r".*", re.DOTALL),
+}
+
+
+def kind_of_token(text: str) -> str:
+    return next(kind for kind, pattern in TOKEN_KINDS.items() if pattern.fullmatch(text))
+
+
+def flips_by_kind(job: Job, label: str, model: str) -> str:
+    """What the first flip of each text was, and whether the text then helped or hurt; means over seeds.
+
+    Args:
+        job: an evaluation with the rows "greedy" and `label`.
+        label: of a policy that selects.
+        model: whose tokenizer reads the tokens.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = {row["label"]: row["records"] for row in read_report(job)["rows"]}
+    records = job.output.parent / "records"
+    greedy = read_records(records / found["greedy"][0])[1]
+    counts = {kind: [0, 0, 0] for kind in TOKEN_KINDS}
+    for file in found[label]:
+        for before, after in zip(greedy, read_records(records / file)[1], strict=True):
+            first = after["kinds"].find("f")
+            if first < 0:
+                continue
+            ids = (after["student_tokens"][str(first)], after["tokens"][first])
+            texts = ["" if id in tokenizer.all_special_ids else tokenizer.decode([id]) for id in ids]
+            kind = min(map(kind_of_token, texts), key=list(TOKEN_KINDS).index)  # a number for a word: numbers
+            gain = int(after["correct"]) - int(before["correct"])
+            for place, counted in enumerate((True, gain > 0, gain < 0)):
+                counts[kind][place] += counted
+    num_seeds = len(found[label])
+    told = [
+        f"{kind} {one / num_seeds:g} ({good / num_seeds:g} helped, {bad / num_seeds:g} hurt)"
+        for kind, (one, good, bad) in counts.items()
+        if one
+    ]
+    return ", ".join(told) or "none"
+
+
 def policies(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy of policies on the same problems.
 
@@ -271,6 +318,7 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
     "kd", and where selectors learn from sampled texts "sft-sampled", "kd-sampled"), each with the best of the pair's
     learning rates and one training for each seed. `second_rates`: and each of these at a second rate that tuning can
     hardly tell from the best, where there is one ("sft-second"). `compare`: pairs of labels whose difference is told.
+    `flips`: labels whose first flips are told by kind of token. `no_answer`: tell how many texts have no answer.
     """
     baselines = [m for m in spec.get("baselines", ()) if m not in SAMPLED or pipeline.num_rollouts > 1]
     base = Base.of(pipeline, thresholds=any(re.search(r":(?!always)", policy) for policy in spec["policies"]))
@@ -328,6 +376,11 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
             if other in left_out or (other.endswith("-second") and other not in labels):
                 continue
             notes.append(sentence(labels[one], labels[other], difference(first, one, first, other)))
+        for label in spec.get("flips", ()):
+            notes.append(f"First flip of each text, {labels[label]}: {flips_by_kind(first, label, pipeline.model)}")
+        if spec.get("no_answer"):
+            told = [f"{label_of(row)} {row['no_answer']:.1f}" for row in report["rows"] if row["no_answer"]]
+            notes.append(f"Texts without an answer, which count as wrong, per cent: {', '.join(told) or 'none'}")
         return Result(columns, rows, notes, [job_text(job) for job in evaluations.values()], cost)
 
     return collect

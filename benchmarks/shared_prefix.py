@@ -1,0 +1,204 @@
+"""What it saves to read once what the prompts of a batch begin with: a system prompt, few-shot examples.
+
+    python benchmarks/shared_prefix.py --json benchmarks/results/shared_prefix.json
+    python benchmarks/shared_prefix.py --quick                 # half a minute on two cores
+    python benchmarks/shared_prefix.py --model MODELS/qwen2.5-coder-0.5b --shared 20 245
+
+One batch of rows, each `--shared` tokens that all begin with and `--own` of its own. Timed with sharing and without it
+in turn, A B A B ...; the ratio is taken inside a turn, medians over turns are reported:
+
+    rollout    `labeling.rollout`, `--new_tokens` of each row
+    scoring    `labeling.score_trajectories` of these texts by the model and, in the teacher's place, itself
+    training   the forward and backward of 8 of these texts in `scoring.packed_hidden`, 8 points of 4 candidates each
+
+Both give the same numbers but for rounding; the run fails where texts differ, or scores by more than 1e-2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from peft import LoraConfig, get_peft_model
+from setting import FIRST_TOKEN, NUM_RESERVED, SHAPES, Parser, check_file, fill_in_shape, machine_meta, random_model
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from transformers_s2t import shared_prefix
+from transformers_s2t.config import write_json
+from transformers_s2t.labeling import rollout, score_trajectories
+from transformers_s2t.scoring import PackedPoints, packed_hidden
+from transformers_s2t.views import ModelViews
+
+
+QUICK = {"num_layers": 4, "vocab_size": 4096, "batch_size": 8, "shared": [64], "own": 16, "new_tokens": 8, "turns": 1}
+TRAINED_ROWS, POINTS, CANDIDATES = 8, 8, 4
+PARTS = ("rollout", "scoring", "training")
+
+
+@contextmanager
+def sharing(is_on: bool) -> Iterator[None]:
+    with mock.patch.object(shared_prefix, "MIN_SHARED", shared_prefix.MIN_SHARED if is_on else 1 << 60):
+        yield
+
+
+class Bench:
+    """One model, with an adapter for the training step, and one batch of prompts."""
+
+    def __init__(self, args: argparse.Namespace, shared: int):
+        self.args = args
+        self.model = make_model(args)
+        generator = torch.Generator().manual_seed(1)
+        last = self.model.config.vocab_size - NUM_RESERVED
+        draw = lambda *shape: torch.randint(FIRST_TOKEN, last, shape, generator=generator)  # noqa: E731
+        begin = draw(shared).tolist()
+        # lengths differ, as those of real problems do
+        self.prompts = [begin + draw(args.own // 2 + n % args.own + 1).tolist() for n in range(args.batch_size)]
+        self.candidates_BNK = draw(TRAINED_ROWS, POINTS, CANDIDATES)
+        self.texts: list[list[int]] = []
+
+    def rollout(self) -> list[list[int]]:
+        new = rollout(self.model, self.prompts, self.args.new_tokens, pad_token_id=0)
+        self.texts = [prompt + ids for prompt, ids in zip(self.prompts, new)]
+        return new
+
+    def scoring(self) -> torch.Tensor:
+        found = score_trajectories(self.model, self.model, self.texts, list(map(len, self.prompts)), 8)
+        return torch.cat([scores.student_logprobs_SK.flatten() for scores in found])
+
+    def training(self) -> torch.Tensor:
+        if not hasattr(self.model, "peft_config"):
+            lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+            torch.manual_seed(0)
+            get_peft_model(self.model, lora)
+        rows = self.texts[:TRAINED_ROWS]
+        width = max(map(len, rows))
+        ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        mask_BT = torch.arange(width) < torch.tensor(list(map(len, rows)))[:, None]
+        steps_N = torch.linspace(-self.args.new_tokens, -1, POINTS).long()
+        positions_BN = torch.tensor(list(map(len, rows)))[:, None] + steps_N
+        candidates_BNK = self.candidates_BNK[: len(rows)]
+        points = PackedPoints(positions_BN, candidates_BNK, torch.ones_like(candidates_BNK, dtype=torch.bool))
+        hidden_BMD, _ = packed_hidden(ModelViews(self.model, "default"), ids_BT, mask_BT, points, "candidate")
+        hidden_BMD.square().mean().backward()
+        return hidden_BMD.detach().flatten()
+
+
+def make_model(args: argparse.Namespace) -> PreTrainedModel:
+    if args.model is not None:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    args.dtype, args.device = "float32", "cpu"
+    return random_model(args, max(args.shared) + 2 * args.own + args.new_tokens + 2, eos_token_id=None)
+
+
+def timed(function: Callable) -> tuple[float, object]:
+    began = time.perf_counter()
+    result = function()
+    return time.perf_counter() - began, result
+
+
+def compare(part: str, one: object, other: object) -> None:
+    """Raises a RuntimeError where sharing changed what came out."""
+    if part == "rollout":
+        if one != other:
+            raise RuntimeError("Texts differ with sharing and without: a tie, or a mistake.")
+    elif (difference := float((one - other).abs().max())) > 1e-2:
+        raise RuntimeError(f"{part}: numbers differ by {difference:g} with sharing and without.")
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    rows = []
+    with tqdm(total=len(args.shared) * args.turns * len(PARTS), unit="comparison") as bar:
+        for shared in args.shared:
+            ratios, seconds = {part: [] for part in PARTS}, {}
+            for _ in range(args.turns):
+                bench = Bench(args, shared)
+                for part in PARTS:
+                    found = {}
+                    for is_on in (True, False):
+                        with sharing(is_on):
+                            found[is_on] = timed(getattr(bench, part))
+                    compare(part, found[True][1], found[False][1])
+                    ratios[part].append(found[False][0] / found[True][0])
+                    seconds[part] = found[True][0]
+                    bar.update()
+            rows += [
+                {
+                    "part": part,
+                    "shared": shared,
+                    "ratio": round(statistics.median(ratios[part]), 3),
+                    "ratio_range": [round(min(ratios[part]), 3), round(max(ratios[part]), 3)],
+                    "seconds": round(seconds[part], 3),
+                }
+                for part in PARTS
+            ]
+    return rows
+
+
+def format_table(rows: list[dict]) -> str:
+    lines = ["| | shared tokens | times faster [lowest, highest turn] |", "|---|---:|---:|"]
+    for row in rows:
+        low, high = row["ratio_range"]
+        lines.append(f"| {row['part']} | {row['shared']} | {row['ratio']:.2f} [{low:.2f}, {high:.2f}] |")
+    return "\n".join(lines)
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a preset of half a minute; flags given beside it win")
+    add("--model", help="a checkpoint to take the weights of, in place of random ones: Hub id or folder")
+    add("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the random model [%(default)s]")
+    add("--num_layers", type=int, help="by default the shape's own")
+    add("--vocab_size", type=int, help="by default the shape's own (qwen2.5-0.5b: cut to 32768)")
+    add("--batch_size", type=int, default=32, help="rows [%(default)s]")
+    add("--shared", type=int, nargs="+", default=[32, 256], help="tokens that all rows begin with %(default)s")
+    add("--own", type=int, default=40, help="further tokens of a prompt, on average [%(default)s]")
+    add("--new_tokens", type=int, default=24, help="to write [%(default)s]")
+    add("--turns", type=int, default=3, help="how often everything is timed [%(default)s]")
+    add("--threads", type=int, help="of the CPU [torch's default]")
+    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    try:
+        check_file("--json", args.json)
+        for name in ("batch_size", "own", "new_tokens", "turns", "threads"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+        if args.batch_size < TRAINED_ROWS or args.new_tokens < POINTS:
+            raise ValueError(f"--batch_size must be at least {TRAINED_ROWS} and --new_tokens at least {POINTS}.")
+        if min(args.shared) < shared_prefix.MIN_SHARED:
+            raise ValueError(f"--shared must be at least {shared_prefix.MIN_SHARED}, got {args.shared}.")
+    except ValueError as error:
+        parser.error(str(error))
+    if args.model is None:
+        fill_in_shape(args)
+    else:
+        config = AutoConfig.from_pretrained(args.model).get_text_config()
+        args.num_layers, args.vocab_size = config.num_hidden_layers, config.vocab_size
+        args.shape = Path(args.model).name
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    args.device = "cpu"
+    rows = measure(args)
+    names = ("batch_size", "own", "new_tokens", "turns")
+    meta = machine_meta(args) | {name: getattr(args, name) for name in names}
+    print(format_table(rows))
+    if args.json is not None:
+        write_json(args.json, {"meta": meta, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
