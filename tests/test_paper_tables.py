@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tiny_labels import make_labels
+from transformers import AutoTokenizer
 
 from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
@@ -175,6 +176,41 @@ def test_rows_that_do_not_belong_together_are_refused(make_pipeline, random):
     (one.output.parent / "records" / "sft_adapter1.jsonl").unlink()
     with pytest.raises(ValueError, match="has no records of 'sft'"):  # one seed of two is not both
         tables.difference(one, "sft", one, "greedy")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("7", "number"), (" 1,204", "number"), ("$3.50", "number"), (" +", "operator"), (" ×", "operator"), ("", "end")]
+    + [("=", "operator"), (" so", "word or other"), (".", "word or other"), ("x2", "word or other")],
+)
+def test_tokens_have_kinds(text, kind):
+    assert tables.kind_of_token(text) == kind
+
+
+def test_first_flips_are_told_by_kind_and_by_what_became_of_the_text(make_pipeline, tmp_path):
+    """Of each text: what the student would have said, what was taken, right before, right after; two seeds alike."""
+    tokenizer = AutoTokenizer.from_pretrained("recipes/embedded/student")
+    ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("7", "8", "+", "-", "So")}
+    ids["end"] = tokenizer.eos_token_id
+    told = [("7", "8", 0, 1), ("So", "8", 1, 0), ("+", "-", 0, 1), ("So", "So", 1, 1), ("end", "-", 0, 0)]
+    folder = tmp_path / "report"
+    job = SimpleNamespace(output=folder / "report.json")
+    rows = [{"label": "greedy", "records": ["greedy.jsonl"]}, {"label": "s2t-local:always", "records": ["a", "b"]}]
+    write_json(job.output, {"rows": rows})
+    greedy = [{"correct": bool(before)} for _, _, before, _ in told]
+    selected = [
+        {
+            "correct": bool(after),
+            "kinds": "k." if first == taken else ".ff",
+            "tokens": [ids["So"], ids[taken], ids["7"]],
+            "student_tokens": {} if first == taken else {"1": ids[first], "2": ids["+"]},
+        }
+        for first, taken, _, after in told
+    ]
+    for name, lines in (("greedy.jsonl", greedy), ("a", selected), ("b", selected)):
+        records.write_records(folder / "records" / name, {"totals": {}}, lines)
+    found = tables.flips_by_kind(job, "s2t-local:always", "recipes/embedded/student")
+    assert found == "number 2 (1 helped, 1 hurt), operator 2 (1 helped, 0 hurt)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
