@@ -69,7 +69,7 @@ from problems import PROMPT_SETTINGS, Problem, encode_prompts, load_problems, re
 from records import fingerprint, hash_of, read_records, write_records
 from texts import TEXTS_NAME, collect_texts
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, Cache, GenerationConfig, PreTrainedModel
 
 from transformers_s2t import (
     FusionWeights,
@@ -83,6 +83,7 @@ from transformers_s2t import (
     s2t_generate,
 )
 from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
+from transformers_s2t.labeling import generate_rows
 from transformers_s2t.reserved_tokens import check_same_vocabulary, vocab_hash
 from transformers_s2t.router import Router
 from transformers_s2t.seen_problems import STAGES, check_unseen
@@ -191,8 +192,8 @@ class EvaluateArguments:
         default="prompt_length",
         metadata={
             "help": "Which problems share a batch: those of like 'prompt_length', or 'greedy_length': whose greedy "
-            "texts are about as long, so that no long text holds a batch (where greedy is the first of `policies`; "
-            "not for maj@n)."
+            "texts are about as long (where greedy is the first of `policies`; not for maj@n). Then rows that have "
+            "ended leave their batch too, where no selector runs: no long text holds it."
         },
     )
     max_new_tokens: int = field(default=256, metadata={"help": "New tokens at most, for every policy."})
@@ -527,15 +528,20 @@ class Bench:
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
             torch.manual_seed(args.seed * 1_000_003 + number)
             began, cpu_began = self._clock(), time.process_time()
+            cache = None
             if policy.num_votes:
-                kwargs["past_key_values"] = read_prompts(model, **inputs, num_copies=policy.num_votes)
+                cache = read_prompts(model, **inputs, num_copies=policy.num_votes)
                 inputs = {name: rows_BT.repeat_interleave(policy.num_votes, 0) for name, rows_BT in inputs.items()}
-            elif policy.trigger is None:  # s2t_generate reads what prompts share once by itself
-                kwargs["past_key_values"] = read_shared(model, **inputs)
-            output_BT = model.generate(**inputs, **kwargs)
+            if policy.trigger is None and args.batch_by == "greedy_length":
+                new_ids_BS = self._write_rows(model, inputs, kwargs, cache)
+            else:
+                if policy.trigger is None:  # s2t_generate reads what prompts share once by itself
+                    cache = read_shared(model, **inputs) if cache is None else cache
+                    kwargs["past_key_values"] = cache
+                new_ids_BS = model.generate(**inputs, **kwargs)[:, inputs["input_ids"].shape[1] :]
             totals["seconds"] += self._clock() - began
             totals["cpu_seconds"] += time.process_time() - cpu_began
-            new_ids_BS = output_BT[:, inputs["input_ids"].shape[1] :].cpu()
+            new_ids_BS = new_ids_BS.cpu()
             num_tokens_B = count_tokens(new_ids_BS, kwargs["eos_token_id"])
             totals["steps"] += new_ids_BS.shape[1]
             totals["generated"] += int(num_tokens_B.sum())
@@ -553,6 +559,15 @@ class Bench:
             if progress is not None:
                 progress.update(len(rows))
         return totals, records
+
+    def _write_rows(
+        self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], kwargs: dict[str, Any], cache: Cache | None
+    ) -> torch.Tensor:
+        """New tokens (B, S) of plain decoding in which rows that have ended leave the batch."""
+        settings = {name: value for name, value in kwargs.items() if name != "max_new_tokens"}
+        rows = generate_rows(model, inputs, GenerationConfig(**settings), kwargs["max_new_tokens"], cache=cache)
+        width = max(map(len, rows))
+        return torch.tensor([ids + [self.pad_token_id] * (width - len(ids)) for ids in rows])
 
     def _clock(self) -> float:
         if self.device.type == "cuda":

@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -157,7 +158,7 @@ def rollout(
             output_BT = model.generate(**inputs, generation_config=config, logits_processor=processors, **decode_with)
             new = output_BT[:, width:].tolist()
         else:
-            new = _generate_and_drop_finished(model, inputs, config, max_new_tokens, processors)
+            new = generate_rows(model, inputs, config, max_new_tokens, processors)
     finally:
         model.generation_config = own
     ends = set(eos_token_ids)
@@ -171,27 +172,42 @@ _FEW_ROWS = 8
 class _HalfFinished(StoppingCriteria):
     """Stops a batch when half of its rows have ended."""
 
-    def __init__(self, eos_token_ids: Collection[int], width: int, device: torch.device):
-        self.ends, self.width = torch.tensor(sorted(eos_token_ids), device=device), width
+    def __init__(self, eos_token_id: int | Collection[int], width: int, device: torch.device):
+        ids = [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)
+        self.ends, self.width = torch.tensor(ids, device=device), width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         ended_B = torch.isin(input_ids[:, self.width :], self.ends).any(-1)
         return torch.full_like(ended_B, bool(2 * ended_B.sum() >= len(ended_B)))
 
 
-def _generate_and_drop_finished(
+def generate_rows(
     model: PreTrainedModel,
-    inputs: dict[str, torch.Tensor],
+    inputs: Mapping[str, torch.Tensor],
     config: GenerationConfig,
     max_new_tokens: int,
-    processors: LogitsProcessorList,
+    processors: Sequence[_GumbelNoise] = (),
+    cache: Cache | None = None,
 ) -> list[list[int]]:
-    """New tokens of each row. Where half of the rows have ended the others go on without them, so that one long text
-    does not hold a batch."""
+    """`model.generate` in which rows leave the batch: where half of them have ended the others go on alone.
+
+    So one long text does not hold a batch. What the prompts begin with is read once.
+
+    Args:
+        model: in eval mode.
+        inputs: `input_ids` and `attention_mask` (B, T) of `shared_prefix.pad_prompts`.
+        config: how; changed here. Its end-of-sequence tokens end a row.
+        max_new_tokens: of each row.
+        processors: of the logits, told by `keep(rows)` which rows go on.
+        cache: of the prompts, where some of their tokens are read already.
+
+    Returns:
+        New tokens of each row, with whatever stands behind its end while others go on.
+    """
     input_ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
     rows, new = list(range(len(input_ids_BT))), [[] for _ in input_ids_BT]
-    cache, num_left = read_shared(model, input_ids_BT, mask_BT), max_new_tokens
-    drops = bool(config.eos_token_id) and can_share(model)
+    cache = read_shared(model, input_ids_BT, mask_BT) if cache is None else cache
+    num_left, drops = max_new_tokens, bool(config.eos_token_id) and can_share(model)
     while rows:
         width, several = input_ids_BT.shape[1], drops and len(rows) > _FEW_ROWS
         stop = [_HalfFinished(config.eos_token_id, width, input_ids_BT.device)] if several else []
@@ -201,7 +217,7 @@ def _generate_and_drop_finished(
             input_ids=input_ids_BT,
             attention_mask=mask_BT,
             generation_config=config,
-            logits_processor=processors,
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList(stop),
             **given,
         )
