@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "fusion": {"config", "proposals", "losses"},
     "views": set(),
     "shared_prefix": {"views"},
-    "scoring": {"proposals", "shared_prefix", "views"},
+    "text_cache": set(),
+    "scoring": {"proposals", "shared_prefix", "text_cache", "views"},
     "model_checks": {"scoring", "triggers"},
     "router": {"config", "fingerprints", "triggers", "views"},
     "selection": {"config", "fingerprints", "fusion", "model_checks", "proposals", "reserved_tokens", "router"}
@@ -51,6 +52,8 @@ MAY_IMPORT = {
         "s2t_config",
         "scoring",
         "seen_problems",
+        "shared_prefix",
+        "text_cache",
         "views",
     }
     | {"trajectories"},

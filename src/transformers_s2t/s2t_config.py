@@ -60,6 +60,8 @@ class S2TConfig(TrainingArguments):
         max_packed_tokens: trajectory plus candidates per row; longer ones are cut into blocks of decision points.
         max_points_per_block: decision points per row; `None` for all that fit. 1 gives the paper's single points,
             whose prefixes are read again for each.
+        text_cache_gb: GB of CPU memory for the keys and values of texts, which the frozen base model then reads in the
+            first epoch only (adapter_scope="candidate", one process).
         reserved_token_ids: tokens that carry the score; `None` for 16 (paper) found in the tokenizer.
         allow_labels_of_other_model: trains on trajectories that another model wrote.
         add_reserved_tokens: resizes the embeddings of a model that has too few reserved tokens.
@@ -100,6 +102,13 @@ class S2TConfig(TrainingArguments):
     max_packed_tokens: int = field(default=8192, metadata={"help": "Trajectory plus candidate tokens per row."})
     max_points_per_block: int | None = field(
         default=None, metadata={"help": "Decision points per row at most; by default all that fit."}
+    )
+    text_cache_gb: float = field(
+        default=2.0,
+        metadata={
+            "help": "GB (1e9 bytes) of CPU memory for what the base model has read of the texts, so that later epochs "
+            "need not read them again; for adapter_scope='candidate' in one process. 0 for none."
+        },
     )
     reserved_token_ids: list[int] | None = field(
         default=None, metadata={"help": "Token ids that carry the score; found in the tokenizer where not given."}
@@ -142,6 +151,8 @@ class S2TConfig(TrainingArguments):
             )
         _check_range("num_candidates", self.num_candidates, 2, MAX_CANDIDATES, integer=True)
         _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
+        if not _is_number(self.text_cache_gb) or not 0 <= self.text_cache_gb < float("inf"):
+            raise ValueError(f"`text_cache_gb` must be 0 or more and finite, got {self.text_cache_gb!r}.")
         _check_range("max_packed_tokens", self.max_packed_tokens, 16, MAX_PACKED_TOKENS, integer=True)
         if self.max_points_per_block is not None:
             _check_range("max_points_per_block", self.max_points_per_block, 1, MAX_PACKED_TOKENS, integer=True)

@@ -61,6 +61,8 @@ from .scoring import (
     warn_without_tree,
 )
 from .seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems, write_seen_problems
+from .shared_prefix import draws_dropout
+from .text_cache import TextCache
 from .trajectories import HUB_ID, TrajectoryCollator, TrajectoryHeader, read_held_out_labels, read_labels
 from .views import ModelViews, switch_adapter
 
@@ -193,6 +195,10 @@ class S2TTrainer(Trainer):
             self.base_model, self.adapter_name, args.proposals == "adapted"
         )  # `trainer.model.generate` is what will be deployed
         self._compiled_views: ModelViews | None = None
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        base_is_frozen = all(self.adapter_name in name.split(".") for name in trained)
+        keeps_texts = args.adapter_scope == "candidate" and args.text_cache_gb and base_is_frozen
+        self._text_cache = TextCache(int(args.text_cache_gb * 1e9)) if keeps_texts else None
         self.label_header = headers["train_dataset"]
 
         pad_token_id = processing_class.pad_token_id
@@ -308,7 +314,9 @@ class S2TTrainer(Trainer):
             num_points, num_tokens = items_2 / self.accelerator.num_processes
         with self.accelerator.autocast():  # Trainer puts it into `forward` only, which is not what runs here
             views = self.views()
-            hidden_BMD, prefix_BTD = packed_hidden(views, inputs["input_ids"], mask_BT, points, args.adapter_scope)
+            hidden_BMD, prefix_BTD = packed_hidden(
+                views, inputs["input_ids"], mask_BT, points, args.adapter_scope, self._texts_of(views)
+            )
         scores_BNK = points.unpack(candidate_scores(bin_logits(hidden_BMD, self.rows()), args.score_head))
 
         # flat over the points that have a choice
@@ -337,6 +345,13 @@ class S2TTrainer(Trainer):
             kl_BT = torch.zeros_like(prefix_BTD[..., 0], dtype=kl_P.dtype).masked_scatter(text_BT, kl_P.detach())
             metrics["prefix_kl"] = (kl_BT.sum(-1), text_BT.sum(-1).float())
         return total, scores_BNK.detach(), metrics
+
+    def _texts_of(self, views: ModelViews) -> TextCache | None:
+        """What the base model has read of the texts so far, where it reads the same in every epoch."""
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._text_cache is None or is_distributed or draws_dropout(views.base):
+            return None
+        return self._text_cache
 
     def views(self) -> ModelViews:
         """The model without the adapter and with it, each at once; `trainer.model` itself stays as it is deployed."""

@@ -44,6 +44,7 @@ from .shared_prefix import (
     share,
     shared_columns,
 )
+from .text_cache import TextCache
 from .views import ModelViews, TokensNotInRows, copy_module, get_decoder, innermost_decoder, make_view
 
 
@@ -599,6 +600,7 @@ def packed_hidden(
     mask_BT: torch.Tensor,
     points: PackedPoints,
     adapter_scope: str,
+    texts: TextCache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Last hidden states of all candidates of whole trajectories: T + M tokens per row in place of M prefixes.
 
@@ -609,6 +611,7 @@ def packed_hidden(
         points: the candidates.
         adapter_scope: "candidate": the prefix runs on the base model without gradient, only candidate tokens see the
             adapter; "sequence": prefix and candidates run with it, with gradient.
+        texts: what the base model has read of texts before, for "candidate"; filled with what it reads now.
 
     Returns:
         candidates' hidden states (B, M, D), and for "sequence" the prefix's (B, T, D).
@@ -623,17 +626,21 @@ def packed_hidden(
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if adapter_scope == "candidate":
         with torch.no_grad():
-            cache = read_shared(views.base, input_ids_BT, mask_BT) if alone else None
+            cache = None if texts is None else texts.read(input_ids_BT, mask_BT)
             if cache is None:
-                cache = DynamicCache()  # windowed layers keep everything too: candidates stand all along the text
-            start = cache.get_seq_length()
-            get_decoder(views.base)(
-                input_ids=input_ids_BT[:, start:],
-                attention_mask=mask_BT.long(),
-                position_ids=positions_BT[:, start:],
-                past_key_values=cache,
-                use_cache=True,
-            )
+                cache = read_shared(views.base, input_ids_BT, mask_BT) if alone else None
+                if cache is None:
+                    cache = DynamicCache()  # windowed layers keep everything too: candidates stand all along the text
+                start = cache.get_seq_length()
+                get_decoder(views.base)(
+                    input_ids=input_ids_BT[:, start:],
+                    attention_mask=mask_BT.long(),
+                    position_ids=positions_BT[:, start:],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                if texts is not None:
+                    texts.keep(input_ids_BT, mask_BT, cache, start)
         appended = append_candidates(
             views.adapted,
             cache,
