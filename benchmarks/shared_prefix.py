@@ -34,7 +34,7 @@ from transformers_s2t import shared_prefix
 from transformers_s2t.config import write_json
 from transformers_s2t.labeling import rollout, score_trajectories
 from transformers_s2t.scoring import PackedPoints, packed_hidden
-from transformers_s2t.views import ModelViews
+from transformers_s2t.views import ModelViews, switch_adapter
 
 
 QUICK = {"num_layers": 4, "vocab_size": 4096, "batch_size": 8, "shared": [64], "own": 16, "new_tokens": 8, "turns": 1}
@@ -54,6 +54,9 @@ class Bench:
     def __init__(self, args: argparse.Namespace, shared: int):
         self.args = args
         self.model = make_model(args)
+        torch.manual_seed(0)
+        get_peft_model(self.model, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
+        switch_adapter(self.model, "default", False)  # text is the base model's
         generator = torch.Generator().manual_seed(1)
         last = self.model.config.vocab_size - NUM_RESERVED
         draw = lambda *shape: torch.randint(FIRST_TOKEN, last, shape, generator=generator)  # noqa: E731
@@ -62,6 +65,10 @@ class Bench:
         self.prompts = [begin + draw(args.own // 2 + n % args.own + 1).tolist() for n in range(args.batch_size)]
         self.candidates_BNK = draw(TRAINED_ROWS, POINTS, CANDIDATES)
         self.texts: list[list[int]] = []
+
+    def warm_up(self) -> None:
+        """A few tokens nobody times: the first call pays for what the process sets up once."""
+        rollout(self.model, self.prompts[:2], 2, pad_token_id=0)
 
     def rollout(self) -> list[list[int]]:
         new = rollout(self.model, self.prompts, self.args.new_tokens, pad_token_id=0)
@@ -73,10 +80,6 @@ class Bench:
         return torch.cat([scores.student_logprobs_SK.flatten() for scores in found])
 
     def training(self) -> torch.Tensor:
-        if not hasattr(self.model, "peft_config"):
-            lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
-            torch.manual_seed(0)
-            get_peft_model(self.model, lora)
         rows = self.texts[:TRAINED_ROWS]
         width = max(map(len, rows))
         ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -119,6 +122,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
             ratios, seconds = {part: [] for part in PARTS}, {}
             for _ in range(args.turns):
                 bench = Bench(args, shared)
+                bench.warm_up()
                 for part in PARTS:
                     found = {}
                     for is_on in (True, False):

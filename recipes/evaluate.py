@@ -115,12 +115,13 @@ DEFINITIONS = {
     "asked_rate": "steps with a trigger and two or more candidates above the floor / generated tokens",
     "flip_rate": "steps where another token than the student's first was taken / generated tokens",
     "mcnemar_p": "exact two-sided McNemar test against greedy; with several seeds the largest of their p-values",
-    "seconds_vs_greedy": "time in generate relative to greedy in the same run, at this batch size",
+    "seconds_vs_greedy": "time in generate relative to greedy in the same run, at this batch size (with "
+    "batch_by='greedy_length' rows that have ended leave greedy's batches and not a selector's)",
     "cpu_seconds_vs_greedy": "the same of the process's CPU time, all threads",
     "extra_forwards": "batch forwards beyond those of plain decoding, by kind, mean over seeds",
     "fidelity": DEFINITION,
-    "student_tokens, teacher_tokens": "tokens that went through each model per problem, prompts, padding-free "
-    "decoding, candidates and all samples counted; mean over seeds",
+    "student_tokens, teacher_tokens": "tokens that a problem asks of each model, prompts, padding-free decoding, "
+    "candidates and all samples counted, each as if it were read alone; mean over seeds",
 }
 
 
@@ -192,8 +193,8 @@ class EvaluateArguments:
         default="prompt_length",
         metadata={
             "help": "Which problems share a batch: those of like 'prompt_length', or 'greedy_length': whose greedy "
-            "texts are about as long (where greedy is the first of `policies`; not for maj@n). Then rows that have "
-            "ended leave their batch too, where no selector runs: no long text holds it."
+            "texts are about as long, where greedy is the first of `policies` (the samples of maj@n stay with their "
+            "prompts). With it rows that have ended leave their batch too, where no selector runs."
         },
     )
     max_new_tokens: int = field(default=256, metadata={"help": "New tokens at most, for every policy."})
@@ -537,8 +538,9 @@ class Bench:
             else:
                 if policy.trigger is None:  # s2t_generate reads what prompts share once by itself
                     cache = read_shared(model, **inputs) if cache is None else cache
-                    kwargs["past_key_values"] = cache
-                new_ids_BS = model.generate(**inputs, **kwargs)[:, inputs["input_ids"].shape[1] :]
+                output_BT = model.generate(**inputs, **kwargs, past_key_values=cache)
+                new_ids_BS = output_BT[:, inputs["input_ids"].shape[1] :]
+                del cache, output_BT
             totals["seconds"] += self._clock() - began
             totals["cpu_seconds"] += time.process_time() - cpu_began
             new_ids_BS = new_ids_BS.cpu()
@@ -1028,7 +1030,7 @@ def evaluate(args: EvaluateArguments) -> dict:
 
     def settings_of(policy: Policy, seed: int | None) -> dict:
         settings = common | {"policy": policy.label}
-        if by_length and policy.name != "greedy" and not policy.num_votes:
+        if policy.num_votes and args.batch_by == "greedy_length" or by_length and policy.name != "greedy":
             settings["batch_by"] = args.batch_by
         if policy.needs_teacher:
             settings["teacher_model"] = teacher_print

@@ -205,8 +205,8 @@ def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Hit@K: how often the teacher's token is among the student's first K.
 
     `hits`: values of K. `part`: whose problems, those of the test by default. `buckets`: a row for each range of KL,
-    by upper edges as shares of the tokens. `top`: instead, a row for each such share from the top, one for the points
-    with a choice, and 95 % intervals over problems.
+    by upper edges as shares of the tokens. `top`: instead, a row for each such share from the top, one for the stored
+    points with a choice (all of them, where labels have `points: floor+kl`), and 95 % intervals over problems.
     """
     labels = pipeline.labels(spec.get("part", "test"))
 
@@ -215,13 +215,14 @@ def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
         divergence_T = np.concatenate([np.asarray(row) for row in data["divergence"]])
         starts = np.cumsum([0, *map(len, data["divergence"])])
         found = []  # (divergence, rank of the teacher's token, candidates, of those above the floor, problem)
-        for number, (start, row) in enumerate(zip(starts, data)):
+        numbers = {id: number for number, id in enumerate(dict.fromkeys(data["problem_id"]))}
+        for start, row in zip(starts, data):
             columns = (row[name] for name in ("positions", "candidate_ids", "teacher_top_id", "student_logprobs"))
             for position, ids, top, logprobs in zip(*columns):
                 rank = ids.index(top) if top in ids else np.inf
                 divergence = divergence_T[start + position - row["prompt_length"]]
                 offered = int(floor_mask(torch.tensor(logprobs), header.min_prob_ratio).sum())
-                found.append((divergence, rank, len(ids), offered, number))
+                found.append((divergence, rank, len(ids), offered, numbers[row["problem_id"]]))
         divergence_N, rank_N, width_N, offered_N, problem_N = np.array(found).T
         hits = [k for k in spec["hits"] if k <= width_N.min()]  # beyond what was stored nobody knows
         form = "interval" if "top" in spec else "1f"
@@ -229,12 +230,12 @@ def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
 
         def add(name: str, inside_N: np.ndarray, lower: float | None = None) -> None:
             row = {"bucket": name, "points": int(inside_N.sum()), "divergence": lower}
-            for k in hits:
+            for k in hits if inside_N.any() else ():
                 hit_N = rank_N[inside_N] < k
                 row[f"hit{k}"] = 100 * float(hit_N.mean())
                 if form == "interval":
-                    points_P = np.bincount(problem_N[inside_N].astype(int), minlength=len(data))
-                    hits_P = np.bincount(problem_N[inside_N].astype(int), hit_N, minlength=len(data))
+                    points_P = np.bincount(problem_N[inside_N].astype(int), minlength=len(numbers))
+                    hits_P = np.bincount(problem_N[inside_N].astype(int), hit_N, minlength=len(numbers))
                     some = points_P > 0
                     share_P = 100 * hits_P[some] / points_P[some]
                     row[f"hit{k}_ci"] = bootstrap_interval(share_P, weights_N=points_P[some])

@@ -123,7 +123,7 @@ class DistillationTrainer(SFTTrainer):
         labels_BT = inputs.pop("labels")
         trained_BT = labels_BT[:, 1:] != -100
         some_T = trained_BT.any(0).nonzero()[:, 0]  # a head over a large vocabulary costs as much as many layers
-        outputs = model(**inputs, logits_to_keep=some_T)
+        outputs = model(**inputs, logits_to_keep=some_T, use_cache=False)
         with torch.no_grad():
             teacher_NV = self._teacher_logits(inputs, trained_BT)
         shared = min(outputs.logits.shape[-1], teacher_NV.shape[-1])
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     config.max_length = None  # texts are as long as they were labelled
     settings = {"args": config, "train_dataset": dataset, "processing_class": tokenizer, "peft_config": lora}
-    if can_share(model) and not config.gradient_checkpointing:
+    if can_share(model) and config.n_gpu <= 1 and config.world_size == 1:  # replicas and shards run their own forwards
         share_in_forward(model)  # a system prompt is the longest part of a short text
     if args.method == "sft":
         trainer = SFTTrainer(model, **settings)

@@ -3,6 +3,7 @@
 Legend: B rows, T columns.
 """
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,12 +12,15 @@ from peft import LoraConfig, get_peft_model
 from test_labeling import HEADER, assert_same_rows, rows_of
 from tiny import EOS, PAD, RESERVED, SETUPS, disagreeing_pair, make_selector, tiny_model
 from tiny_architectures import FAMILIES, make_model
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, ModernBertDecoderConfig, RobertaConfig
+from transformers.cache_utils import DynamicLayer
 
-from transformers_s2t import S2TDecodingConfig, TeacherSelector, labeling, s2t_generate, shared_prefix
-from transformers_s2t.labeling import label_problems, rollout
+from transformers_s2t import S2TDecodingConfig, S2TTrace, TeacherSelector, labeling, s2t_generate, shared_prefix
+from transformers_s2t.labeling import label_problems, rollout, score_trajectories
 from transformers_s2t.scoring import PackedPoints, PrefixCache, packed_hidden
 from transformers_s2t.shared_prefix import (
     can_share,
+    is_random,
     pad_prompts,
     positions_from_mask,
     read_prompts,
@@ -145,8 +149,6 @@ def test_selectors_decode_the_same(setup, nothing_shared):
 
 
 def test_a_cache_of_the_users_own_is_filled():
-    from transformers import DynamicCache
-
     model, cache = tiny_model(), DynamicCache()
     inputs = pad_prompts(PROMPTS, PAD, [model])
     settings = {"custom_generate": s2t_generate, "selector": make_selector(model, "candidate", "base")}
@@ -274,7 +276,7 @@ def test_a_training_forward_shares_and_its_gradients_are_the_same():
     for model in models:
         layer = model.get_base_model().model.layers[0]
         layer.register_forward_pre_hook(lambda module, args: tokens.append(args[0][..., 0].numel()))
-        loss = model(**inputs, labels=labels).loss
+        loss = model(**inputs, labels=labels, use_cache=False).loss
         loss.backward()
     assert tokens == [width * 4, len(SYSTEM), (width - len(SYSTEM)) * 4]
     grads = [{name: p.grad for name, p in model.named_parameters() if p.requires_grad} for model in models]
@@ -290,6 +292,156 @@ def test_a_training_forward_with_dropout_or_a_cache_is_left_alone():
     ids_BT = torch.tensor([[*SYSTEM, 9], [*SYSTEM, 15]])
     tokens = []
     model.model.layers[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape[1]))
-    peft_model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
-    peft_model.eval()(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True, past_key_values=None)
+    inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    peft_model(**inputs, use_cache=False)
+    peft_model.eval()(**inputs, use_cache=False)
     assert tokens == [11, 10, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models that cannot share, or not everything
+
+
+def alone_and_together(model, rows, first):
+    """Logits of the last token of each row: of the row alone, and of `logits_from` over all of them."""
+    with torch.no_grad():
+        alone = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
+        together = logits_from(model, rows, first)
+    last = [len(row) - 1 - first for row in rows]
+    return alone, torch.stack([together[b, t] for b, t in enumerate(last)])
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rotary_positions_that_change_with_the_length_are_not_shared(rope_type):
+    settings = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+    if rope_type == "longrope":
+        settings |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 12}
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=12, rope_parameters=settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not can_share(model) and can_share(tiny_model())
+    alone, together = alone_and_together(model, [PROMPTS[2], [*SYSTEM, 4, 8, 19, 6, 2]], 10)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_numbers_its_tokens_itself_reads_the_same():
+    """RoBERTa begins behind its padding id."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        is_decoder=True, max_position_embeddings=64, pad_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    alone, together = alone_and_together(model, PROMPTS, 10)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_teacher_of_a_trigger_reads_the_text_too():
+    """A teacher with windows must not read padding between the shared tokens and the others."""
+    model, teacher = tiny_model(), tiny_model("mistral", seed=9, sliding_window=6)
+    values = {}
+    for prompts in (PROMPTS, *([one] for one in PROMPTS)):
+        trace = S2TTrace()
+        config = S2TDecodingConfig(trigger="kl", threshold=1e9, warmup_tokens=0)
+        settings = {"custom_generate": s2t_generate, "selector": make_selector(model, "candidate", "base")}
+        settings |= {"decoding_config": config, "teacher_model": teacher, "trace": trace}
+        rollout(model, prompts, 4, PAD, decode_with=settings)
+        values[len(values)] = torch.stack([step["value_B"] for step in trace.steps], dim=1)
+    together, *alone = values.values()
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapped", ["student", "teacher"])
+def test_a_peft_model_is_scored_and_writes_with_its_adapter(wrapped):
+    models = {"student": tiny_model(), "teacher": tiny_model(seed=9)}
+    expected = score_trajectories(*models.values(), PROMPTS, [len(ids) - 1 for ids in PROMPTS], 5)
+    models[wrapped] = lora(models[wrapped]).eval()
+    found = score_trajectories(*models.values(), PROMPTS, [len(ids) - 1 for ids in PROMPTS], 5)
+    merged = copy.deepcopy(models[wrapped]).merge_and_unload()
+    models_merged = models | {wrapped: merged}
+    again = score_trajectories(*models_merged.values(), PROMPTS, [len(ids) - 1 for ids in PROMPTS], 5)
+    for one, other, before in zip(found, again, expected, strict=True):
+        torch.testing.assert_close(one.divergence_S, other.divergence_S, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(one.divergence_S, before.divergence_S)
+    assert rollout(models[wrapped], PROMPTS, 6, PAD) == rollout(merged, PROMPTS, 6, PAD)
+
+
+def test_a_head_that_takes_its_shapes_from_the_ids_is_scored():
+    torch.manual_seed(0)
+    config = ModernBertDecoderConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    lengths = [len(ids) - 1 for ids in PROMPTS]
+    for ids, scores in zip(PROMPTS, score_trajectories(model, tiny_model(), PROMPTS, lengths, 5), strict=True):
+        with torch.no_grad():
+            logp_V = model(torch.tensor([ids[:-1]])).logits[0, -1].log_softmax(-1)
+        torch.testing.assert_close(scores.student_logprobs_SK[0], logp_V.topk(5).values, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointed_layers_leave_caches_alone_and_train_on_the_whole_text(nothing_shared):
+    rows = [[*ids, 9, 44, 15] for ids in PROMPTS]
+    width = max(map(len, rows))
+    ids_BT = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+    mask_BT = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    points = PackedPoints(
+        torch.tensor([[len(row) - 2] for row in rows]), ids_BT[:, None, :3], torch.ones(4, 1, 3, dtype=torch.bool)
+    )
+    model = tiny_model().train()
+    selector = make_selector(model, "sequence", "base")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    found, text = packed_hidden(ModelViews(model, selector.adapter_name), ids_BT, mask_BT, points, "sequence")
+    nothing_shared()
+    expected, all_text = packed_hidden(ModelViews(model, selector.adapter_name), ids_BT, mask_BT, points, "sequence")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text[mask_BT], all_text[mask_BT], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_random_is_drawn_for_each_row():
+    model = tiny_model()
+    assert not is_random(model.train())
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    assert is_random(model) and not is_random(model.eval())
+
+
+def test_a_training_forward_that_gives_a_cache_gives_all_of_it():
+    model, ids_BT = tiny_model(), torch.tensor([[*SYSTEM, 9], [*SYSTEM, 15]])
+    share_in_forward(model)
+    output = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True)
+    assert output.past_key_values.get_seq_length() == 11
+
+
+def test_rows_stay_where_the_model_knows_them_by_their_place():
+    """Qwen2-VL keeps an offset of positions for each row of the batch."""
+    model = tiny_model()
+    many = [[*SYSTEM, 4 + i] for i in range(20)]
+    with CountTokens(model) as shrinking:
+        expected = rollout(model, many, 12, PAD, [0, *range(20, 40)])
+    model.model.rope_deltas = None
+    with CountTokens(model) as whole:
+        assert rollout(model, many, 12, PAD, [0, *range(20, 40)]) == expected
+    assert shrinking.tokens < whole.tokens
+
+
+def test_a_cache_of_the_users_own_kind_is_left_to_the_model():
+    class Counting(DynamicLayer):
+        updates = 0
+
+        def update(self, *args, **kwargs):
+            Counting.updates += 1
+            return super().update(*args, **kwargs)
+
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Counting() for _ in cache.layers]
+    inputs = pad_prompts(PROMPTS, PAD, [model])
+    settings = {"custom_generate": s2t_generate, "selector": make_selector(model, "candidate", "base")}
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False, **settings)
+    assert Counting.updates >= 2 and {type(layer) for layer in cache.layers} == {Counting}

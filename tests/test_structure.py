@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "losses": set(),
     "fusion": {"config", "proposals", "losses"},
     "views": set(),
-    "shared_prefix": {"views"},
+    "model_facts": set(),
+    "shared_prefix": {"model_facts", "views"},
     "text_cache": set(),
     "scoring": {"proposals", "shared_prefix", "text_cache", "views"},
-    "model_checks": {"scoring", "triggers"},
+    "model_checks": {"model_facts", "scoring", "triggers"},
     "router": {"config", "fingerprints", "triggers", "views"},
     "selection": {"config", "fingerprints", "fusion", "model_checks", "proposals", "reserved_tokens", "router"}
     | {"scoring", "triggers", "views"},

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import BaseQuantizedLayer, StaticLayer
+from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer, StaticLayer
 from transformers.generation import (
     BaseStreamer,
     EpsilonLogitsWarper,
@@ -199,7 +199,9 @@ def _decode(
     processors, warpers = _split_processors(logits_processor, own_processors)
     unfinished_B = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     cache = model_kwargs.get("past_key_values")
-    if isinstance(cache, DynamicCache) and not cache.get_seq_length() and model_kwargs.get("inputs_embeds") is None:
+    is_new = type(cache) is DynamicCache and not cache.get_seq_length()
+    is_new = is_new and all(type(layer) is DynamicLayer for layer in cache.layers)  # none of the user's own kind
+    if is_new and model_kwargs.get("inputs_embeds") is None:
         shared = read_shared(model, input_ids, mask_BT)
         cache.layers = cache.layers if shared is None else shared.layers
     outputs = model._prefill(input_ids, generation_config, model_kwargs)

@@ -39,7 +39,7 @@ from .fingerprints import model_hash
 from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
 from .proposals import exclude, floor_mask, propose
 from .scoring import text_logits
-from .shared_prefix import can_share, pad_prompts, read_shared
+from .shared_prefix import can_share, pad_prompts, read_shared, without_wrapper
 from .teachers import Comparison, Teacher, as_teacher, compare_logits, head_rows, states_from
 from .trajectories import (
     CORRECTED_ROLLOUTS,
@@ -126,7 +126,7 @@ def rollout(
         model: in eval mode.
         prompt_ids: token ids, one prompt a row, without padding.
         max_new_tokens: of each row.
-        pad_token_id: for the left of shorter prompts.
+        pad_token_id: for shorter prompts.
         eos_token_ids: end a row; the models' defaults are not looked up.
         do_sample, temperature, seed: see above; a row's samples depend on the seed, its prompt and its number only.
         rollouts: the number of each row, for prompts that are sampled several times; 0 if not given.
@@ -136,7 +136,9 @@ def rollout(
     Returns:
         New tokens of each row, up to its first end-of-sequence token, which is included: it is a decision too.
     """
-    readers = [model, getattr((decode_with or {}).get("selector"), "teacher_model", None)]
+    decode_with = decode_with or {}
+    selector, teacher = decode_with.get("selector"), decode_with.get("teacher_model")
+    readers = [model, getattr(selector, "teacher_model", None), teacher]
     inputs = pad_prompts(prompt_ids, pad_token_id, [reader for reader in readers if reader is not None])
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     config = GenerationConfig(
@@ -150,7 +152,8 @@ def rollout(
         numbers = [0] * len(prompt_ids) if rollouts is None else rollouts
         processors.append(_GumbelNoise(prompt_ids, numbers, temperature, seed, model.device))
     # `generate` fills everything that is None from the model's own config, so that one has to be out of the way.
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    owner = without_wrapper(model)  # a PeftModel's own would not be read
+    own, owner.generation_config = owner.generation_config, GenerationConfig()
     try:
         if decode_with:
             config.max_new_tokens = max_new_tokens
@@ -160,7 +163,7 @@ def rollout(
         else:
             new = generate_rows(model, inputs, config, max_new_tokens, processors)
     finally:
-        model.generation_config = own
+        owner.generation_config = own
     ends = set(eos_token_ids)
     return [ids[: next((i + 1 for i, id in enumerate(ids) if id in ends), len(ids))] for ids in new]
 
@@ -179,6 +182,11 @@ class _HalfFinished(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         ended_B = torch.isin(input_ids[:, self.width :], self.ends).any(-1)
         return torch.full_like(ended_B, bool(2 * ended_B.sum() >= len(ended_B)))
+
+
+def _can_lose_rows(model: PreTrainedModel) -> bool:
+    """Whether all that a model knows of the rows of a batch is in its cache (Qwen2-VL keeps offsets of positions)."""
+    return can_share(model) and not any(hasattr(module, "rope_deltas") for module in model.modules())
 
 
 def generate_rows(
@@ -207,7 +215,7 @@ def generate_rows(
     input_ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
     rows, new = list(range(len(input_ids_BT))), [[] for _ in input_ids_BT]
     cache = read_shared(model, input_ids_BT, mask_BT) if cache is None else cache
-    num_left, drops = max_new_tokens, bool(config.eos_token_id) and can_share(model)
+    num_left, drops = max_new_tokens, config.eos_token_id not in (None, []) and _can_lose_rows(model)
     while rows:
         width, several = input_ids_BT.shape[1], drops and len(rows) > _FEW_ROWS
         stop = [_HalfFinished(config.eos_token_id, width, input_ids_BT.device)] if several else []
@@ -231,7 +239,7 @@ def generate_rows(
         left_A = (~torch.isin(new_BS, stop[0].ends).any(-1)).nonzero()[:, 0]
         rows = [rows[b] for b in left_A.tolist()]
         cache = output.past_key_values
-        cache.batch_select_indices(left_A)
+        cache.reorder_cache(left_A)
         input_ids_BT = all_ids_BT[left_A]
         mask_BT = torch.cat([mask_BT[left_A], mask_BT.new_ones(len(left_A), new_BS.shape[1])], dim=1)
         for processor in processors:

@@ -10,7 +10,7 @@ Legend: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .model_facts import prompt_learning_of, random_places, rotary_change
 from .scoring import PrefixCache
 from .triggers import kl_divergence
 
@@ -103,23 +104,11 @@ def check_models(writer: PreTrainedModel | None, scorers: Mapping[str, PreTraine
 
 def check_evaluates(name: str, model: PreTrainedModel | PeftModel) -> None:
     """Raises a ValueError for a model in training mode whose dropout would make every forward another one."""
-    place = next(_random_places(model), None)
+    place = next(random_places(model), None)
     if place is not None:
         raise ValueError(
             f"`{name}` is in training mode, and its dropout ({place}) makes what it says random: call `{name}.eval()`."
         )
-
-
-def prompt_learning_of(model: PreTrainedModel | PeftModel) -> str | None:
-    """The PEFT method by which virtual tokens stand before every text of a model, `None` where there are none.
-
-    Of the inner model that [`PeftModel.generate`] runs, too.
-    """
-    owner = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
-    for peft_model in (model, owner):
-        if isinstance(peft_model, PeftModel) and peft_model.active_peft_config.is_prompt_learning:
-            return str(peft_model.active_peft_config.peft_type.value)
-    return None
 
 
 def check_without_virtual_tokens(name: str, model: PreTrainedModel | PeftModel) -> None:
@@ -155,18 +144,6 @@ def _lacks_weights(base: PreTrainedModel) -> bool:
     if not any(parameter.is_meta for parameter in base.parameters()):
         return False
     return not any(hasattr(module, "_hf_hook") for module in base.modules())
-
-
-def _random_places(model: nn.Module) -> Iterator[str]:
-    """Names of what is random in training mode: modules, and numbers that modules hold for functions."""
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        if "Dropout" in type(module).__name__ and getattr(module, "p", 0) > 0:
-            yield name
-        for key, value in vars(module).items():
-            if isinstance(value, float) and value > 0 and ("drop" in key or "jitter" in key):
-                yield f"{name}.{key}"
 
 
 def _text_decoder(base: PreTrainedModel) -> nn.Module:
@@ -339,30 +316,6 @@ def _position_tables(base: PreTrainedModel) -> list[int]:
             if "pos" in key and table.dim() == 2 and table.is_floating_point():
                 rows.append(table.shape[0])
     return rows
-
-
-class RotaryChange(NamedTuple):
-    """From which length on a text's rotary positions are other ones, of all its tokens: `rope_type`, `length`, and
-    whether every further token changes them `again`."""
-
-    rope_type: str
-    length: int
-    again: bool
-
-
-def rotary_change(model: PreTrainedModel | PeftModel) -> RotaryChange | None:
-    """Where the rotary positions of a whole text change as it grows: a cache holds those from before (Phi-3 with its
-    long context, dynamic scaling)."""
-    config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    found = []
-    for settings in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # one for a kind of layers
-        rope_type = settings.get("rope_type") or ""
-        if rope_type == "longrope":
-            found.append(RotaryChange(rope_type, settings["original_max_position_embeddings"], False))
-        elif "dynamic" in rope_type:
-            found.append(RotaryChange(rope_type, config.max_position_embeddings, True))
-    return min(found, key=lambda change: change.length, default=None)
 
 
 def context_length(model: PreTrainedModel | PeftModel | PretrainedConfig) -> int | None:

@@ -61,7 +61,7 @@ from .scoring import (
     warn_without_tree,
 )
 from .seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems, write_seen_problems
-from .shared_prefix import draws_dropout
+from .shared_prefix import is_random
 from .text_cache import TextCache
 from .trajectories import HUB_ID, TrajectoryCollator, TrajectoryHeader, read_held_out_labels, read_labels
 from .views import ModelViews, switch_adapter
@@ -349,7 +349,7 @@ class S2TTrainer(Trainer):
     def _texts_of(self, views: ModelViews) -> TextCache | None:
         """What the base model has read of the texts so far, where it reads the same in every epoch."""
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self._text_cache is None or is_distributed or draws_dropout(views.base):
+        if self._text_cache is None or is_distributed or is_random(views.base):
             return None
         return self._text_cache
 

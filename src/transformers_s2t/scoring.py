@@ -37,7 +37,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .proposals import floor_mask
 from .shared_prefix import (
     can_share,
-    draws_dropout,
+    is_random,
     positions_from_mask,
     read_shared,
     repeat_rows,
@@ -242,7 +242,9 @@ def text_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor
     stub = copy_module(decoder, decoder._modules)
     stub.__dict__["forward"] = given
     view = make_view(model, {id(decoder): stub})
-    logits_NV = view(input_ids=torch.zeros(1, 0, dtype=torch.long, device=hidden_ND.device)).logits[0]
+    # as many ids as hidden states: ModernBERT takes its shapes from them
+    ids_1N = torch.zeros(1, len(hidden_ND), dtype=torch.long, device=hidden_ND.device)
+    logits_NV = view(input_ids=ids_1N).logits[0]
     if not seen:
         raise ValueError(f"{type(model).__name__} does not compute its logits from its decoder's hidden states.")
     return logits_NV
@@ -651,7 +653,7 @@ def packed_hidden(
             tree=True,
         )
         return appended.hidden_BMD, None
-    shared = share(views.adapted, input_ids_BT, mask_BT) if alone and not draws_dropout(views.adapted) else None
+    shared = share(views.adapted, input_ids_BT, mask_BT) if alone and not is_random(views.adapted) else None
     start = 0 if shared is None else shared.hidden_BPD.shape[1]
     num_new = input_ids_BT.shape[1] - start
     mask = tree_attention(views.model, mask_BT, points.positions_BM, num_new, shared and shared.cache)

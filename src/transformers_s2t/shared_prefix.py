@@ -15,24 +15,37 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from .model_facts import prompt_learning_of, random_places, rotary_change
 from .views import get_decoder
 
 
 #: Fewer shared tokens are not worth a forward of their own.
 MIN_SHARED = 8
 #: What a forward may be given for [`share_in_forward`] to share.
-_PLAIN_INPUTS = {"input_ids", "attention_mask", "use_cache", "return_dict"}
+_PLAIN_INPUTS = {"input_ids", "attention_mask", "return_dict"}
 
 
-def can_share(model: PreTrainedModel) -> bool:
+def without_wrapper(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model that a `PeftModel` wraps, with whatever adapters are on in it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def can_share(model: PreTrainedModel | PeftModel) -> bool:
     """Whether the model can go on from a cache of other rows, with padding behind it.
 
-    Full attention in all layers: windows count columns, padding among them, and recurrent layers read padding.
+    Full attention in all layers, because windows count columns, padding among them, and recurrent layers read padding;
+    rotary positions that do not change with the length of the whole text; no virtual tokens in front of it.
     """
+    if prompt_learning_of(model) is not None:
+        return False
+    model = without_wrapper(model)
     if not model._supports_attention_backend or model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    if rotary_change(model) is not None:
         return False
     if "past_key_values" not in inspect.signature(type(get_decoder(model)).forward).parameters:
         return False
@@ -43,8 +56,8 @@ def shared_length(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens P all rows begin with: fewer than any row has, and 0 where sharing is not worth it."""
     if len(rows) < 2:
         return 0
-    shortest, most = min(map(len, rows)), list(os.path.commonprefix([list(row) for row in rows]))
-    length = min(len(most), shortest - 1)
+    common = os.path.commonprefix([list(row) for row in rows])
+    length = min(len(common), min(map(len, rows)) - 1)
     return length if length >= MIN_SHARED else 0
 
 
@@ -93,38 +106,59 @@ class Shared(NamedTuple):
     hidden_BPD: torch.Tensor
 
 
-def share(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Shared | None:
+def share(
+    model: PreTrainedModel | PeftModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    gives_positions: bool = True,
+) -> Shared | None:
     """Reads what the rows begin with as one row, with gradient where one is wanted; `None` where nothing is shared.
 
     Args:
         model: causal language model, or a view of one.
         input_ids, attention_mask: (B, T), of [`pad_prompts`], or rows that are padded on the right.
+        gives_positions: whether the forward that goes on is given 0, 1, 2 ... as positions, as `generate` does it.
+            Otherwise the model numbers the tokens itself, which RoBERTa begins elsewhere.
     """
     length = shared_columns(input_ids, attention_mask)
-    if not length or not can_share(model):
+    if not length or not can_share(model) or _drops_caches(model):
         return None
+    model = without_wrapper(model)
     cache = DynamicCache(config=model.config)
+    positions = {"position_ids": torch.arange(length, device=model.device)[None]} if gives_positions else {}
     output = get_decoder(model)(
         input_ids=input_ids[:1, :length].to(model.device),
         attention_mask=torch.ones(1, length, dtype=torch.long, device=model.device),
-        position_ids=torch.arange(length, device=model.device)[None],
         past_key_values=cache,
         use_cache=True,
+        **positions,
     )
+    if cache.get_seq_length() != length:
+        return None
     repeat_rows(cache, len(input_ids))
     return Shared(cache, output.last_hidden_state.expand(len(input_ids), -1, -1))
 
 
+def _drops_caches(model: torch.nn.Module) -> bool:
+    """Whether layers are checkpointed: they then leave the cache alone."""
+    return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def is_random(model: torch.nn.Module) -> bool:
+    """Whether a forward draws something, dropout for example: for rows that share tokens once, not for each."""
+    return next(random_places(model), None) is not None
+
+
 @torch.no_grad()
-def read_shared(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Cache | None:
+def read_shared(
+    model: PreTrainedModel | PeftModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    gives_positions: bool = True,
+) -> Cache | None:
     """The cache of [`share`], without gradient."""
-    shared = share(model, input_ids, attention_mask)
+    shared = share(model, input_ids, attention_mask, gives_positions)
     return None if shared is None else shared.cache
-
-
-def draws_dropout(model: torch.nn.Module) -> bool:
-    """Whether a forward would draw a dropout: for rows that share tokens once, not for each."""
-    return any(isinstance(module, torch.nn.Dropout) and module.p and module.training for module in model.modules())
 
 
 @torch.no_grad()
@@ -141,6 +175,7 @@ def read_prompts(
     """
     if not can_share(model) or input_ids.shape[1] < 2:
         return None
+    model = without_wrapper(model)
     cache = read_shared(model, input_ids, attention_mask) or DynamicCache(config=model.config)
     own = slice(cache.get_seq_length(), -1)
     if input_ids[:, own].shape[1]:
@@ -171,9 +206,10 @@ def repeat_rows(cache: Cache, batch_size: int) -> None:
 def share_in_forward(model: PreTrainedModel) -> None:
     """From now on the model's own forward over several rows reads what they begin with once; gradients go through it.
 
-    For training with long prompts: the loss and all gradients stay what they are, but for rounding. Forwards that have
-    a cache, positions or embeddings of their own are run as they are, and so is everything while a dropout is active,
-    which would be drawn once for all rows.
+    For training with long prompts in one process: the loss and all gradients stay what they are, but for rounding.
+    Forwards that may make a cache (`use_cache` is not False), give all hidden states, or have positions or embeddings
+    of their own are run as they are, and so is everything while something is random, which would be drawn once for all
+    rows.
 
     Args:
         model: causal language model; LoRA layers in it are trained as ever.
@@ -191,10 +227,12 @@ def share_in_forward(model: PreTrainedModel) -> None:
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         ids_BT, mask_BT = kwargs.get("input_ids"), kwargs.get("attention_mask")
         shared = None
-        if not args and given <= _PLAIN_INPUTS and given >= {"input_ids", "attention_mask"} and mask_BT.dim() == 2:
+        is_plain = not args and given <= _PLAIN_INPUTS and given >= {"input_ids", "attention_mask"}
+        is_plain = is_plain and mask_BT.dim() == 2 and kwargs.get("use_cache") is False
+        if is_plain and not decoder.config.output_hidden_states:
             decoder.forward = own
             try:
-                shared = None if draws_dropout(decoder) else share(model, ids_BT, mask_BT)
+                shared = None if is_random(decoder) else share(model, ids_BT, mask_BT, gives_positions=False)
             finally:
                 decoder.forward = forward
         if shared is None:
@@ -203,7 +241,6 @@ def share_in_forward(model: PreTrainedModel) -> None:
         output = own(
             input_ids=ids_BT[:, length:],
             attention_mask=mask_BT,
-            position_ids=positions_from_mask(mask_BT)[:, length:],
             past_key_values=shared.cache,
             use_cache=True,
         )

@@ -34,7 +34,7 @@ from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 from .cross_tokenizer import CrossTokenizer, TeacherSequence, least_divergence, score_with_teacher
 from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
 from .scoring import text_logits
-from .shared_prefix import read_shared
+from .shared_prefix import read_shared, without_wrapper
 from .trajectories import MISSING_LOGPROB
 from .triggers import kl_divergence
 from .views import get_decoder
@@ -305,7 +305,7 @@ def states_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], firs
     Far smaller than logits over a large vocabulary; `scoring.text_logits` gives these for the positions that count.
     """
     width = max(map(len, sequences))
-    output = get_decoder(model)(**_right_padded(model, sequences, first))
+    output = get_decoder(without_wrapper(model))(**_right_padded(model, sequences, first))
     return output.last_hidden_state[:, -(width - first) :]
 
 
@@ -319,7 +319,8 @@ def _right_padded(model: PreTrainedModel, sequences: Sequence[Sequence[int]], fi
         mask_BT[b, : len(ids)] = 1
     cache = None
     if not torch.is_grad_enabled():
-        cache = read_shared(model, input_ids_BT[:, : first + 1], mask_BT[:, : first + 1])
+        ids_BF, mask_BF = input_ids_BT[:, : first + 1], mask_BT[:, : first + 1]
+        cache = read_shared(model, ids_BF, mask_BF, gives_positions=False)
     inputs = {"attention_mask": mask_BT.to(model.device), "use_cache": cache is not None}
     if cache is not None:
         inputs["past_key_values"] = cache

@@ -148,7 +148,8 @@ def get_decoder(model: PreTrainedModel) -> nn.Module:
 def innermost_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that every forward ends in before the head: OPT's goes past the outer of its two decoders."""
     decoder = model.get_decoder()
-    return get_decoder(model) if decoder is model else decoder  # Llama 4 does not know where its decoder is
+    # Llama 4 does not know where its decoder is, and ModernBERT calls its head the decoder
+    return get_decoder(model) if decoder is model or decoder is model.get_output_embeddings() else decoder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
