@@ -153,6 +153,7 @@ def make_trainer(args: argparse.Namespace, scope: str, folder: str) -> S2TTraine
         max_packed_tokens=max(16, num_packed),
         reserved_token_ids=list(range(args.vocab_size - NUM_RESERVED, args.vocab_size)),
         per_device_train_batch_size=args.batch_size,
+        text_cache_gb=0,  # every step reads its texts, as in a first epoch
         report_to="none",
         save_strategy="no",
         use_cpu=args.device == "cpu",
