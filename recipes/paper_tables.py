@@ -169,14 +169,16 @@ class Base:
     adapters: list[Job | Best]
 
     @classmethod
-    def of(cls, pipeline: Pipeline, thresholds: bool = True) -> Base:
-        """`thresholds`: calibrated for triggers too, which decodes; else fusion weights only."""
+    def of(cls, pipeline: Pipeline, thresholds: bool = True, route: bool = True) -> Base:
+        """`thresholds`: calibrated for triggers too, which decodes; else for the fused score only. `route`: with a
+        router."""
         labels, calibration = pipeline.selector_labels(), pipeline.labels("calibration")
         base = cls(pipeline, pipeline.labels("label"), labels, calibration, None, [])
         if pipeline.pair.has_answers and len(pipeline.pair.learning_rates.get("s2t-local", ())) > 1:
-            base.sweep = pipeline.sweep("s2t-local", labels, calibration=calibration)
+            more = {} if route else {"route": False}
+            base.sweep = pipeline.sweep("s2t-local", labels, calibration=calibration, **more)
         if base.sweep is None:
-            settings = {"calibration": calibration, "decode": thresholds}
+            settings = {"calibration": calibration, "decode": thresholds, "route": route}
             base.adapters = [pipeline.selector(labels, seed, **settings) for seed in pipeline.seeds]
             return base
         base.adapters = base.sweep.best()
@@ -204,11 +206,12 @@ class Base:
 def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Hit@K: how often the teacher's token is among the student's first K.
 
-    `hits`: values of K. `part`: whose problems, those of the test by default. `buckets`: a row for each range of KL,
-    by upper edges as shares of the tokens. `top`: instead, a row for each such share from the top, one for the stored
-    points with a choice (all of them, where labels have `points: floor+kl`), and 95 % intervals over problems.
+    `hits`: values of K. `part`: whose problems, those of the test by default; `problems`: its first ones. `buckets`: a
+    row for each range of KL, by upper edges as shares of the tokens. `top`: instead, a row for each such share from the
+    top, one for the stored points with a choice (all of them, where labels have `points: floor+kl`), and 95 % intervals
+    over problems.
     """
-    labels = pipeline.labels(spec.get("part", "test"))
+    labels = pipeline.labels(spec.get("part", "test"), spec.get("problems"))
 
     def collect() -> Result:
         data, header = read_labels(labels.path, split="all")
@@ -319,10 +322,12 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
     "kd", and where selectors learn from sampled texts "sft-sampled", "kd-sampled"), each with the best of the pair's
     learning rates and one training for each seed. `second_rates`: and each of these at a second rate that tuning can
     hardly tell from the best, where there is one ("sft-second"). `compare`: pairs of labels whose difference is told.
-    `flips`: labels whose first flips are told by kind of token. `no_answer`: tell how many texts have no answer.
+    `router: false`: selectors without one. `flips`: labels whose first flips are told by kind of token. `no_answer`:
+    tell how many texts have no answer.
     """
     baselines = [m for m in spec.get("baselines", ()) if m not in SAMPLED or pipeline.num_rollouts > 1]
-    base = Base.of(pipeline, thresholds=any(re.search(r":(?!always)", policy) for policy in spec["policies"]))
+    thresholds = any(re.search(r":(?!always)", policy) for policy in spec["policies"])
+    base = Base.of(pipeline, thresholds, route=spec.get("router", True))
     is_selected = any(policy.startswith("s2t-local") for policy in spec["policies"])
     sweeps = {"s2t-local": base.sweep} if is_selected and base.sweep is not None else {}
     tuned, rows_of = [], {}
