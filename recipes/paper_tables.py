@@ -206,9 +206,9 @@ class Base:
 def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
     """Hit@K: how often the teacher's token is among the student's first K.
 
-    `hits`: values of K. `part`: whose problems, those of the test by default; `problems`: its first ones. `buckets`: a
-    row for each range of KL, by upper edges as shares of the tokens. `top`: instead, a row for each such share from the
-    top, one for the stored points with a choice (all of them, where labels have `points: floor+kl`), and 95 % intervals
+    `hits`: values of K. `part`: whose problems, those of the test by default; `problems`: its first ones. `buckets`:
+    a row for each range of KL, by upper edges as shares of the tokens. `top`: instead, a row for each such share from
+    the top, one for the stored points with a choice (all, where labels have `points: floor+kl`), and 95 % intervals
     over problems.
     """
     labels = pipeline.labels(spec.get("part", "test"), spec.get("problems"))
