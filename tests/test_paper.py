@@ -365,6 +365,19 @@ def test_pairs_are_read_and_refused(tmp_path):
         Pair.load(data)
     (tmp_path / "gsm8k").mkdir()
     assert Pair.load(data, str(tmp_path)).dataset == f"{tmp_path}/gsm8k"
+    both = {"model": "{models}/small", "part_options": {"test": ["--source", "{data}/gsm8k"]}}
+    both = write("both", **base | both)
+    with pytest.raises(FileNotFoundError, match="wants {models}/small: pass its folder as --models"):
+        Pair.load(both, str(tmp_path))
+    (tmp_path / "small").mkdir()
+    loaded = Pair.load(both, str(tmp_path), str(tmp_path))
+    assert loaded.model == f"{tmp_path}/small" and loaded.part_options == {"test": ["--source", f"{tmp_path}/gsm8k"]}
+
+
+def test_a_pair_says_how_far_its_sweeps_go(tmp_path):
+    pipeline = Pipeline(pair_of(learning_rates={"sft": [0.3, 0.6]}, further_rates=0), Jobs(tmp_path), tmp_path)
+    sweep = pipeline.sweep("sft", pipeline.labels("label"), calibration=pipeline.labels("calibration"))
+    assert sorted(sweep.trained) == [0.3, 0.6] and sweep.outward() == ([], [])
 
 
 def write_accuracies(sweep, found):
@@ -770,16 +783,16 @@ def options_of(script: str) -> set[str]:
 
 def test_every_checked_in_table_can_be_planned(tmp_path):
     """For every pair that it names, and every option of every command exists."""
-    (tmp_path / "models" / "babyllama-weak").mkdir(parents=True)
-    (tmp_path / "models" / "babyllama-strong").mkdir()
-    (tmp_path / "gsm8k").mkdir()
+    models = ("babyllama-weak", "babyllama-strong", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "smollm2-135m")
+    for folder in (*(Path("models", name) for name in models), "gsm8k", "svamp"):
+        (tmp_path / folder).mkdir(parents=True)
     tables = sorted((RECIPES / "paper").glob("*.yaml"))
     assert tables
     known: dict[str, set[str]] = {}
     for file in tables:
         spec = paper.read_table(file)
         for name in [*spec["pairs"], "qwen2.5-0.5b", "qwen2.5-1.5b"]:
-            pair = Pair.load(RECIPES / "paper" / "pairs" / f"{name}.yaml", str(tmp_path))
+            pair = Pair.load(RECIPES / "paper" / "pairs" / f"{name}.yaml", str(tmp_path), str(tmp_path / "models"))
             if not pair.has_answers and spec["kind"] not in paper.WITHOUT_ANSWERS:
                 continue
             planned = Jobs(tmp_path / name)
