@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +104,15 @@ def describe_device() -> str:
     return "CPU, one thread per process"
 
 
-def write_table(file: Path, spec: dict[str, Any], command: str, pair: Pair, result) -> None:
-    """Puts one pair's figures into a table's JSON; those of other pairs stay."""
+def placeless(command: str, places: Mapping[str, str]) -> str:
+    """A command without the folders of this machine. `places`: folder -> what stands for it."""
+    for folder, name in sorted(places.items(), key=lambda place: -len(place[0])):
+        command = re.sub(rf"(?<![\w./-]){re.escape(folder.rstrip('/'))}(?=[/\s'\"]|$)", name, command)
+    return command
+
+
+def write_table(file: Path, spec: dict[str, Any], command: str, pair: Pair, result, places: Mapping[str, str]) -> None:
+    """Puts one pair's figures into a table's JSON; those of other pairs stay. `places`: see [`placeless`]."""
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pairs": {}}
     last_seed = spec.get("seeds", pair.num_seeds) - 1
     entry = {
@@ -116,7 +125,7 @@ def write_table(file: Path, spec: dict[str, Any], command: str, pair: Pair, resu
         "notes": result.notes,
         "cost": result.cost,
         "holds_times": result.holds_times,
-        "commands": result.commands,
+        "commands": [placeless(text, places) for text in result.commands],
     }
     order = list(dict.fromkeys([*spec["pairs"], *content["pairs"], pair.name]))
     found = content["pairs"] | {pair.name: entry}
@@ -167,10 +176,16 @@ def main(arguments: list[str] | None = None) -> None:
     for pair in pairs.values():
         note_pair(pair, out / pair.name)
     jobs.run()
+    places = {str(out): "runs/paper"} | {
+        folder: name.upper() for name, folder in (("data", args.data), ("models", args.models)) if folder
+    }
     args.results.mkdir(parents=True, exist_ok=True)
     for spec, pair, collect in planned:
         command = ["python", "recipes/paper.py", "--tables", spec["name"]]
-        write_table(args.results / f"{spec['name']}.json", spec, shlex.join(command), pair, collect())
+        for name in ("data", "models"):  # folders that some of its pairs want
+            if any(f"{{{name}}}" in find(one, PAPER / "pairs", "pairs").read_text() for one in spec["pairs"]):
+                command += [f"--{name}", name.upper()]
+        write_table(args.results / f"{spec['name']}.json", spec, shlex.join(command), pair, collect(), places)
     published = args.results.resolve() == results.RESULTS
     for file, text in results.pages(args.results, results.TEXTS if published else ()).items():
         file.write_text(text, encoding="utf-8")

@@ -781,6 +781,15 @@ def options_of(script: str) -> set[str]:
     return {f.name for one in found for f in dataclasses.fields(one)}
 
 
+def test_commands_are_told_without_the_folders_of_a_machine():
+    places = {"/home/me/runs": "runs/paper", "/home/me": "DATA", "../models/": "MODELS"}
+    command = (
+        "python x.py --model ../models/small --a /home/me/runs/q/labels '/home/me/gsm8k' --b /home/mead ../models"
+    )
+    told = "python x.py --model MODELS/small --a runs/paper/q/labels 'DATA/gsm8k' --b /home/mead MODELS"
+    assert paper.placeless(command, places) == told
+
+
 def test_every_checked_in_table_can_be_planned(tmp_path):
     """For every pair that it names, and every option of every command exists."""
     models = ("babyllama-weak", "babyllama-strong", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "smollm2-135m")
@@ -1044,7 +1053,7 @@ def test_figures_of_one_pair_leave_those_of_others(tmp_path):
     file = tmp_path / "x.json"
     for name in ("q", "embedded"):
         result = Result([("A", "a", "1f")], [{"a": float(len(name))}])
-        paper.write_table(file, spec, "c", pair_of() if name == "q" else pair_of(num_seeds=2), result)
+        paper.write_table(file, spec, "c", pair_of() if name == "q" else pair_of(num_seeds=2), result, {})
     content = json.loads(file.read_text())
     assert list(content["pairs"]) == ["p"]  # both were called p: the later one stays
     assert content["pairs"]["p"]["rows"] == [{"a": 8.0}] and content["pairs"]["p"]["seeds"] == "0 to 1"
