@@ -1,6 +1,6 @@
 """Writes tables: from docs/results/*.json to Markdown beside them, and into other texts between their markers.
 
-    python recipes/results.py            # rewrites docs/results/*.md and the tables of the README and docs/evidence.md
+    python recipes/results.py            # rewrites docs/results/*.md and the tables of the README and docs/*.md
     python recipes/results.py --check    # says what is out of date, and changes nothing
     python recipes/results.py --same runs/again/results    # do two runs agree, in all but times?
 
@@ -21,7 +21,8 @@ from commands import run
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 ROOT = RESULTS.parents[1]
 #: Texts with markers, see [`fill`].
-TEXTS = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "recipes" / "babyllama" / "README.md")
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "docs" / "real-models.md")
+TEXTS += (ROOT / "recipes" / "babyllama" / "README.md",)
 
 
 def cell(row: dict[str, Any], key: str, form: str) -> str:
