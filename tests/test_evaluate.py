@@ -207,6 +207,9 @@ def test_problems_of_like_greedy_texts_share_a_batch(bed, tmp_path, monkeypatch)
     for row, other in zip(result["rows"], usual["rows"], strict=True):
         assert [row["accuracy"], row["helped"], row["hurt"]] == [other["accuracy"], other["helped"], other["hurt"]]
     lengths = [record["num_tokens"] for record in evaluate.read_records(tmp_path / "sorted/records/greedy.jsonl")[1]]
+    kept = {name: evaluate.read_records(tmp_path / f"sorted/records/{name}.jsonl")[0] for name in ("greedy", "maj@2")}
+    assert kept["maj@2"]["settings"]["batch_by"] == "greedy_length"  # rows that leave change what others sample
+    assert "batch_by" not in kept["greedy"]["settings"]
     assert len(set(lengths)) > 1
     for name in ("s2t", "teacher"):
         order = [lengths[i] for policy, rows in batches if policy == name for i in rows]

@@ -240,7 +240,8 @@ def text_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor
         return _GivenHidden(last_hidden_state=hidden_ND[None])
 
     stub = copy_module(decoder, decoder._modules)
-    stub.__dict__["forward"] = given
+    hooks = {name: type(value)() for name, value in stub.__dict__.items() if "hooks" in name and value}
+    stub.__dict__ |= hooks | {"forward": given}  # nothing runs here that a hook should see
     view = make_view(model, {id(decoder): stub})
     # as many ids as hidden states: ModernBERT takes its shapes from them
     ids_1N = torch.zeros(1, len(hidden_ND), dtype=torch.long, device=hidden_ND.device)
