@@ -37,8 +37,17 @@ MAY_IMPORT = {
     | {"selection", "shared_prefix"},
     "cross_tokenizer": {"reserved_tokens", "scoring"},
     "trajectories": {"config", "fingerprints"},
-    "teachers": {"cross_tokenizer", "model_checks", "scoring", "shared_prefix", "triggers", "trajectories", "views"},
-    "labeling": {"config", "fingerprints", "model_checks", "proposals", "scoring", "shared_prefix", "teachers"}
+    "teachers": {
+        "cross_tokenizer",
+        "model_checks",
+        "model_facts",
+        "scoring",
+        "shared_prefix",
+        "triggers",
+        "trajectories",
+        "views",
+    },
+    "labeling": {"config", "fingerprints", "model_checks", "proposals", "shared_prefix", "teachers"}
     | {"triggers", "trajectories"},
     "s2t_config": {"config"},
     "blocks": {"s2t_config", "scoring", "trajectories"},

@@ -353,13 +353,13 @@ def test_the_server_reads_while_the_student_writes(pair, prompts, tmp_path, serv
 
 
 def test_the_server_reads_during_the_students_forward(pair, server, monkeypatch):
-    teacher, forward = connect(server), labeling.states_from
+    teacher, forward = connect(server), labeling.TextLogits
 
-    def states_from(*args):
+    def text_logits(*args):
         assert server.asked.wait(30)
         return forward(*args)
 
-    monkeypatch.setattr(labeling, "states_from", states_from)
+    monkeypatch.setattr(labeling, "TextLogits", text_logits)
     server.asked.clear()
     sequences = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8]]
     found = score_trajectories(pair[0], teacher, sequences, [1] * 3, 5, RESERVED)

@@ -38,9 +38,8 @@ from .config import _check_choice, _check_range
 from .fingerprints import model_hash
 from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
 from .proposals import exclude, floor_mask, propose
-from .scoring import text_logits
 from .shared_prefix import can_share, pad_prompts, read_shared, without_wrapper
-from .teachers import Comparison, Teacher, as_teacher, compare_logits, head_rows, states_from
+from .teachers import Comparison, Teacher, TextLogits, as_teacher, compare_logits, head_rows
 from .trajectories import (
     CORRECTED_ROLLOUTS,
     HEADER_NAME,
@@ -366,16 +365,16 @@ def _score_batch(
 ) -> list[TrajectoryScores]:
     first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
     reading = teacher.read(sequences, prompt_lengths)  # first: a server works on it during the student's forward
-    states_BTD = states_from(model, sequences, first)
-    excluded = torch.tensor(list(excluded_ids), dtype=torch.long, device=states_BTD.device)
+    logits = TextLogits(model, sequences, first)
+    excluded = torch.tensor(list(excluded_ids), dtype=torch.long, device=logits.kept_BTX.device)
     chunk = max(1, _MAX_FLOAT_LOGITS // max(head_rows(model), teacher.numbers_per_position))
     scores = []
     for b, (ids, prompt_length) in enumerate(zip(sequences, prompt_lengths)):
         parts = []
-        num_generated, offset = len(ids) - prompt_length, prompt_length - 1 - first
+        num_generated = len(ids) - prompt_length
         for start in range(0, num_generated, chunk):
             where = slice(start, min(start + chunk, num_generated))
-            logits_SV = text_logits(model, states_BTD[b, offset + where.start : offset + where.stop])
+            logits_SV = logits.at(b, prompt_length - 1 + where.start, prompt_length - 1 + where.stop)
             parts.append(_score(logits_SV, partial(reading.compare, b, where), num_candidates, excluded))
         scores.append(TrajectoryScores(*(torch.cat(columns).cpu() for columns in zip(*parts))))
     return scores

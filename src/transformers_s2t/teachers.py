@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 import requests
 import torch
+from peft import PeftModel
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from transformers import PreTrainedModel
@@ -33,6 +34,7 @@ from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
 from .cross_tokenizer import CrossTokenizer, TeacherSequence, least_divergence, score_with_teacher
 from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
+from .model_facts import prompt_learning_of
 from .scoring import text_logits
 from .shared_prefix import read_shared, without_wrapper
 from .trajectories import MISSING_LOGPROB
@@ -157,10 +159,9 @@ class LocalTeacher:
     def count_tokens(self, ids: Sequence[int], prompt_length: int) -> int:
         return len(ids)
 
-    def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> _StatesReading:
+    def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> _LogitsReading:
         first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
-        states_BTD = states_from(self.model, sequences, first)
-        return _StatesReading(self.model, states_BTD, [p - 1 - first for p in prompt_lengths])
+        return _LogitsReading(TextLogits(self.model, sequences, first), prompt_lengths)
 
     @torch.no_grad()
     def logprobs_of(self, sequences, prompt_lengths, positions, ids) -> list[list[list[float]]]:
@@ -174,14 +175,13 @@ class LocalTeacher:
         return rows
 
 
-class _StatesReading:
-    def __init__(self, model: PreTrainedModel, states_BTD: torch.Tensor, starts: Sequence[int]):
-        self.model, self.states_BTD, self.starts = model, states_BTD, starts
+class _LogitsReading:
+    def __init__(self, logits: TextLogits, prompt_lengths: Sequence[int]):
+        self.logits, self.prompt_lengths = logits, prompt_lengths
 
     def compare(self, b: int, where: slice, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor) -> Comparison:
-        start = self.starts[b]
-        states_SD = self.states_BTD[b, start + where.start : start + where.stop]
-        teacher_logits_SV = text_logits(self.model, states_SD)
+        first = self.prompt_lengths[b] - 1
+        teacher_logits_SV = self.logits.at(b, first + where.start, first + where.stop)
         return compare_logits(teacher_logits_SV.to(logits_SV.device), logits_SV, candidate_ids_SK)
 
 
@@ -299,14 +299,31 @@ def logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], firs
     return model(**_right_padded(model, sequences, first), **keep).logits[:, -(width - first) :]
 
 
-def states_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> torch.Tensor:
-    """The last hidden states (B, T - first, D) behind [`logits_from`].
+class TextLogits:
+    """Logits along right-padded rows, made when they are asked for.
 
-    Far smaller than logits over a large vocabulary; `scoring.text_logits` gives these for the positions that count.
+    Hidden states are kept in their place, which are far smaller where the vocabulary is large. A model with virtual
+    tokens in front of every text makes its logits at once.
+
+    Args:
+        model: causal language model.
+        sequences: token ids of the rows.
+        first: the first position that will be asked for.
     """
-    width = max(map(len, sequences))
-    output = get_decoder(without_wrapper(model))(**_right_padded(model, sequences, first))
-    return output.last_hidden_state[:, -(width - first) :]
+
+    def __init__(self, model: PreTrainedModel | PeftModel, sequences: Sequence[Sequence[int]], first: int):
+        self.model, self.first = model, first
+        self.has_logits = prompt_learning_of(model) is not None
+        if self.has_logits:
+            self.kept_BTX = logits_from(model, sequences, first)
+        else:
+            output = get_decoder(without_wrapper(model))(**_right_padded(model, sequences, first))
+            self.kept_BTX = output.last_hidden_state[:, -(max(map(len, sequences)) - first) :]
+
+    def at(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """Logits (S, V) of a row at the positions from `start` up to `stop`."""
+        kept_SX = self.kept_BTX[row, start - self.first : stop - self.first]
+        return kept_SX if self.has_logits else text_logits(self.model, kept_SX)
 
 
 def _right_padded(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> dict[str, Any]:
