@@ -53,7 +53,6 @@ from setting import (
 )
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
@@ -568,15 +567,9 @@ def parse_arguments(
     args = parser.parse_args(argv)
     for name in ("rates", "batch_sizes", "prefix_lengths", "variants", "scopes", "naive_batches"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # each once
-    if args.model is None:
-        fill_in_shape(args)
-    elif (args.num_layers, args.vocab_size) != (None, None):
+    if args.model is not None and (args.num_layers, args.vocab_size) != (None, None):
         parser.error("--num_layers and --vocab_size are those of --model: leave them out.")
-    else:
-        config = AutoConfig.from_pretrained(args.model).get_text_config()
-        args.num_layers, args.vocab_size = config.num_hidden_layers, config.vocab_size
-        args.model = args.model.rstrip("/")
-        args.shape = Path(args.model).name
+    fill_in_shape(args)
     if args.naive_rates is None:
         args.naive_rates = [min(args.rates)] if args.quick else args.rates
     args.slow_turns = min(args.slow_turns, args.turns)

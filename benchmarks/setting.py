@@ -10,7 +10,7 @@ from typing import NoReturn
 import peft
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 
 # vocabulary: that of `tiny` and `qwen2.5-0.5b` is cut, because a head of 151936 rows would hide the layers
@@ -48,6 +48,11 @@ def random_model(args: argparse.Namespace, num_positions: int, eos_token_id: int
 
 def fill_in_shape(args: argparse.Namespace) -> None:
     """Layers and vocabulary where no flag says otherwise."""
+    if getattr(args, "model", None) is not None:
+        config = AutoConfig.from_pretrained(args.model).get_text_config()
+        args.num_layers, args.vocab_size = config.num_hidden_layers, config.vocab_size
+        args.shape = Path(args.model).name
+        return
     own = dict(zip(SHAPE_FIELDS, SHAPES[args.shape]))
     args.vocab_size = own["vocab_size"] if args.vocab_size is None else args.vocab_size
     args.num_layers = own["num_hidden_layers"] if args.num_layers is None else args.num_layers

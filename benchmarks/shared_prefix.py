@@ -28,7 +28,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from setting import FIRST_TOKEN, NUM_RESERVED, SHAPES, Parser, check_file, fill_in_shape, machine_meta, random_model
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transformers_s2t import shared_prefix
 from transformers_s2t.config import write_json
@@ -187,12 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--shared must be at least {shared_prefix.MIN_SHARED}, got {args.shared}.")
     except ValueError as error:
         parser.error(str(error))
-    if args.model is None:
-        fill_in_shape(args)
-    else:
-        config = AutoConfig.from_pretrained(args.model).get_text_config()
-        args.num_layers, args.vocab_size = config.num_hidden_layers, config.vocab_size
-        args.shape = Path(args.model).name
+    fill_in_shape(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.device = "cpu"

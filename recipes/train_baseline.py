@@ -36,8 +36,8 @@ from transformers_s2t.reserved_tokens import check_same_vocabulary
 from transformers_s2t.scoring import text_logits
 from transformers_s2t.seen_problems import write_seen_problems
 from transformers_s2t.shared_prefix import can_share, share_in_forward
+from transformers_s2t.teachers import TextLogits
 from transformers_s2t.trajectories import TrajectoryHeader, read_labels
-from transformers_s2t.views import get_decoder
 
 
 METHODS = ("sft", "kd")
@@ -155,12 +155,10 @@ def keep_states(
     states, order = {}, sorted(texts, key=lambda text: len(text[0]))
     for begin in tqdm(range(0, len(order), batch_size), desc="The teacher's hidden states", unit="batch"):
         batch = order[begin : begin + batch_size]
-        longest = len(batch[-1][0])
-        ids_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch], device=teacher.device)
-        mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch]).to(ids_BT)
-        hidden_BTD = get_decoder(teacher)(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        first = min(start for _, start in batch) - 1
+        hidden_BTD = TextLogits(teacher, [ids for ids, _ in batch], first).kept_BTX
         for hidden_TD, (ids, start) in zip(hidden_BTD, batch):
-            states[tuple(ids)] = hidden_TD[start - 1 : len(ids) - 1].cpu().clone()
+            states[tuple(ids)] = hidden_TD[start - 1 - first : len(ids) - 1 - first].cpu().clone()
     return states
 
 

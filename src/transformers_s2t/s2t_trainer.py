@@ -61,7 +61,7 @@ from .scoring import (
     warn_without_tree,
 )
 from .seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems, write_seen_problems
-from .shared_prefix import is_random
+from .shared_prefix import is_random, runs_alone
 from .text_cache import TextCache
 from .trajectories import HUB_ID, TrajectoryCollator, TrajectoryHeader, read_held_out_labels, read_labels
 from .views import ModelViews, switch_adapter
@@ -348,8 +348,7 @@ class S2TTrainer(Trainer):
 
     def _texts_of(self, views: ModelViews) -> TextCache | None:
         """What the base model has read of the texts so far, where it reads the same in every epoch."""
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self._text_cache is None or is_distributed or is_random(views.base):
+        if self._text_cache is None or not runs_alone() or is_random(views.base):
             return None
         return self._text_cache
 

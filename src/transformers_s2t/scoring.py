@@ -41,6 +41,7 @@ from .shared_prefix import (
     positions_from_mask,
     read_shared,
     repeat_rows,
+    runs_alone,
     share,
     shared_columns,
 )
@@ -625,13 +626,11 @@ def packed_hidden(
     if not supports_packing(views.model):
         return _hidden_one_by_one(views, input_ids_BT, mask_BT, points, adapter_scope)
     positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
-    # processes that share out the weights must run as many forwards as each other
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if adapter_scope == "candidate":
         with torch.no_grad():
             cache = None if texts is None else texts.read(input_ids_BT, mask_BT)
             if cache is None:
-                cache = read_shared(views.base, input_ids_BT, mask_BT) if alone else None
+                cache = read_shared(views.base, input_ids_BT, mask_BT) if runs_alone() else None
                 if cache is None:
                     cache = DynamicCache()  # windowed layers keep everything too: candidates stand all along the text
                 start = cache.get_seq_length()
@@ -654,7 +653,9 @@ def packed_hidden(
             tree=True,
         )
         return appended.hidden_BMD, None
-    shared = share(views.adapted, input_ids_BT, mask_BT) if alone and not is_random(views.adapted) else None
+    shared = None
+    if runs_alone() and not is_random(views.adapted):
+        shared = share(views.adapted, input_ids_BT, mask_BT)
     start = 0 if shared is None else shared.hidden_BPD.shape[1]
     num_new = input_ids_BT.shape[1] - start
     mask = tree_attention(views.model, mask_BT, points.positions_BM, num_new, shared and shared.cache)

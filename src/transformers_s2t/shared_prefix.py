@@ -144,6 +144,11 @@ def _drops_caches(model: torch.nn.Module) -> bool:
     return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def runs_alone() -> bool:
+    """Whether there is one process: several that share out the weights must run as many forwards as each other."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def is_random(model: torch.nn.Module) -> bool:
     """Whether a forward draws something, dropout for example: for rows that share tokens once, not for each."""
     return next(random_places(model), None) is not None
