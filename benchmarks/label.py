@@ -70,9 +70,10 @@ from transformers_s2t.trajectories import TrajectoryHeader, shard_files
 #: The pair that ships here.
 EMBEDDED = Path(__file__).resolve().parents[1] / "recipes" / "embedded"
 
-sys.path += [str(EMBEDDED.parent), str(EMBEDDED)]
+sys.path.append(str(EMBEDDED))
 from corpus import build_split  # noqa: E402
-from problems import encode_prompts, load_problems  # noqa: E402
+
+from s2t_recipes.problems import encode_prompts, load_problems  # noqa: E402
 
 
 #: The teacher of each shape: twice as wide.

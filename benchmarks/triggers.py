@@ -65,10 +65,11 @@ from transformers_s2t.triggers import calibrate_threshold
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-sys.path += [str(RECIPES), str(RECIPES / "embedded")]
+sys.path.append(str(RECIPES / "embedded"))
 from corpus import build_split, write_jsonl  # noqa: E402
-from demo import PARTS, Stages, check_same_run, recipe  # noqa: E402
-from models import load_model  # noqa: E402
+
+from s2t_recipes.demo import PARTS, Stages, check_same_run, recipe  # noqa: E402
+from s2t_recipes.models import load_model  # noqa: E402
 
 
 PAIRS = ("embedded", "babyllama")
@@ -256,7 +257,7 @@ def summarize_aucs(pair: str, figures: list[dict], resamples: list[dict[str, np.
 
 
 def decoded_row(records: list[dict], greedy: list[dict]) -> dict[str, Any]:
-    """Accuracy, flips of problems and achieved rates from the records of recipes/evaluate.py."""
+    """Accuracy, flips of problems and achieved rates from the records of recipes/eval.py."""
     right_P = np.array([record["correct"] for record in records])
     greedy_P = np.array([record["correct"] for record in greedy])
     row = {
@@ -438,7 +439,7 @@ def copy_adapter(source: Path, target: Path) -> None:
 
 
 def policies_of(args: argparse.Namespace, is_first: bool) -> list[str]:
-    """What recipes/evaluate.py runs for one selector; the first one brings what needs no selector."""
+    """What recipes/eval.py runs for one selector; the first one brings what needs no selector."""
     bare = bare_rate(args.rates)
     rated = [f"{trigger}:{rate:g}" for trigger in TRIGGERS for rate in args.rates]
     policies = ["greedy", *(f"s2t-local:{name}" for name in rated), "s2t-local:always", "s2t-local-bare:always"]
@@ -502,7 +503,7 @@ def prepare_embedded(args: argparse.Namespace) -> dict[str, Any]:
     outputs = [work / f"decoded-seed{k}" for k in range(args.num_seeds)]
     stages.run_side_by_side(
         {
-            f"seed {k}": [recipe("evaluate.py"), *models, "--adapters", str(adapter), "--output_dir", str(outputs[k])]
+            f"seed {k}": [recipe("eval.py"), *models, "--adapters", str(adapter), "--output_dir", str(outputs[k])]
             + ["--dataset", str(run / "data" / "test.jsonl"), "--answer_style", "hash", "--max_new_tokens", length]
             + ["--batch_size", "250", "--dtype", "float32", "--limit", str(args.num_test), "--seed", str(k)]
             + ["--num_examples", "0", "--policies", *policies_of(args, k == 0)]
@@ -524,7 +525,7 @@ def is_local(policy: str) -> bool:
 
 
 def records_of(output: Path, policy: str) -> list[dict]:
-    """What recipes/evaluate.py kept of a policy, one record per problem."""
+    """What recipes/eval.py kept of a policy, one record per problem."""
     name = policy.replace(":", "_") + ("_adapter0" if is_local(policy) else "")
     lines = (output / "records" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[1:]]

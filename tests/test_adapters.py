@@ -4,11 +4,14 @@ import sys
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from test_evaluate import load_recipe
 from tiny import RESERVED, lora_model, tiny_model
 from tiny_labels import make_labels, make_uneven_labels, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from s2t_recipes import demo
+from s2t_recipes.evaluation import agreement, evaluate, retention
+from s2t_recipes.labeling import label
+from s2t_recipes.training import calibrate, imitate, merge, router, train
 from transformers_s2t import S2TConfig, S2TTrainer, SelectorConfig
 from transformers_s2t.reserved_tokens import vocab_hash
 from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
@@ -43,12 +46,24 @@ LABELS = {"--labels": "{bed}/labels"}
 OUT = {"--output_dir": "{bed}/out"}
 DATASET = {"--dataset": "{bed}/problems.jsonl"}
 SELECTOR = {"--adapter": "{bed}/selector"}
+MODULES = {
+    "agreement": agreement,
+    "calibrate": calibrate,
+    "demo": demo,
+    "eval": evaluate,
+    "label": label,
+    "merge": merge,
+    "retention": retention,
+    "train": train,
+    "train_baseline": imitate,
+    "train_router": router,
+}
 #: recipe -> arguments that would run
 RECIPES = {
     "agreement": LABELS | {"--adapters": "{bed}/selector"},
     "calibrate": PAIR | LABELS | SELECTOR,
     "demo": PAIR | DATASET | OUT,
-    "evaluate": PAIR | DATASET | OUT,
+    "eval": PAIR | DATASET | OUT,
     "label": PAIR | DATASET | OUT,
     "merge": MODEL | OUT | {"--adapter": "{bed}/tuned"},
     "retention": MODEL | LABELS | {"--text": "{bed}/problems.jsonl", "--tuned": "sft={bed}/tuned"},
@@ -58,22 +73,21 @@ RECIPES = {
 }
 GIVEN = [(recipe, "--model", folder) for recipe in RECIPES for folder in ("selector", "tuned")]
 GIVEN += [(recipe, "--teacher_model", "selector") for recipe in RECIPES if "--teacher_model" in RECIPES[recipe]]
-GIVEN += [(recipe, "--tuned", "selector") for recipe in ("evaluate", "retention")]
+GIVEN += [(recipe, "--tuned", "selector") for recipe in ("eval", "retention")]
 GIVEN += [("merge", "--adapter", "selector")]
 
 
 @pytest.mark.parametrize(("recipe", "argument", "given"), GIVEN, ids=lambda value: value.strip("-"))
 def test_a_recipe_refuses_adapters_that_would_write_text(bed, monkeypatch, capsys, recipe, argument, given):
-    module = load_recipe(recipe)
     for name, loaded in list(sys.modules.items()):  # before a model is loaded
-        if hasattr(loaded, "AutoModelForCausalLM") and (name.startswith("recipe_") or name in ("models", "adapters")):
+        if name.startswith("s2t_recipes.") and hasattr(loaded, "AutoModelForCausalLM"):
             monkeypatch.setattr(loaded, "AutoModelForCausalLM", None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     value = f"sft={bed}/{given}" if argument == "--tuned" else f"{bed}/{given}"
     arguments = {name: text.replace("{bed}", str(bed)) for name, text in RECIPES[recipe].items()} | {argument: value}
     monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *(part for pair in arguments.items() for part in pair)])
     with pytest.raises((ValueError, SystemExit)) as error:
-        module.main()
+        MODULES[recipe].main()
     message = str(error.value) + capsys.readouterr().err
     assert f"`{argument[2:]}` must be" in message and f"{bed}/{given}" in message
     assert not (bed / "out").exists()

@@ -5,13 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from test_evaluate import load_recipe
 
+from s2t_recipes.evaluation import agreement
 from transformers_s2t import FusionWeights
 from transformers_s2t.calibration import ScoredPoints
 
 
-agreement = load_recipe("agreement")
 NUM_POINTS, NUM_CANDIDATES = 60, 5
 
 

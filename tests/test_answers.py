@@ -1,15 +1,10 @@
 """recipes/answers.py: what counts as the answer of a text, and as the right one."""
 
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
-from answers import STYLES, extract_answer, is_correct, normalize, stand_ins  # noqa: E402
+from s2t_recipes.answers import STYLES, extract_answer, is_correct, normalize, stand_ins
 
 
 @pytest.mark.parametrize(
@@ -279,7 +274,7 @@ def test_what_is_correct_by_another_votes_with_it():
 
 
 def test_equal_texts_are_compared_once(monkeypatch):
-    import answers
+    from s2t_recipes import answers
 
     calls = []
     monkeypatch.setattr(answers, "_is_right", lambda *arguments: calls.append(arguments) or False)

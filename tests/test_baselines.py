@@ -1,8 +1,6 @@
-"""recipes/train_baseline.py and `--tuned` of recipes/evaluate.py: what S2T-Local has to be compared with."""
+"""recipes/train_baseline.py and `--tuned` of recipes/eval.py: what S2T-Local has to be compared with."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,30 +9,19 @@ from safetensors.torch import load_file
 from tiny import EOS, RESERVED, disagreeing_pair, tiny_model
 from tiny_labels import tiny_tokenizer
 
+from s2t_recipes.evaluation import evaluate
+from s2t_recipes.labeling import label
+from s2t_recipes.report import html_report
+from s2t_recipes.training import imitate
 from transformers_s2t.seen_problems import read_seen_problems
 from transformers_s2t.trajectories import read_labels
 
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 NEW_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
-def recipes():
-    sys.path.insert(0, str(RECIPES))
-    try:
-        import evaluate
-        import html_report
-        import label
-        import train_baseline
-    finally:
-        sys.path.remove(str(RECIPES))
-    modules = {"evaluate": evaluate, "html_report": html_report, "label": label}
-    return modules | {"train_baseline": train_baseline}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, recipes):
+def folder(tmp_path_factory):
     """A pair, labels of ten problems, and both baselines trained on them."""
     folder = tmp_path_factory.mktemp("baselines")
     for name, model in zip(("student", "teacher"), disagreeing_pair()):
@@ -48,12 +35,12 @@ def folder(tmp_path_factory, recipes):
             lines.append(json.dumps({"prompt": " ".join(f"w{id}" for id in words), "answer": "w7"}))
         (folder / f"{part}.jsonl").write_text("\n".join(lines))
     pair = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher"), "--dtype", "float32"]
-    recipes["label"].main(
+    label.main(
         [*pair, "--dataset", str(folder / "train.jsonl"), "--output_dir", str(folder / "labels")]
         + ["--max_new_tokens", str(NEW_TOKENS), "--num_candidates", "8"]
     )
     for method in ("sft", "kd"):
-        recipes["train_baseline"].main(train(folder, method))
+        imitate.main(train(folder, method))
     return folder
 
 
@@ -65,18 +52,18 @@ def train(folder, method, *options):
     return [*arguments, *options]
 
 
-def texts_of(folder, method, recipes, **more):
+def texts_of(folder, method, **more):
     """What the method trains on, made by the recipe."""
     labels, header = read_labels(str(folder / "labels"))
-    module = recipes["train_baseline"]
+    module = imitate
     args = module.BaselineArguments(
         method, str(folder / "student"), str(folder / "teacher"), str(folder / "labels"), teacher_batch_size=4, **more
     )
     return module.make_texts(args, labels, header, 0), disagreeing_pair()[1], labels
 
 
-def test_fine_tuning_learns_from_the_teachers_own_greedy_texts(folder, recipes):
-    texts, teacher, labels = texts_of(folder, "sft", recipes)
+def test_fine_tuning_learns_from_the_teachers_own_greedy_texts(folder):
+    texts, teacher, labels = texts_of(folder, "sft")
     assert len(texts) == 10
     for (ids, start), row in zip(texts, labels):
         prompt = row["input_ids"][: row["prompt_length"]]
@@ -90,10 +77,10 @@ def test_fine_tuning_learns_from_the_teachers_own_greedy_texts(folder, recipes):
         assert ids == expected[0].tolist() and start == len(prompt)
 
 
-def test_fine_tuning_can_learn_from_texts_that_the_teacher_samples(folder, recipes, tmp_path):
-    texts, _, labels = texts_of(folder, "sft", recipes, num_samples=3)
-    again, _, _ = texts_of(folder, "sft", recipes, num_samples=2)
-    greedy, _, _ = texts_of(folder, "sft", recipes)
+def test_fine_tuning_can_learn_from_texts_that_the_teacher_samples(folder, tmp_path):
+    texts, _, labels = texts_of(folder, "sft", num_samples=3)
+    again, _, _ = texts_of(folder, "sft", num_samples=2)
+    greedy, _, _ = texts_of(folder, "sft")
     assert (
         len(texts) == 30 and [texts[3 * n + i] for n in range(10) for i in range(2)] == again
     )  # batches do not matter
@@ -103,19 +90,19 @@ def test_fine_tuning_can_learn_from_texts_that_the_teacher_samples(folder, recip
         assert len({tuple(ids) for ids, _ in own} | {tuple(greedy[n][0])}) > 1
     output = tmp_path / "sampled"
     options = ["--output_dir", str(output), "--num_samples", "3", "--attn_implementation", "eager"]
-    recipes["train_baseline"].main(train(folder, "sft", *options))
+    imitate.main(train(folder, "sft", *options))
     assert json.loads((output / "baseline.json").read_text())["texts"] == 30
 
 
-def test_the_teacher_writes_once_what_several_trainings_want(folder, recipes, tmp_path, monkeypatch):
-    module, kept = recipes["train_baseline"], {"teacher_texts": str(tmp_path / "texts")}
+def test_the_teacher_writes_once_what_several_trainings_want(folder, tmp_path, monkeypatch):
+    module, kept = imitate, {"teacher_texts": str(tmp_path / "texts")}
     written, write_texts = [], module.write_texts
     monkeypatch.setattr(module, "write_texts", lambda *args: written.append(1) or write_texts(*args))
-    greedy, sampled = (texts_of(folder, "sft", recipes, num_samples=number)[0] for number in (None, 3))
+    greedy, sampled = (texts_of(folder, "sft", num_samples=number)[0] for number in (None, 3))
     written.clear()
     for _ in range(2):
-        assert texts_of(folder, "sft", recipes, **kept)[0] == greedy
-        assert texts_of(folder, "sft", recipes, num_samples=3, **kept)[0] == sampled
+        assert texts_of(folder, "sft", **kept)[0] == greedy
+        assert texts_of(folder, "sft", num_samples=3, **kept)[0] == sampled
     assert len(written) == 2 and len(list((tmp_path / "texts").iterdir())) == 2
     for name in ("first", "second"):
         options = ["--output_dir", str(tmp_path / name), "--max_problems", "4"]
@@ -125,8 +112,8 @@ def test_the_teacher_writes_once_what_several_trainings_want(folder, recipes, tm
     assert all(torch.equal(weights, second[name]) for name, weights in first.items())
 
 
-def test_distillation_goes_along_the_students_own_texts(folder, recipes):
-    texts, _, labels = texts_of(folder, "kd", recipes)
+def test_distillation_goes_along_the_students_own_texts(folder):
+    texts, _, labels = texts_of(folder, "kd")
     assert texts == list(zip(labels["input_ids"], labels["prompt_length"]))
 
 
@@ -141,9 +128,9 @@ def mean_kl(model, teacher, texts):
 
 
 @torch.no_grad()
-def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(folder, recipes, monkeypatch):
-    texts, teacher, _ = texts_of(folder, "kd", recipes)
-    module = recipes["train_baseline"]
+def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(folder, monkeypatch):
+    texts, teacher, _ = texts_of(folder, "kd")
+    module = imitate
     model = tiny_model()
     width = max(len(ids) for ids, _ in texts)
     inputs = {
@@ -168,8 +155,8 @@ def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(fol
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["sft", "kd"])
-def test_training_comes_closer_to_the_teacher_and_says_what_it_has_seen(folder, recipes, method):
-    texts, teacher, labels = texts_of(folder, method, recipes)
+def test_training_comes_closer_to_the_teacher_and_says_what_it_has_seen(folder, method):
+    texts, teacher, labels = texts_of(folder, method)
     before, after = tiny_model(), PeftModel.from_pretrained(tiny_model(), str(folder / method))
     assert mean_kl(after, teacher, texts) < mean_kl(before, teacher, texts)
     assert read_seen_problems(folder / method)["training"] == set(labels["problem_id"])
@@ -179,16 +166,15 @@ def test_training_comes_closer_to_the_teacher_and_says_what_it_has_seen(folder, 
     assert not any("embed_tokens" in name for name in load_file(folder / method / "adapter_model.safetensors"))
 
 
-def test_what_is_trained_is_not_trained_again_unless_asked(folder, recipes, capsys):
-    recipes["train_baseline"].main(train(folder, "sft"))
+def test_what_is_trained_is_not_trained_again_unless_asked(folder, capsys):
+    imitate.main(train(folder, "sft"))
     assert "already holds a trained adapter" in capsys.readouterr().out
 
 
-def evaluate(recipes, folder, output, *policies, **settings):
-    module = recipes["evaluate"]
+def run_evaluation(folder, output, *policies, **settings):
     settings = {"teacher_model": None, "policies": list(policies) or None, "answer_style": "auto"} | settings
-    return module.evaluate(
-        module.EvaluateArguments(
+    return evaluate.evaluate(
+        evaluate.EvaluateArguments(
             model=str(folder / "student"),
             dataset=str(folder / "test.jsonl"),
             output_dir=str(output),
@@ -198,17 +184,17 @@ def evaluate(recipes, folder, output, *policies, **settings):
     )
 
 
-def test_tuned_adapters_are_measured_beside_greedy_seed_by_seed(folder, recipes, tmp_path):
+def test_tuned_adapters_are_measured_beside_greedy_seed_by_seed(folder, tmp_path):
     tuned = [f"sft={folder / 'sft'}", f"sft={folder / 'kd'}", f"kd={folder / 'kd'}"]
-    report = evaluate(recipes, folder, tmp_path, "greedy", "sft", "kd", tuned=tuned)
+    report = run_evaluation(folder, tmp_path, "greedy", "sft", "kd", tuned=tuned)
     assert [(row["policy"], row["num_seeds"]) for row in report["rows"]] == [("greedy", 1), ("sft", 2), ("kd", 1)]
     files = {file.name for file in (tmp_path / "records").iterdir() if file.suffix == ".jsonl"}
     assert {"greedy.jsonl", "sft_adapter0.jsonl", "sft_adapter1.jsonl", "kd_adapter0.jsonl"} <= files
     assert [len(row["records"]) for row in report["rows"]] == [1, 2, 1]
-    runs, notes = recipes["html_report"].read_runs(tmp_path, report["rows"])
+    runs, notes = html_report.read_runs(tmp_path, report["rows"])
     assert [(run.row["policy"], run.seed) for run in runs] == [("greedy", None), ("sft", 0), ("sft", 1), ("kd", 0)]
     assert notes == []
-    read = recipes["evaluate"].read_records
+    read = evaluate.read_records
     (_, first), (_, second), (_, kd) = (read(tmp_path / "records" / f"{name}.jsonl") for name in
                                         ("sft_adapter0", "sft_adapter1", "kd_adapter0"))  # fmt: skip
     assert [one["text"] for one in second] == [one["text"] for one in kd] != [one["text"] for one in first]
@@ -222,10 +208,10 @@ def test_tuned_adapters_are_measured_beside_greedy_seed_by_seed(folder, recipes,
     assert kd[0]["text"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
-def test_problems_that_a_tuned_adapter_has_seen_are_refused(folder, recipes, tmp_path):
+def test_problems_that_a_tuned_adapter_has_seen_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"`dataset` shares 10 of its 10 problems .*in training \(10\)"):
-        recipes["evaluate"].evaluate(
-            recipes["evaluate"].EvaluateArguments(
+        evaluate.evaluate(
+            evaluate.EvaluateArguments(
                 model=str(folder / "student"),
                 dataset=str(folder / "train.jsonl"),
                 output_dir=str(tmp_path),
@@ -236,9 +222,9 @@ def test_problems_that_a_tuned_adapter_has_seen_are_refused(folder, recipes, tmp
 
 
 @pytest.mark.parametrize("text", ["kd", "=x", "kd=", "greedy=x", "s2t=x", "maj@8=x", "a:b=x"])
-def test_names_of_tuned_adapters_are_checked(folder, recipes, tmp_path, text):
+def test_names_of_tuned_adapters_are_checked(folder, tmp_path, text):
     with pytest.raises(ValueError, match="`tuned` must be name=folder with a name that no other policy has, got"):
-        evaluate(recipes, folder, tmp_path, "greedy", tuned=[text])
+        run_evaluation(folder, tmp_path, "greedy", tuned=[text])
 
 
 @pytest.mark.parametrize(
@@ -255,7 +241,7 @@ def test_names_of_tuned_adapters_are_checked(folder, recipes, tmp_path, text):
         ),
     ],
 )
-def test_bad_arguments_are_named(recipes, changes, message):
+def test_bad_arguments_are_named(changes, message):
     settings = {"method": "sft", "model": "m", "teacher_model": "t", "labels": "l"} | changes
     with pytest.raises(ValueError, match=message):
-        recipes["train_baseline"].BaselineArguments(**settings)
+        imitate.BaselineArguments(**settings)

@@ -3,24 +3,14 @@ depends on how long a run takes."""
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 
+import label
 import pytest
 import torch
 
-
-FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "label.py"
-SPEC = importlib.util.spec_from_file_location("benchmark_label", FILE)  # recipes/ has a label.py too
-label = importlib.util.module_from_spec(SPEC)
-sys.path.insert(0, str(FILE.parent))
-try:
-    SPEC.loader.exec_module(label)
-finally:
-    sys.path.remove(str(FILE.parent))
 
 P, S, K = 5, 7, 4
 ARGUMENTS = "--shape tiny --prompt_tokens 5 --new_tokens 7 --num_candidates 4 --batch_sizes 3 2 --turns 2".split()

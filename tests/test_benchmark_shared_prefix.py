@@ -1,33 +1,17 @@
 """What benchmarks/shared_prefix.py compares and writes, on its tiny shape. Nothing here depends on times."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import shared_prefix as bench
 import torch
 
 
-FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "shared_prefix.py"
 TINY = ["--shape", "tiny", "--num_layers", "2", "--vocab_size", "300", "--batch_size", "8", "--own", "6"]
 TINY += ["--new_tokens", "8", "--turns", "1", "--shared", "9", "12"]
 
 
-@pytest.fixture(scope="module")
-def bench():
-    before = list(sys.path)
-    sys.path.insert(0, str(FILE.parent))
-    try:
-        spec = importlib.util.spec_from_file_location("bench_shared_prefix", FILE)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = before
-    return module
-
-
-def test_every_part_is_timed_with_sharing_and_without(bench, tmp_path, capsys, monkeypatch):
+def test_every_part_is_timed_with_sharing_and_without(tmp_path, capsys, monkeypatch):
     tokens = []
 
     def timed(function):
@@ -52,7 +36,7 @@ def test_every_part_is_timed_with_sharing_and_without(bench, tmp_path, capsys, m
     assert "| rollout | 9 | 1.00 [1.00, 1.00] |" in capsys.readouterr().out
 
 
-def test_other_numbers_end_the_run(bench):
+def test_other_numbers_end_the_run():
     bench.compare("rollout", [[1]], [[1]])
     with pytest.raises(RuntimeError, match="Texts differ"):
         bench.compare("rollout", [[1]], [[2]])
@@ -61,7 +45,7 @@ def test_other_numbers_end_the_run(bench):
 
 
 @pytest.mark.parametrize("flags", [["--shared", "4"], ["--turns", "0"], ["--batch_size", "2"]])
-def test_bad_flags_are_told_in_one_line(bench, capsys, flags):
+def test_bad_flags_are_told_in_one_line(capsys, flags):
     with pytest.raises(SystemExit) as error:
         bench.main([*TINY, *flags])
     assert error.value.code == 2 and "must be at least" in capsys.readouterr().err

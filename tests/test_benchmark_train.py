@@ -1,25 +1,14 @@
 """What benchmarks/train.py counts and writes, on its tiny shape. Nothing here depends on how long a run takes."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import train
 
-
-FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "train.py"
-SPEC = importlib.util.spec_from_file_location("benchmark_train", FILE)  # recipes/ has a train.py too
-train = importlib.util.module_from_spec(SPEC)
-sys.path.insert(0, str(FILE.parent))
-try:
-    SPEC.loader.exec_module(train)
-finally:
-    sys.path.remove(str(FILE.parent))
 
 T, N, K = 24, 3, 4
 ARGUMENTS = "--shape tiny --num_tokens 24 --num_points 3 --num_candidates 4 --turns 1 --threads 1".split()

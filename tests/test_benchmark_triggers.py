@@ -1,14 +1,13 @@
 """What benchmarks/triggers.py counts, writes and draws, on a few tokens worked out by hand. Trains nothing."""
 
-import importlib.util
 import json
 import math
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+import triggers
 from datasets import Dataset
 
 from transformers_s2t import FusionWeights, SelectorConfig
@@ -20,14 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "benchmarks" / "triggers.py"
 RESULTS = ROOT / "benchmarks" / "results" / "triggers.json"
 PAGE = ROOT / "docs" / "triggers.md"
-SPEC = importlib.util.spec_from_file_location("benchmark_triggers", FILE)
-triggers = importlib.util.module_from_spec(SPEC)
-path = list(sys.path)
-sys.path.insert(0, str(FILE.parent))
-try:
-    SPEC.loader.exec_module(triggers)
-finally:
-    sys.path[:] = path
 
 CONFIG = SelectorConfig(reserved_token_ids=(90, 91), warmup_tokens=1)
 SETTINGS = ["--num_seeds", "2", "--rates", "0.1", "0.5"]

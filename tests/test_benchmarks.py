@@ -3,22 +3,14 @@
 import contextlib
 import io
 import json
-import sys
-from pathlib import Path
 
+import decode
 import pytest
 import torch
 from tiny import make_selector, prompts, tiny_model
 
 from transformers_s2t import S2TDecodingConfig, S2TTrace, s2t_generate
 
-
-BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
-sys.path.insert(0, BENCHMARKS)
-try:
-    import decode
-finally:
-    sys.path.remove(BENCHMARKS)
 
 NEW_TOKENS, RATES, BATCHES = 20, (0.1, 0.25), (1, 2)
 ARGUMENTS = "--shape tiny --new_tokens 20 --rates 0.1 0.25 --batch_sizes 1 2 --prefix_lengths 9 --turns 1".split()

@@ -6,16 +6,15 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
-from test_evaluate import load_recipe
 from tiny import ROADS, prompts, single, tiny_model
 from tiny_architectures import NaiveCausalLM, make_model
 
+from s2t_recipes.evaluation import controls
 from transformers_s2t import S2T, S2TDecodingConfig, S2TTrace, s2t_generate
 from transformers_s2t.model_checks import check_reads_in_parts
 
 
 NEW_TOKENS = 12
-controls = load_recipe("controls")
 
 
 def generate(model, inputs, selector, road="fast", **config):

@@ -3,7 +3,6 @@
 Legend: S positions, K candidates, P partition (K + 1), V vocabulary.
 """
 
-import importlib
 import json
 from dataclasses import replace
 from hashlib import sha256
@@ -17,6 +16,7 @@ from test_labeling import assert_same_rows
 from tiny import BOS, EOS, PAD, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from s2t_recipes.labeling import label as label_recipe
 from transformers_s2t import S2TConfig, S2TTrainer, labeling
 from transformers_s2t.cross_tokenizer import CrossTokenizer, partition_divergence, score_with_teacher
 from transformers_s2t.labeling import label_problems, label_stats
@@ -266,8 +266,7 @@ def test_a_selector_learns_from_such_labels(tmp_path):
 
 @pytest.fixture
 def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    return importlib.import_module("label")
+    return label_recipe
 
 
 TEMPLATE = "{% for m in messages %}c{{ m.content }}{% endfor %}{% if add_generation_prompt %}MARK{% endif %}"

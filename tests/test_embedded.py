@@ -1,7 +1,6 @@
 """The embedded pair: its grammar, its tokenizer, its splits and the two shipped checkpoints."""
 
 import hashlib
-import importlib
 import json
 import random
 import re
@@ -9,27 +8,16 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import corpus
+import premise
+import pretrain
 import pytest
+import tokenizer as tokenizer_recipe
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "recipes" / "embedded"
-
-
-def load_recipe(name: str):
-    """A module of recipes/embedded under its own name; the path is only on `sys.path` while it loads."""
-    sys.path.insert(0, str(EMBEDDED))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(EMBEDDED))
-
-
-corpus = load_recipe("corpus")
-tokenizer_recipe = load_recipe("tokenizer")
-pretrain = load_recipe("pretrain")
-premise = load_recipe("premise")
 
 
 @pytest.fixture(scope="module")

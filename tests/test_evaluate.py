@@ -1,6 +1,5 @@
-"""recipes/evaluate.py and report.py: policies, votes, intervals, and one run on tiny random models."""
+"""recipes/eval.py and report.py: policies, votes, intervals, and one run on tiny random models."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -15,6 +14,9 @@ import torch
 from tiny import lora_model, tiny_model
 from transformers import AutoTokenizer
 
+from s2t_recipes import demo, row_names, splits
+from s2t_recipes.evaluation import evaluate
+from s2t_recipes.report import report
 from transformers_s2t import FusionWeights, SelectorConfig
 from transformers_s2t.fusion import fused_scores
 from transformers_s2t.reserved_tokens import find_reserved_token_ids, vocab_hash
@@ -25,23 +27,6 @@ from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_la
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
-def load_recipe(name):
-    """A module of recipes/ under another name: `evaluate` is also a library."""
-    sys.path.insert(0, str(RECIPES))
-    try:
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(RECIPES))
-
-
-evaluate = load_recipe("evaluate")
-report = load_recipe("report")
-demo = load_recipe("demo")
-splits = load_recipe("splits")
-row_names = sys.modules["row_names"]
 Policy = evaluate.Policy
 
 
@@ -279,7 +264,7 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
     monkeypatch.setattr(
         evaluate.Bench, "run", lambda self, policy, *rest: ran.append(policy.label) or run(self, policy, *rest)
     )
-    monkeypatch.setattr(sys.modules["fidelity"], "score_points", None)
+    monkeypatch.setattr(fidelity, "score_points", None)
     again = evaluate.evaluate(args)
     assert (again["rows"], again["fidelity"]) == (result["rows"], fidelity)
     assert ran == []

@@ -1,24 +1,23 @@
 """recipes/fidelity.py and estimates.py: agreement with the teacher by divergence, against loops over points."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from test_evaluate import load_recipe
 from tiny import RESERVED, lora_model, make_selector, tiny_model
 from tiny_labels import make_uneven_labels, tiny_tokenizer
 
+from s2t_recipes import estimates
+from s2t_recipes import records as records_module
+from s2t_recipes.evaluation import fidelity
+from s2t_recipes.report import charts
 from transformers_s2t import FusionWeights, SelectorConfig
 from transformers_s2t.calibration import score_labels
 from transformers_s2t.reserved_tokens import vocab_hash
 from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
 
-fidelity = load_recipe("fidelity")
-charts = load_recipe("charts")
-estimates, records_module = sys.modules["estimates"], sys.modules["records"]
 NUM_CANDIDATES, RATIO = 3, 0.3  # of four; some of them are below the floor
 
 

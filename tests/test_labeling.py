@@ -3,11 +3,9 @@
 Legend: S generated positions, K candidates, V vocabulary.
 """
 
-import importlib
 import json
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from hashlib import sha256
@@ -26,6 +24,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from s2t_recipes import problems
+from s2t_recipes.labeling import label as label_recipe
 from transformers_s2t import TeacherSelector, labeling, s2t_generate
 from transformers_s2t.labeling import (
     choose_positions,
@@ -82,15 +82,6 @@ def own_cache(tmp_path_factory, monkeypatch):
 def many(prompts):
     """Enough problems for both splits."""
     return {f"q{i}": [*list(prompts.values())[i % len(prompts)], 3 + i] for i in range(24)}
-
-
-def load_recipe(name):
-    """A module of recipes/; the path is only on `sys.path` while it loads."""
-    sys.path.insert(0, str(RECIPES))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(RECIPES))
 
 
 def label(pair, prompts, folder, header=HEADER, **kwargs):
@@ -552,7 +543,6 @@ def test_a_share_that_leaves_nothing_to_train_on_is_refused(pair, many, tmp_path
 
 
 def test_problems_from_files_and_folders(tmp_path):
-    problems = load_recipe("problems")
     rows = [
         {"id": "a", "prompt": "one", "answer": "1"},
         {"id": "a", "prompt": "two", "answer": 2},
@@ -587,7 +577,6 @@ def test_problems_from_files_and_folders(tmp_path):
 
 def test_an_empty_cell_is_no_answer(tmp_path):
     """NaN, which is how pandas writes a missing number, became the text "nan" that every model had wrong."""
-    problems = load_recipe("problems")
 
     def answers_in(name):
         return [problem.answer for problem in problems.load_problems(str(tmp_path / name))]
@@ -612,7 +601,6 @@ def test_an_empty_cell_is_no_answer(tmp_path):
 
 
 def test_division_by_id_is_disjoint_and_stable():
-    problems = load_recipe("problems")
     many = [problems.Problem(str(i), "text", None) for i in range(2000)]
     parts = problems.split_by_id(many, {"train": 0.6, "held": 0.2})
     assert not {p.id for p in parts["train"]} & {p.id for p in parts["held"]}
@@ -668,7 +656,6 @@ def command(bench, **changes):
 
 
 def test_prompts_are_encoded_ready_to_go_on():
-    problems = load_recipe("problems")
     tokenizer = make_tokenizer(appends_eos=True)
     assert tokenizer("w1 w2")["input_ids"] == [1, 4, 5, EOS]
     assert problems.encode_prompts(tokenizer, ["w1 w2", "w3 </s>"]) == [[1, 4, 5], [1, 6, EOS]]
@@ -688,7 +675,6 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System rol
 
 
 def test_template_variables_are_passed_on_and_unknown_ones_refused():
-    problems = load_recipe("problems")
     tokenizer = make_tokenizer(appends_eos=True)
     tokenizer.chat_template = THINKS
 
@@ -755,7 +741,6 @@ def test_template_variables_are_passed_on_and_unknown_ones_refused():
 )
 def test_a_template_that_cannot_be_filled_is_one_line(template, settings, message):
     """jinja2's errors are no ValueErrors: they came as a traceback."""
-    problems = load_recipe("problems")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message) as caught:
@@ -765,20 +750,18 @@ def test_a_template_that_cannot_be_filled_is_one_line(template, settings, messag
 
 @pytest.mark.parametrize("given", ["[1]", "thinking=false", "3", '{"a": 1', '"text"', [1], 3])
 def test_template_variables_are_a_mapping(given):
-    problems = load_recipe("problems")
     with pytest.raises(ValueError, match="`chat_template_kwargs` must be a JSON object, e.g. .* got "):
         problems.read_template_kwargs(given)
 
 
 def test_template_variables_as_they_are_given():
-    problems = load_recipe("problems")
     assert problems.read_template_kwargs('{"a": false, "b": [1]}') == {"a": False, "b": [1]}
     assert problems.read_template_kwargs({"a": False}) == {"a": False}
     assert problems.read_template_kwargs(None) is problems.read_template_kwargs("{}") is None
 
 
 def test_recipe_end_to_end(bench, capsys):
-    recipe = load_recipe("label")
+    recipe = label_recipe
     (bench / "label.yaml").write_text("target_rate: 0.2\npoints: kl\nmin_prob_ratio: 0.1\n")
     recipe.main([*command(bench), "--config", str(bench / "label.yaml")])
     printed = capsys.readouterr().out
@@ -802,7 +785,7 @@ def numbers_of(printed):
 
 
 def test_a_dry_run_says_what_the_job_costs_and_writes_nothing(bench, capsys, monkeypatch):
-    recipe = load_recipe("label")
+    recipe = label_recipe
     before = {file: file.stat().st_mtime_ns for file in bench.rglob("*")}
     recipe.main(command(bench, dry_run=True))
     problems, done, teacher, prompts, generated, scored, points, _, kilobytes = numbers_of(capsys.readouterr().out)
@@ -820,7 +803,7 @@ def test_a_dry_run_says_what_the_job_costs_and_writes_nothing(bench, capsys, mon
 
 
 def test_a_dry_run_scales_a_sample_to_what_is_left(bench, capsys, monkeypatch):
-    recipe = load_recipe("label")
+    recipe = label_recipe
     recipe.main(command(bench, limit=2))
     before = {file.name: file.read_bytes() for file in (bench / "labels").iterdir()}
     monkeypatch.setattr(recipe, "DRY_RUN_PROBLEMS", 3)
@@ -865,7 +848,7 @@ def test_a_dry_run_scales_a_sample_to_what_is_left(bench, capsys, monkeypatch):
     ],
 )
 def test_recipe_refuses_in_one_line_before_weights(bench, capsys, monkeypatch, changes, message):
-    recipe = load_recipe("label")
+    recipe = label_recipe
     monkeypatch.setattr(recipe, "label", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit) as stopped:
         recipe.main(command(bench, **changes))
@@ -900,7 +883,7 @@ def test_recipe_refuses_what_a_template_does_not_take(bench, capsys, monkeypatch
 def test_prompts_in_a_template_are_never_cut(bench, capsys):
     """`--max_prompt_tokens` cut off the question's end and the assistant's header."""
     give_template(bench, THINKS)
-    recipe = load_recipe("label")
+    recipe = label_recipe
     recipe.main(command(bench, chat_template=True, max_prompt_tokens=7))  # prompts of 3 to 6 words, and 3 tokens
     assert "4 of 8 problems are left out" in capsys.readouterr().err
     labels, header = read_labels(bench / "labels")
@@ -918,7 +901,7 @@ def test_prompts_in_a_template_are_never_cut(bench, capsys):
 
 def test_template_variables_are_noted_and_compared(bench, capsys):
     give_template(bench, THINKS)
-    recipe = load_recipe("label")
+    recipe = label_recipe
     (bench / "label.yaml").write_text("chat_template: true\nchat_template_kwargs: {enable_thinking: false}\n")
     from_yaml = {"config": bench / "label.yaml"}
     recipe.main(command(bench, **from_yaml))
@@ -937,7 +920,7 @@ def test_template_variables_are_noted_and_compared(bench, capsys):
 
 
 def test_recipe_refuses_different_tokenizers_and_empty_data(bench, capsys):
-    recipe = load_recipe("label")
+    recipe = label_recipe
     (bench / "empty.jsonl").write_text("")
     make_tokenizer(num_words=70).save_pretrained(bench / "teacher")
     for changes, message in (({}, "must share one tokenizer"), ({"dataset": bench / "empty.jsonl"}, "is empty")):
@@ -949,7 +932,7 @@ def test_recipe_refuses_different_tokenizers_and_empty_data(bench, capsys):
 
 
 def test_recipe_refuses_other_settings_before_weights(bench, capsys, monkeypatch):
-    recipe = load_recipe("label")
+    recipe = label_recipe
     recipe.main(command(bench))
     monkeypatch.setattr(recipe, "label", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit):
@@ -958,7 +941,7 @@ def test_recipe_refuses_other_settings_before_weights(bench, capsys, monkeypatch
 
 
 def test_recipe_help_names_every_argument(capsys):
-    recipe = load_recipe("label")
+    recipe = label_recipe
     with pytest.raises(SystemExit) as stopped:
         recipe.main(["--help"])
     text = capsys.readouterr().out
@@ -969,7 +952,7 @@ def test_recipe_help_names_every_argument(capsys):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is absent")
 def test_recipe_on_real_models(tmp_path, capsys):
-    recipe = load_recipe("label")
+    recipe = label_recipe
     (tmp_path / "p.jsonl").write_text('{"prompt": "Once upon a time, "}\n{"prompt": "The little dog "}\n')
     models = SHARED / "models"
     changes = {"model": models / "babyllama-weak", "teacher_model": models / "babyllama-strong"}

@@ -5,17 +5,14 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_evaluate import load_recipe
 from tiny import RESERVED, lora_model, prompts, tiny_model
 from tiny_labels import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from s2t_recipes.training import merge
 from transformers_s2t import SelectorConfig
 from transformers_s2t.fingerprints import model_hash, same_weights
 from transformers_s2t.reserved_tokens import vocab_hash
-
-
-merge = load_recipe("merge")
 
 
 @pytest.fixture(scope="module")

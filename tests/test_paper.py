@@ -8,21 +8,23 @@ import re
 import sys
 from pathlib import Path
 
+import corpus
 import pytest
 import yaml
 
+from s2t_recipes import splits
+from s2t_recipes.evaluation import agreement, evaluate, retention
+from s2t_recipes.labeling import label
+from s2t_recipes.paper import jobs as jobs_module
+from s2t_recipes.paper import pipeline as pipeline_module
+from s2t_recipes.paper import results
+from s2t_recipes.paper import run as paper
+from s2t_recipes.training import calibrate, imitate, merge, router, train
 from transformers_s2t import SelectorConfig
 
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-jobs_module = importlib.import_module("jobs")
-pipeline_module = importlib.import_module("pipeline")
-paper = importlib.import_module("paper")
-results = importlib.import_module("results")
-splits = importlib.import_module("splits")
-sys.path.remove(str(RECIPES))
 PRELOAD = jobs_module.PRELOAD
 Jobs, Pair, Pipeline, Sweep = jobs_module.Jobs, pipeline_module.Pair, pipeline_module.Pipeline, pipeline_module.Sweep
 
@@ -31,7 +33,6 @@ Jobs, Pair, Pipeline, Sweep = jobs_module.Jobs, pipeline_module.Pair, pipeline_m
 def at_root(monkeypatch):
     """Paths of the recipes are relative to the repository; no more is imported before a job than what runs it."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(RECIPES))  # the processes of jobs inherit it
     monkeypatch.setattr(jobs_module, "PRELOAD", ("transformers_s2t.config", "tqdm.auto", "pytest"))
 
 
@@ -691,11 +692,6 @@ def test_a_selector_on_top_of_a_tuned_student_reads_nothing_of_the_untuned(tmp_p
 
 
 def test_without_decoding_a_selector_is_calibrated_for_its_fusion_alone(tmp_path):
-    sys.path.insert(0, str(RECIPES))
-    try:
-        calibrate = importlib.import_module("calibrate")
-    finally:
-        sys.path.remove(str(RECIPES))
     from trl import TrlParser
 
     calibrated = {"target_rates": [0.01, 0.2], "check_share": 0.5}
@@ -725,16 +721,7 @@ def test_without_decoding_a_selector_is_calibrated_for_its_fusion_alone(tmp_path
     assert calibrate.choose_triggers(fused, SelectorConfig(tuple(range(16)))) == ["margin"]
 
 
-def embedded_corpus():
-    sys.path.insert(0, str(RECIPES / "embedded"))
-    try:
-        return importlib.import_module("corpus")
-    finally:
-        sys.path.remove(str(RECIPES / "embedded"))
-
-
 def test_options_of_a_part_reach_the_bed(tmp_path, monkeypatch, capsys):
-    corpus = embedded_corpus()
     options = {"label": ["--without", "dozen", "takes"], "test": ["--only-with", "dozen"]}
     sizes = {"label": 9, "tuning": 4, "test": 8, "words": 3, "fresh": 0}
     pipeline = Pipeline(pair_of(sizes=sizes, part_options=options, data_seed=5), Jobs(tmp_path), tmp_path)
@@ -756,6 +743,20 @@ def test_options_of_a_part_reach_the_bed(tmp_path, monkeypatch, capsys):
     assert len(list(job.output.parent.iterdir())) == 4  # each its own part, and nothing else
 
 
+MODULES = {
+    "agreement": agreement,
+    "calibrate": calibrate,
+    "eval": evaluate,
+    "label": label,
+    "merge": merge,
+    "retention": retention,
+    "splits": splits,
+    "train": train,
+    "train_baseline": imitate,
+    "train_router": router,
+}
+
+
 def options_of(script: str) -> set[str]:
     """Names of the command-line options of a recipe."""
     import dataclasses
@@ -769,12 +770,9 @@ def options_of(script: str) -> set[str]:
 
         options = {text for part in splits.PARTS for text in (part, f"num-{part}")}
         options |= {"without", "only-with", "num-words"}
-        return options | set(re.findall(r'"--([\w-]+)"', Path(script).read_text()))
-    sys.path.insert(0, str(RECIPES))
-    try:
-        module = importlib.import_module(name)
-    finally:
-        sys.path.remove(str(RECIPES))
+        source = Path(script if name not in MODULES else MODULES[name].__file__)
+        return options | set(re.findall(r'"--([\w-]+)"', source.read_text()))
+    module = MODULES[name]
     found = [value for value in vars(module).values() if dataclasses.is_dataclass(value)]
     found += [SFTConfig] if name == "train_baseline" else []
     found = [one for one in found if one is not TrainingArguments]
@@ -864,7 +862,7 @@ def test_the_command_refuses_what_there_is_not(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def run_paper(tmp_path, monkeypatch):
     """Runs recipes/paper.py on a table of a kind of its own, whose single job writes a number."""
-    from paper_tables import Result
+    from s2t_recipes.paper.tables import Result
 
     script = tmp_path / "number.py"
     script.write_text("import sys\nopen(sys.argv[1], 'w').write(sys.argv[2] or [][0])")
@@ -1047,7 +1045,7 @@ def test_another_run_is_the_same_or_not(published, tmp_path, capsys):
 
 
 def test_figures_of_one_pair_leave_those_of_others(tmp_path):
-    from paper_tables import Result
+    from s2t_recipes.paper.tables import Result
 
     spec = {"title": "T", "text": "t", "pairs": ["embedded", "q"], "kind": "policies"}
     file = tmp_path / "x.json"

@@ -1,10 +1,8 @@
 """recipes/paper_tables.py: what every kind of table makes of the reports that it reads, against loops over records."""
 
-import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,19 +11,16 @@ import pytest
 from tiny_labels import make_labels
 from transformers import AutoTokenizer
 
+from s2t_recipes import records
+from s2t_recipes.evaluation import evaluate, retention
+from s2t_recipes.paper import jobs as jobs_module
+from s2t_recipes.paper import results, tables
+from s2t_recipes.paper.pipeline import JUDGED_BY, MAX_FURTHER_RATES, Pair, Pipeline
 from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-tables = importlib.import_module("paper_tables")
-results = importlib.import_module("results")
-retention = importlib.import_module("retention")
-sys.path.remove(str(RECIPES))
-evaluate, records, jobs_module = (sys.modules[name] for name in ("evaluate", "records", "jobs"))
-Pair, Pipeline = sys.modules["pipeline"].Pair, sys.modules["pipeline"].Pipeline
-JUDGED_BY, MAX_FURTHER_RATES = (getattr(sys.modules["pipeline"], name) for name in ("JUDGED_BY", "MAX_FURTHER_RATES"))
 
 NUM_PROBLEMS, NUM_SEEDS = 30, 2
 SIZES = {"label": 100, "tuning": 10, "calibration": 20, "test": 30, "fresh": 40, "words": 5}
@@ -64,7 +59,7 @@ def write_json(file, content):
 
 
 def write_report(job, correct, ids=None):
-    """A report.json and its records, as evaluate.py writes them, of label -> right or wrong (seeds, problems)."""
+    """A report.json and its records, as eval.py writes them, of label -> right or wrong (seeds, problems)."""
     args = SimpleNamespace(output_dir=str(job.output.parent), seed=0)
     ids = [f"q{n}" for n in range(NUM_PROBLEMS)] if ids is None else ids
     rows, greedy = [], None
@@ -397,7 +392,7 @@ def test_policies_with_several_numbers_of_candidates(make_pipeline, random):
     }
     assert result.cost["s2t-local:always K=8"]["seconds_vs_greedy"] == pytest.approx((2 + place) / 2)
     assert "| K |" in rendered(result).splitlines()[0] and len(result.commands) == 2
-    assert all(command.startswith("python recipes/evaluate.py ") for command in result.commands)
+    assert all(command.startswith("python recipes/eval.py ") for command in result.commands)
 
 
 def test_thresholds_are_calibrated_where_a_policy_needs_them(make_pipeline):

@@ -37,9 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    monkeypatch.delitem(sys.modules, "train", raising=False)
-    import train
+    from s2t_recipes.training import train
 
     return train
 
@@ -216,9 +214,7 @@ def test_an_adapter_is_never_merged_into_quantized_weights(folder, storage):
 
 @pytest.fixture
 def label(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    monkeypatch.delitem(sys.modules, "label", raising=False)
-    import label
+    from s2t_recipes.labeling import label
 
     return label
 

@@ -16,6 +16,10 @@ from huggingface_hub.utils import filter_repo_objects
 from tiny import RESERVED, prompts, tiny_model
 from tiny_labels import tiny_tokenizer
 
+from s2t_recipes.evaluation import agreement
+from s2t_recipes.labeling import label
+from s2t_recipes.training import calibrate, train
+from s2t_recipes.training import router as train_router
 from transformers_s2t import (
     FusionWeights,
     LocalSelector,
@@ -36,15 +40,6 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 def run(tmp_path_factory):
     """A folder with a labelled pair and a trained, calibrated adapter, made by the scripts' own `main`."""
     folder = tmp_path_factory.mktemp("recipes")
-    sys.path.insert(0, str(RECIPES))
-    try:
-        import agreement
-        import calibrate
-        import label
-        import train
-        import train_router
-    finally:
-        sys.path.remove(str(RECIPES))
     for name, seed in (("student", 0), ("teacher", 9)):
         tiny_model(seed=seed).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)

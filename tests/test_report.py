@@ -8,15 +8,13 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from test_evaluate import RECIPES, evaluate, load_recipe
+from test_evaluate import RECIPES, evaluate
 from transformers import AutoTokenizer
 
+from s2t_recipes import texts as texts_module
+from s2t_recipes.report import canvas, charts, html_report, report
 from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
-
-html_report = load_recipe("html_report")
-report = load_recipe("report")
-canvas, texts_module = sys.modules["canvas"], sys.modules["texts"]
 
 EVIL = "</script><script>alert(1)</script><!-- <script> &amp; https://example.com"
 IDS = ["a1", "b2", "c3", "d4"]
@@ -242,7 +240,7 @@ def test_a_page_that_would_be_too_large_leaves_out_seeds_then_candidates_then_pr
 
 
 def test_records_without_what_was_asked_and_a_run_without_texts(folder):
-    """As recipes/evaluate.py wrote them: prompts come from the data set, tokens from the tokenizer."""
+    """As recipes/eval.py wrote them: prompts come from the data set, tokens from the tokenizer."""
     student = RECIPES / "embedded" / "student"
     ids = AutoTokenizer.from_pretrained(student)("So 2", add_special_tokens=False)["input_ids"]
     problems = [{"prompt": f"How many is {n}?\n", "answer": f"so #### {n}"} for n in range(4)]
@@ -350,7 +348,6 @@ def test_points_of_the_labels(folder):
     found = [(round(p.divergence, 3), p.rank, p.best, p.num_above) for p in points]
     assert found == [(0.2, 3, 2, 2), (3.0, 2, 1, 1), (4.0, None, 1, 2)]
     assert (top, depth) == (points[1:], 3)
-    charts = sys.modules["charts"]
     chart = charts.radial_chart(top, depth, 2)
     assert [(line[0], line[1]) for line in chart.rows] == [("1", "0"), ("2", "1"), ("3", "0"), ("beyond", "1")]
     assert charts.buckets_chart(points, 2) is None  # too few
@@ -378,7 +375,7 @@ def test_spread_keeps_the_order_and_the_gap():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What evaluate.py keeps
+# What eval.py keeps
 
 
 def test_asked_points_hold_the_candidates_above_the_floor():

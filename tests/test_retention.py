@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_evaluate import load_recipe
 from tiny import RESERVED, lora_model, tiny_model
 from tiny_labels import make_uneven_labels, tiny_tokenizer
 
+from s2t_recipes.evaluation import retention
 from transformers_s2t import LocalSelector, SelectorConfig
 from transformers_s2t.fingerprints import model_hash
 from transformers_s2t.reserved_tokens import vocab_hash
@@ -18,7 +18,6 @@ from transformers_s2t.seen_problems import write_seen_problems
 from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
 
-retention = load_recipe("retention")
 MAX_LENGTH = 8
 
 

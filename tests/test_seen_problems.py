@@ -1,7 +1,6 @@
 """The problems that an adapter has seen: written by the stages, refused by the recipes before a model is loaded."""
 
 import json
-import sys
 import warnings
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +13,8 @@ from test_s2t_trainer import make_trainer
 from tiny import RESERVED, tiny_model
 from tiny_labels import make_labels, tiny_tokenizer
 
+from s2t_recipes.evaluation import agreement
+from s2t_recipes.training import calibrate
 from transformers_s2t import SelectorConfig
 from transformers_s2t.reserved_tokens import vocab_hash
 from transformers_s2t.seen_problems import (
@@ -152,14 +153,7 @@ def no_model(*args, **kwargs):
 
 @pytest.fixture(scope="module")
 def recipes():
-    sys.path.insert(0, str(RECIPES))
-    try:
-        import agreement
-        import calibrate
-
-        yield {"agreement": agreement, "calibrate": calibrate, "evaluate": evaluate}
-    finally:
-        sys.path.remove(str(RECIPES))
+    return {"agreement": agreement, "calibrate": calibrate, "evaluate": evaluate}
 
 
 @pytest.fixture

@@ -118,14 +118,13 @@ def test_every_recipe_parses(file, tmp_path, monkeypatch):
 
     from transformers_s2t import S2TConfig
 
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     if RECIPES[file.name] == "label":
-        from label import LabelArguments as Arguments
+        from s2t_recipes.labeling.label import LabelArguments as Arguments
 
         required = {"model": "m", "teacher_model": "t", "dataset": "d", "output_dir": str(tmp_path)}
         parser = TrlParser(Arguments)
     else:
-        from train import ScriptArguments as Arguments
+        from s2t_recipes.training.train import ScriptArguments as Arguments
 
         required = {"model": "m", "labels": "l", "output_dir": str(tmp_path), "use_cpu": "true", "bf16": "false"}
         parser = TrlParser((Arguments, S2TConfig))

@@ -15,13 +15,9 @@ THINGS = ("apples in a red basket", "cars on the long bridge", "books under an o
 
 @pytest.fixture(scope="module")
 def corpus():
-    before = list(sys.path)
     spec = importlib.util.spec_from_file_location("svamp_corpus", ROOT / "recipes" / "svamp" / "corpus.py")
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = before
+    spec.loader.exec_module(module)
     return module
 
 

@@ -3,7 +3,6 @@
 Legend: S positions, N named tokens, K candidates, V vocabulary.
 """
 
-import importlib
 import json
 import logging
 import math
@@ -20,6 +19,7 @@ from tiny import EOS, PAD, RESERVED, VOCAB_SIZE, disagreeing_pair, tiny_model
 from tiny_labels import tiny_tokenizer
 from tiny_server import TinyServer
 
+from s2t_recipes.labeling import label as label_recipe
 from transformers_s2t import labeling, teachers
 from transformers_s2t.labeling import label_problems, score_trajectories
 from transformers_s2t.teachers import HTTPTeacher, LocalTeacher, TeacherError, coarse_divergence, host_free
@@ -536,8 +536,7 @@ def test_a_path_on_the_servers_disk_is_not_published():
 
 @pytest.fixture
 def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    return importlib.import_module("label")
+    return label_recipe
 
 
 @pytest.fixture

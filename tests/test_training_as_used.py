@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import pickle
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from tiny_labels import NUM_CANDIDATES as K
 from tiny_labels import make_labels, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from s2t_recipes.training import train
 from transformers_s2t import LocalSelector, S2TConfig, SelectorConfig
 from transformers_s2t.calibration import score_labels
 from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
@@ -440,11 +440,6 @@ def test_a_card_names_no_folder_of_this_machine(tmp_path):
 
 def test_a_stopped_run_that_pushed_a_checkpoint_goes_on(tmp_path, monkeypatch):
     """recipes/train.py takes `s2t_config.json` in `output_dir` for the sign that all is done."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-    try:
-        import train
-    finally:
-        sys.path.pop(0)
     import transformers.trainer
 
     tiny_model().save_pretrained(tmp_path / "model")

@@ -16,20 +16,15 @@ import argparse
 import hashlib
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from commands import run  # noqa: E402
-from problems import read_rows  # noqa: E402
-
-from transformers_s2t.config import atomic_write  # noqa: E402
-from transformers_s2t.trajectories import share_of  # noqa: E402
+from s2t_recipes.commands import run
+from s2t_recipes.problems import read_rows
+from transformers_s2t.config import atomic_write
+from transformers_s2t.trajectories import share_of
 
 
 PARTS = ("test", "tuning", "calibration", "label", "fresh")

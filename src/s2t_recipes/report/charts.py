@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from canvas import Box, Canvas, place_labels, spread, text_width
-from estimates import divergence_buckets
-from row_names import TRIGGERS, group_of, label_of, name_of
+from s2t_recipes.estimates import divergence_buckets
+from s2t_recipes.report.canvas import Box, Canvas, place_labels, spread, text_width
+from s2t_recipes.row_names import TRIGGERS, group_of, label_of, name_of
 
 
 WIDE, HALF, NARROW = 1120, 556, 340  # pixels

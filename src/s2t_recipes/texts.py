@@ -1,6 +1,6 @@
 """What a reader needs beside the numbers of an evaluation: prompts, right answers, and what each token says.
 
-recipes/evaluate.py writes them as `texts.json` into its folder, so that the folder can be read where neither the model
+recipes/eval.py writes them as `texts.json` into its folder, so that the folder can be read where neither the model
 nor the data set is. For folders made before that, they are looked up again. Knows tokenizers and problems; knows no
 models and no policies.
 """
@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from answers import extract_answer
+from s2t_recipes.answers import extract_answer
 
 
 TEXTS_NAME = "texts.json"
@@ -86,10 +86,11 @@ def find_texts(folder: Path, meta: dict, runs: list[list[dict]]) -> tuple[dict, 
         except ValueError as error:
             raise ValueError(f"`report`: {file} is not JSON ({error}).") from None
         if not isinstance(texts, dict) or not {"problems", "tokens", "special", "joined"} <= texts.keys():
-            raise ValueError(f"`report`: {file} does not hold the texts of recipes/evaluate.py.")
+            raise ValueError(f"`report`: {file} does not hold the texts of recipes/eval.py.")
         return texts, []
-    from problems import load_problems
     from transformers import AutoTokenizer
+
+    from s2t_recipes.problems import load_problems
 
     notes, settings = [], meta.get("settings", {})
     problems, tokenizer = [], None

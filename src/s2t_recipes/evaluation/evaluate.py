@@ -1,6 +1,6 @@
 """Compare ways of decoding on the same problems with the same settings, and print one table with intervals.
 
-    python recipes/evaluate.py --model M --teacher_model T --adapters RUN/adapter-seed0 RUN/adapter-seed1 \
+    python recipes/eval.py --model M --teacher_model T --adapters RUN/adapter-seed0 RUN/adapter-seed1 \
         --dataset test.jsonl --output_dir RUN
 
 A policy is written `name[:trigger[:rate]]`:
@@ -52,25 +52,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from adapters import check_model, check_tuned, merge_adapter
-from answers import STYLES, extract_answer, is_correct, stand_ins
-from commands import run
-from controls import (
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, Cache, GenerationConfig, PreTrainedModel
+
+from s2t_recipes.adapters import check_model, check_tuned, merge_adapter
+from s2t_recipes.answers import STYLES, extract_answer, is_correct, stand_ins
+from s2t_recipes.estimates import NUM_RESAMPLES, bootstrap_interval
+from s2t_recipes.evaluation.controls import (
     PriorSelector,
     RandomCandidateSelector,
     SecondCandidateSelector,
     ZeroShotSelector,
     token_prior,
 )
-from estimates import NUM_RESAMPLES, bootstrap_interval
-from fidelity import DEFINITION, describe, measure_fidelity, measure_hits, open_labels
-from models import default_device, load_model, padding_token_id
-from problems import PROMPT_SETTINGS, Problem, encode_prompts, load_problems, read_template_kwargs
-from records import fingerprint, hash_of, read_records, write_records
-from texts import TEXTS_NAME, collect_texts
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, Cache, GenerationConfig, PreTrainedModel
-
+from s2t_recipes.evaluation.fidelity import DEFINITION, describe, measure_fidelity, measure_hits, open_labels
+from s2t_recipes.models import default_device, load_model, padding_token_id
+from s2t_recipes.problems import PROMPT_SETTINGS, Problem, encode_prompts, load_problems, read_template_kwargs
+from s2t_recipes.records import fingerprint, hash_of, read_records, write_records
+from s2t_recipes.texts import TEXTS_NAME, collect_texts
 from transformers_s2t import (
     FusionWeights,
     LocalSelector,
@@ -127,7 +126,7 @@ DEFINITIONS = {
 
 @dataclass
 class EvaluateArguments:
-    """Arguments of recipes/evaluate.py.
+    """Arguments of recipes/eval.py.
 
     Raises:
         ValueError: naming the argument, its legal values and the value given.
@@ -1193,7 +1192,3 @@ def main() -> None:
     print()
     print(format_table(report))
     print(f"\nReport: {Path(args.output_dir) / 'report.json'}")
-
-
-if __name__ == "__main__":
-    run(main)

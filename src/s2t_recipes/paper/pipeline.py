@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from demo import recipe
-from jobs import Job, Jobs
-from splits import BED_PARTS, PARTS, is_bed, split_command
 
+from s2t_recipes.commands import recipe
+from s2t_recipes.paper.jobs import Job, Jobs
+from s2t_recipes.splits import BED_PARTS, PARTS, is_bed, split_command
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, write_json
 
 
@@ -57,7 +57,7 @@ class Pair:
         learning_rates_by_problems: number of label problems -> method -> the same, where the best are other ones.
         system_prompt: with one, prompts go through the tokenizer's chat template.
         chat_template_kwargs: variables of the template; with some, prompts go through it too.
-        zero_shot_text: see recipes/evaluate.py.
+        zero_shot_text: see recipes/eval.py.
         other_text: arguments of recipes/retention.py that name text of another kind; by default the bed's words.
     """
 
@@ -388,13 +388,13 @@ class Pipeline:
         step: Step | None = None,
         **options,
     ) -> Job:
-        """A report.json. `step`: see `selector`; `options`: of recipes/evaluate.py.
+        """A report.json. `step`: see `selector`; `options`: of recipes/eval.py.
 
         The policy of a training of `tuned` that turns out not to be there, at a second rate, is left out.
         """
         data = self.data(part)
         output = self.folder / "evaluations" / f"{self.prefix}{name}"
-        command = [recipe("evaluate.py"), "--model", self.model, "--dataset", str(data.path)]
+        command = [recipe("eval.py"), "--model", self.model, "--dataset", str(data.path)]
         command += ["--output_dir", str(output)]
         teacher = any(re.match(r"teacher|takeover|s2t:|.*:kl:", policy) for policy in policies)
         pair = self.pair

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo import recipe
-from estimates import bootstrap_interval
-from evaluate import mcnemar
-from jobs import Job
-from pipeline import METHODS, SAMPLED, Best, Pipeline, Sweep, as_arguments, tag
-from records import read_records
-from row_names import label_of, name_of
 from transformers import AutoTokenizer
 
+from s2t_recipes.commands import recipe
+from s2t_recipes.estimates import bootstrap_interval
+from s2t_recipes.evaluation.evaluate import mcnemar
+from s2t_recipes.paper.jobs import Job
+from s2t_recipes.paper.pipeline import METHODS, SAMPLED, Best, Pipeline, Sweep, as_arguments, tag
+from s2t_recipes.records import read_records
+from s2t_recipes.row_names import label_of, name_of
 from transformers_s2t.proposals import floor_mask
 from transformers_s2t.trajectories import read_labels
 
@@ -70,7 +70,7 @@ def read_report(job: Job) -> dict:
 
 
 def row_of(row: dict, report: dict, **more) -> dict:
-    """What tables show of a row of evaluate.py. Forwards: batch forwards in units of greedy's, of the same report."""
+    """What tables show of a row of eval.py. Forwards: batch forwards in units of greedy's, of the same report."""
     kept = ("accuracy", "accuracy_ci", "accuracy_sd", "gain", "gain_ci", "mcnemar_p", "num_seeds")
     kept += ("helped", "hurt", "achieved_rate", "asked_rate", "flip_rate", "student_tokens", "teacher_tokens")
     values = {name: row[name] for name in kept}
@@ -317,7 +317,7 @@ def flips_by_kind(job: Job, label: str, model: str) -> str:
 def policies(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy of policies on the same problems.
 
-    `policies`: as of evaluate.py. `limit`: test problems, by default all. `num_candidates`: values of K to run them
+    `policies`: as of eval.py. `limit`: test problems, by default all. `num_candidates`: values of K to run them
     with; `at_other_sizes`: those to run at all but the first of these. `baselines`: also the tuned imitations ("sft",
     "kd", and where selectors learn from sampled texts "sft-sampled", "kd-sampled"), each with the best of the pair's
     learning rates and one training for each seed. `second_rates`: and each of these at a second rate that tuning can
@@ -438,7 +438,7 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
 
     `label_problems`: how many. `limit`: test problems, by default all. `variants`: list of `name` and what differs:
     `train`, `label` (arguments of the recipes), `router: false`, `rounds: 2` (the second one learns from one text of
-    each problem, in as many steps), `decoding` (arguments of evaluate.py). `policy`: what is compared.
+    each problem, in as many steps), `decoding` (arguments of eval.py). `policy`: what is compared.
     """
     limit, calibration = spec.get("label_problems"), pipeline.labels("calibration")
     seeds = range(spec.get("seeds", pipeline.pair.num_seeds))

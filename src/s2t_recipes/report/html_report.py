@@ -1,6 +1,6 @@
 """One page of one evaluation that needs nothing but a browser: tables, charts, and every problem token by token.
 
-Reads a folder that recipes/evaluate.py wrote: report.json, records/, texts.json, and the labels that the report names.
+Reads a folder that recipes/eval.py wrote: report.json, records/, texts.json, and the labels that the report names.
 What is missing is left out of the page, which says so. The same folder gives the same bytes. Knows no models; of the
 page's looks and manners (report_page/) it knows only the names that they share.
 """
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from canvas import to_png, to_svg
-from charts import Chart, Point, buckets_chart, cost_chart, hits_chart, radial_chart, rates_chart
-from row_names import grouped, label_of
-from texts import BROKEN, find_texts, ids_of, locate
+from s2t_recipes.report.canvas import to_png, to_svg
+from s2t_recipes.report.charts import Chart, Point, buckets_chart, cost_chart, hits_chart, radial_chart, rates_chart
+from s2t_recipes.row_names import grouped, label_of
+from s2t_recipes.texts import BROKEN, find_texts, ids_of, locate
 
 
-PAGE = Path(__file__).with_name("report_page")
+PAGE = Path(__file__).with_name("page")
 MAX_MEGABYTES = 8.0
 PER_CENT = "\N{NO-BREAK SPACE}%"  # a rate stays on one line
 #: What is dropped, step by step, from a page that would be too large; problems come last.
@@ -66,13 +66,13 @@ def read_report(path: Path) -> tuple[Path, dict]:
     """
     file = path / "report.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"`report`: {file} does not exist; recipes/evaluate.py writes it.")
+        raise FileNotFoundError(f"`report`: {file} does not exist; recipes/eval.py writes it.")
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"`report`: {file} is not JSON ({error}).") from None
     if not isinstance(report, dict) or not isinstance(report.get("meta"), dict) or not report.get("rows"):
-        raise ValueError(f"`report`: {file} has no rows: it is not a report of recipes/evaluate.py.")
+        raise ValueError(f"`report`: {file} has no rows: it is not a report of recipes/eval.py.")
     return file, report
 
 
@@ -125,7 +125,7 @@ def read_record_file(file: Path) -> tuple[dict, list[dict]]:
                 raise ValueError(f"`report`: line {number} of {file} is not JSON ({error}).") from None
     fine = all(isinstance(line, dict) and {"id", "answer", "correct"} <= line.keys() for line in lines[1:])
     if len(lines) < 2 or not fine:
-        raise ValueError(f"`report`: {file} does not hold records of recipes/evaluate.py.")
+        raise ValueError(f"`report`: {file} does not hold records of recipes/eval.py.")
     return lines[0], lines[1:]
 
 
@@ -423,7 +423,7 @@ def build(report: dict, folder: Path, charts: list[Chart], max_megabytes: float 
     """The page as a text.
 
     Args:
-        report: as recipes/evaluate.py writes it.
+        report: as recipes/eval.py writes it.
         folder: where it lies.
         charts: of [`charts_of`].
         max_megabytes: of the records in it; what does not fit is left out, seeds first.

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from s2t_recipes.commands import CommandFailed
 from transformers_s2t.config import write_json
 
 
@@ -64,7 +65,7 @@ class Job:
         return self.command() if callable(self.command) else self.command
 
 
-class JobFailed(RuntimeError):
+class JobFailed(CommandFailed):
     """A command ended with an error; the message holds the command and the end of its output."""
 
 

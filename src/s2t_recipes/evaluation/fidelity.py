@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from adapters import check_same_tokenizer
 from datasets import Dataset
-from estimates import bootstrap_interval, divergence_buckets
-from records import fingerprint, hash_of, read_records, write_records
 from transformers import PreTrainedModel
 
+from s2t_recipes.adapters import check_same_tokenizer
+from s2t_recipes.estimates import bootstrap_interval, divergence_buckets
+from s2t_recipes.records import fingerprint, hash_of, read_records, write_records
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig, __version__
 from transformers_s2t.calibration import score_labels
 from transformers_s2t.losses import spearman

@@ -1,0 +1,1 @@
+"""Accuracy, agreement with the teacher, and retention, of selectors and of what they are compared with."""

@@ -1,0 +1,160 @@
+"""How often a selector agrees with the teacher at labelled, held-out decision points, beside the controls.
+
+    python recipes/agreement.py --labels runs/babyllama/labels/test --adapters runs/babyllama/adapter-seed0 \
+        --train_labels runs/babyllama/labels/train --output runs/babyllama/agreement.json
+
+For models whose answers cannot be checked (story models, say) this is the measure: no text is generated. Hit@K is the
+share of points at which the teacher's token is among the student's first K; Agree@1 the share at which the choice is
+the teacher's best candidate above the floor; Spearman the rank correlation of scores with the teacher's
+log-probabilities over the candidates above the floor, mean over the points with three or more of them. "kl" are the
+points with the label run's top divergence, "choice" those with two or more candidates above the floor, the ones at
+which a deployed selector is asked. Problems that an adapter has seen, in training or after (its seen_problems.json),
+are refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from trl import TrlParser
+
+from s2t_recipes.adapters import check_model
+from s2t_recipes.evaluation.controls import prior_scores, token_prior
+from s2t_recipes.evaluation.fidelity import MIN_RANKED, interval
+from s2t_recipes.models import default_device, load_model
+from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
+from transformers_s2t.calibration import ScoredPoints, score_labels
+from transformers_s2t.config import write_json
+from transformers_s2t.fusion import fused_scores
+from transformers_s2t.losses import spearman
+from transformers_s2t.seen_problems import STAGES, check_unseen
+from transformers_s2t.trajectories import read_held_out_labels, read_labels
+
+
+@dataclass
+class AgreementArguments:
+    """What is compared with the teacher, and where."""
+
+    labels: str = field(metadata={"help": "Labels of held-out prompts (recipes/label.py)."})
+    adapters: list[str] = field(metadata={"help": "Trained adapters, one per seed; figures are their mean."})
+    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
+    train_labels: str | None = field(
+        default=None, metadata={"help": "The adapters' training labels: for the token prior, and checked disjoint."}
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
+    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type."})
+
+
+def compare(runs: list[ScoredPoints], fusions: list[FusionWeights], prior: Counter | None, keep_N: torch.Tensor):
+    """Name -> Agree@1 in per cent and, for those that give scores, Spearman, at the points in `keep_N`."""
+    first = runs[0].where(keep_N)
+    target_N = first.target_N
+    generator = torch.Generator().manual_seed(0)
+    noise_NK = torch.rand(first.mask_NK.shape, generator=generator).masked_fill(~first.mask_NK, -1.0)
+    picks = {
+        "student first": [torch.zeros_like(target_N)],
+        # a point without a choice keeps the first candidate, whoever selects
+        "second candidate": [(first.mask_NK.sum(-1) > 1).long()],
+        "random candidate": [noise_NK.argmax(-1)],
+    }
+    scores = {"student first": [first.logprobs_NK]}
+    if prior is not None:
+        counts_NK = prior_scores(prior, first.candidate_ids_NK)
+        picks["token prior"] = [counts_NK.masked_fill(~first.mask_NK, -1.0).argmax(-1)]
+        scores["token prior"] = [counts_NK]
+    selected = [run.where(keep_N) for run in runs]
+    scores["s2t-local"] = [points.scores_NK for points in selected]
+    scores["s2t-local, fused"] = [
+        fused_scores(points.scores_NK, points.logprobs_NK, points.mask_NK, fusion, points.router_N)
+        for points, fusion in zip(selected, fusions)
+    ]
+    picks["s2t-local"] = [points.choice(FusionWeights()) for points in selected]
+    picks["s2t-local, fused"] = [points.choice(fusion) for points, fusion in zip(selected, fusions)]
+    groups_N = np.arange(len(target_N)) // 20  # blocks of neighbouring points
+    ranked_N = first.mask_NK.sum(-1) >= MIN_RANKED
+    rows = {}
+    for name, choices in picks.items():
+        hits_SN = np.stack([(choice == target_N).numpy() for choice in choices]).astype(float)
+        ci = [round(100 * edge, 1) for edge in interval(hits_SN, groups_N)]
+        rows[name] = {"agree_at_1": round(100 * float(hits_SN.mean()), 1), "ci": ci}
+        if name in scores and bool(ranked_N.any()):
+            rank_SN = np.stack([spearman(s_NK, first.teacher_NK, first.mask_NK)[ranked_N] for s_NK in scores[name]])
+            edges = interval(rank_SN, groups_N[ranked_N.numpy()])
+            rows[name]["spearman"] = round(float(rank_SN.mean()), 3)
+            rows[name]["spearman_ci"] = [round(edge, 3) for edge in edges]
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = TrlParser(AgreementArguments).parse_args_and_config(argv)
+    configs = [SelectorConfig.from_pretrained(adapter) for adapter in args.adapters]
+    labels, header = read_held_out_labels(args.labels)
+    if header is None or header.divergence_threshold is None:
+        raise ValueError(f"`labels` {args.labels!r} have no header with a divergence threshold: label again.")
+    shapes = {(config.num_candidates, config.min_prob_ratio) for config in configs}
+    if len(shapes) > 1:
+        raise ValueError(f"`adapters` must share K and candidate floor to be compared, got {sorted(shapes)}.")
+    for adapter in args.adapters:
+        check_unseen(adapter, labels["problem_id"], STAGES, "labels")
+    prior = None
+    if args.train_labels is not None:
+        train_labels, _ = read_labels(args.train_labels)
+        shared = set(train_labels["problem_id"]) & set(labels["problem_id"])
+        if shared:
+            raise ValueError(
+                f"`labels` and `train_labels` share {len(shared)} problems ({sorted(shared)[:3]} ...): measure on "
+                "prompts that the selector was not trained on."
+            )
+        prior = token_prior(train_labels)
+    for config in configs:
+        check_model("model", args.model or config.base_model)
+    runs, fusions = [], []
+    for adapter, config in zip(args.adapters, configs):
+        model = load_model(args.model or config.base_model, args.dtype, default_device())
+        selector = LocalSelector.from_pretrained(adapter, model)
+        runs.append(score_labels(selector, labels, args.batch_size))
+        fusions.append(config.fusion or FusionWeights())
+
+    points = runs[0]
+    at_kl_N = points.divergence_N >= header.divergence_threshold
+    ranks_NK = points.candidate_ids_NK == points.teacher_top_N[:, None]
+    width = ranks_NK.shape[1]
+    hit_at_k = {
+        str(k): round(float(ranks_NK[at_kl_N, :k].any(-1).float().mean()), 4) for k in (1, 2, 4, 8, 16) if k <= width
+    }
+    agree = {}
+    print(f"\n{len(labels)} trajectories, {len(at_kl_N)} labelled points, {int(at_kl_N.sum())} of them top-KL")
+    print("Hit@K at the top-KL points: " + ", ".join(f"@{k} {value:.3f}" for k, value in hit_at_k.items()))
+    for name, keep_N in (("kl", at_kl_N), ("choice", points.mask_NK.sum(-1) > 1)):
+        if not bool(keep_N.any()):
+            print(f"\nno {name} points")
+            continue
+        rows = compare(runs, fusions, prior, keep_N)
+        agree[name] = rows
+        count = int(keep_N.sum())
+        print(f"\nAgree@1 in per cent, and Spearman; {name} points ({count}), mean of {len(runs)} selector seeds")
+        for row, figures in rows.items():
+            low, high = figures["ci"]
+            line = f"  {row:<18} {figures['agree_at_1']:5.1f}  [{low:.1f}, {high:.1f}]"
+            if "spearman" in figures:
+                low, high = figures["spearman_ci"]
+                line += f"   {figures['spearman']:.3f}  [{low:.3f}, {high:.3f}]"
+            print(line)
+    if args.output:
+        meta = {
+            "labels": args.labels,
+            "adapters": args.adapters,
+            "model": header.model,
+            "teacher_model": header.teacher_model,
+            "points": len(at_kl_N),
+            "kl_points": int(at_kl_N.sum()),
+            "choice_points": int((points.mask_NK.sum(-1) > 1).sum()),
+        }
+        print(
+            f"\nwritten to {write_json(Path(args.output), {'meta': meta, 'hit_at_k': hit_at_k, 'agree_at_1': agree})}"
+        )

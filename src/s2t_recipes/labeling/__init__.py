@@ -1,0 +1,1 @@
+"""Labels: a small model writes, a large one scores its candidates."""

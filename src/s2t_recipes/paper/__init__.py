@@ -1,0 +1,1 @@
+"""The published tables: pairs of models, jobs and tables of docs/results."""

@@ -1,0 +1,193 @@
+"""Regenerates the tables of docs/results: every claim of the documentation, by one command.
+
+    python recipes/paper.py                                       # all tables, on the pairs that each of them names
+    python recipes/paper.py --tables comparison --pairs embedded  # one of them
+    python recipes/paper.py --pairs qwen2.5-0.5b                  # what a GPU can do: every table, on a pair of yours
+
+A table is a YAML of recipes/paper (what is compared), a pair one of recipes/paper/pairs (models, data, shared
+settings). Labels, selectors, baselines and evaluations that tables share are made once, each by the recipe that a user
+would type; what is finished is kept in `--output_dir`, and the same command goes on where it stopped. Figures go to
+`--results` as JSON and Markdown, with the commands behind them, seeds and versions. Times are told apart from what two
+runs must agree on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from s2t_recipes.commands import RECIPES
+from s2t_recipes.evaluation.evaluate import versions
+from s2t_recipes.paper import results
+from s2t_recipes.paper.jobs import Jobs
+from s2t_recipes.paper.pipeline import Pair, Pipeline, note_pair
+from s2t_recipes.paper.tables import KINDS
+from transformers_s2t.config import write_json
+
+
+PAPER = RECIPES / "paper"
+#: Recipes side by side, unless told otherwise; on the pairs that run on a CPU each takes up to a gigabyte of memory.
+MAX_PARALLEL = 8
+#: Kinds of tables for which a pair needs no answers that can be checked.
+WITHOUT_ANSWERS = ("sufficiency", "fidelity")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Regenerate the tables of docs/results.")
+    tables = sorted(file.stem for file in PAPER.glob("*.yaml"))
+    pairs = sorted(file.stem for file in (PAPER / "pairs").glob("*.yaml"))
+
+    def add(name: str, help: str, **options) -> None:
+        parser.add_argument(name, help=help, **options)
+
+    add("--tables", f"by default all: {', '.join(tables)}; or paths of YAMLs", nargs="+", default=tables)
+    add("--pairs", f"instead of those that a table names: {', '.join(pairs)}; or paths of YAMLs", nargs="+")
+    add("--output_dir", "where everything that is made goes (default: runs/paper)", default="runs/paper")
+    add("--results", "where tables go (default: docs/results)", type=Path, default=results.RESULTS)
+    for name in ("data", "models"):
+        add(f"--{name}", f"folder that {{{name}}} in a pair's YAML stands for; without it the pair is left out")
+    add(
+        "--num_parallel",
+        f"recipes side by side (default: one per core, at most {MAX_PARALLEL}; 1 with a GPU)",
+        type=int,
+    )
+    add("--dry_run", "list the jobs that are missing, and run none", action="store_true")
+    args = parser.parse_args(arguments)
+    if args.num_parallel is not None and args.num_parallel < 1:
+        parser.error(f"`num_parallel` must be at least 1, got {args.num_parallel}")
+    return args
+
+
+def find(name: str, folder: Path, argument: str) -> Path:
+    """The YAML of a name, or a path.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    file = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not file.is_file():
+        legal = ", ".join(sorted(other.stem for other in folder.glob("*.yaml")))
+        raise ValueError(f"`{argument}` must be among {legal}, or the path of a YAML, got {name!r}.")
+    return file
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """Settings of a table.
+
+    Raises:
+        ValueError: for one without a title, text, pairs or a known kind.
+    """
+    with open(file, encoding="utf-8") as text:
+        spec = yaml.safe_load(text)
+    for name in ("title", "text", "kind", "pairs"):
+        if name not in spec:
+            raise ValueError(f"{file} has no `{name}`.")
+    if spec["kind"] not in KINDS:
+        raise ValueError(f"{file}: `kind` must be one of {', '.join(KINDS)}, got {spec['kind']!r}.")
+    return {"name": file.stem} | spec
+
+
+def describe_device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "CPU, one thread per process"
+
+
+def placeless(command: str, places: Mapping[str, str]) -> str:
+    """A command without the folders of this machine. `places`: folder -> what stands for it."""
+    for folder, name in sorted(places.items(), key=lambda place: -len(place[0])):
+        command = re.sub(rf"(?<![\w./-]){re.escape(folder.rstrip('/'))}(?=[/\s'\"]|$)", name, command)
+    return command
+
+
+def write_table(file: Path, spec: dict[str, Any], command: str, pair: Pair, result, places: Mapping[str, str]) -> None:
+    """Puts one pair's figures into a table's JSON; those of other pairs stay. `places`: see [`placeless`]."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pairs": {}}
+    last_seed = spec.get("seeds", pair.num_seeds) - 1
+    entry = {
+        "title": pair.title,
+        "seeds": f"0 to {last_seed}" if last_seed else "0",
+        "device": describe_device(),
+        "versions": versions(),
+        "columns": [list(column) for column in result.columns],
+        "rows": result.rows,
+        "notes": result.notes,
+        "cost": result.cost,
+        "holds_times": result.holds_times,
+        "commands": [placeless(text, places) for text in result.commands],
+    }
+    order = list(dict.fromkeys([*spec["pairs"], *content["pairs"], pair.name]))
+    found = content["pairs"] | {pair.name: entry}
+    pairs = {name: found[name] for name in order if name in found}
+    write_json(file, {"title": spec["title"], "text": spec["text"], "command": command, "pairs": pairs})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    began = time.monotonic()
+    specs = [read_table(find(name, PAPER, "tables")) for name in args.tables]
+    wanted = {spec["name"]: args.pairs or spec["pairs"] for spec in specs}
+    pairs, absent = {}, {}
+    for name in dict.fromkeys(name for names in wanted.values() for name in names):
+        try:
+            pairs[name] = Pair.load(find(name, PAPER / "pairs", "pairs"), args.data, args.models)
+        except FileNotFoundError as error:
+            absent[name] = str(error)
+    has_gpu = torch.cuda.is_available()
+    out = Path(args.output_dir)
+    env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not has_gpu:
+        env["OMP_NUM_THREADS"] = "1"  # of many small jobs side by side, and the same sums in every run
+    num_parallel = args.num_parallel or (1 if has_gpu else min(MAX_PARALLEL, os.cpu_count() or 1))
+    jobs = Jobs(out, num_parallel, env)
+    pipelines = {name: Pipeline(pair, jobs, out / pair.name) for name, pair in pairs.items()}
+    planned = []
+    for spec in specs:
+        for name in wanted[spec["name"]]:
+            if name in absent:
+                continue
+            pair = pairs[name]
+            if spec["kind"] not in WITHOUT_ANSWERS and not pair.has_answers:
+                continue
+            planned.append((spec, pair, KINDS[spec["kind"]](pipelines[name], spec)))
+    for reason in absent.values():
+        print(f"Left out, its tables stay as they are: {reason}")
+    todo = jobs.missing()
+    perhaps = sum(job.only_if is not None for job in todo)
+    more = f", {perhaps} only where a sweep of learning rates asks for them" if perhaps else ""
+    print(
+        f"{len(planned)} tables, {len(jobs.all)} jobs, {len(todo)} of them to run{more}; {num_parallel} side by side"
+    )
+    if args.dry_run:
+        for job in todo:
+            print(f"  {job.name}{' (perhaps)' if job.only_if else ''}")
+        return
+    for pair in pairs.values():
+        note_pair(pair, out / pair.name)
+    jobs.run()
+    places = {str(out): "runs/paper"} | {
+        folder: name.upper() for name, folder in (("data", args.data), ("models", args.models)) if folder
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    for spec, pair, collect in planned:
+        command = ["python", "recipes/paper.py", "--tables", spec["name"]]
+        for name in ("data", "models"):  # folders that some of its pairs want
+            if any(f"{{{name}}}" in find(one, PAPER / "pairs", "pairs").read_text() for one in spec["pairs"]):
+                command += [f"--{name}", name.upper()]
+        write_table(args.results / f"{spec['name']}.json", spec, shlex.join(command), pair, collect(), places)
+    published = args.results.resolve() == results.RESULTS
+    for file, text in results.pages(args.results, results.TEXTS if published else ()).items():
+        file.write_text(text, encoding="utf-8")
+    spent = sum(jobs.seconds(job) for job in jobs.all.values())
+    minutes = (time.monotonic() - began) / 60
+    print(f"{args.results}: {len(planned)} tables in {minutes:.1f} minutes; all jobs together {spent / 60:.1f}")

@@ -1,0 +1,147 @@
+"""Writes disjoint parts of a data set, one .jsonl each: for labels, tuning, calibration, tests and later rounds.
+
+    python recipes/splits.py --dataset openai/gsm8k:main --output_dir runs/gsm8k/data --label 2000 --test 1000
+
+The part `test` comes from the test split where there is one, everything else from the training split; a hash of a
+problem's id and the seed says where it belongs, so that which others there are changes nothing. A folder that writes
+its own problems (recipes/embedded) is asked for them. Knows files and columns, nothing of models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from s2t_recipes.problems import SUFFIXES, Problem, load_problems, split_by_id
+from transformers_s2t.config import atomic_write
+
+
+PARTS = ("label", "tuning", "calibration", "test", "fresh")
+BED_PARTS = (*PARTS, "words")  # words: what a bed writes that is no problem
+PROMPT_COLUMNS = ("prompt", "question", "problem")
+ANSWER_COLUMNS = ("answer", "solution")
+
+
+def is_bed(dataset: str) -> bool:
+    """Whether a data set is a folder that writes its own problems (recipes/embedded)."""
+    return (Path(dataset) / "corpus.py").is_file()
+
+
+def split_command(
+    recipe: str, dataset: str, output_dir: str, sizes: Mapping[str, int], seed: int, options: list[str] | None = None
+) -> list[str]:
+    """The command that writes the parts.
+
+    Args:
+        recipe: path of this file.
+        dataset: as `--dataset`.
+        output_dir: where the parts go.
+        sizes: part -> problems; 0 for none.
+        seed: of the division, or of a bed's problems.
+        options: more arguments, those of a bed's corpus.py.
+    """
+    sign = "--num-" if is_bed(dataset) else "--"
+    counts = [text for name, size in sizes.items() for text in (f"{sign}{name}", str(size))]
+    if is_bed(dataset):
+        start = [f"{dataset}/corpus.py", "--output", output_dir]
+    else:
+        start = [recipe, "--dataset", dataset, "--output_dir", output_dir]
+    return [*start, "--seed", str(seed), *counts, *(options or [])]
+
+
+def guess_columns(source: str, split: str | None) -> tuple[str, str]:
+    """Names of the prompt and the answer column.
+
+    Raises:
+        ValueError: where no known name is there.
+    """
+
+    def first_that_fits(names: tuple[str, ...], as_prompt: str | None) -> str:
+        for name in names:
+            prompt, answer = (name, None) if as_prompt is None else (as_prompt, name)
+            try:
+                load_problems(source, split, prompt_column=prompt, answer_column=answer, limit=1)
+            except ValueError as error:
+                reason = error
+            else:
+                return name
+        what = "prompt" if as_prompt is None else "answer"
+        raise ValueError(f"`dataset`: no {what} column named {' or '.join(names)}: {reason}")
+
+    prompt = first_that_fits(PROMPT_COLUMNS, None)
+    return prompt, first_that_fits(ANSWER_COLUMNS, prompt)
+
+
+def load_split(source: str, split: str | None) -> list[Problem]:
+    prompt, answer = guess_columns(source, split)
+    return load_problems(source, split, prompt_column=prompt, answer_column=answer)
+
+
+def divide(source: str, sizes: Mapping[str, int], seed: int) -> dict[str, list[Problem]]:
+    """Disjoint parts of a data set, as large as it allows, and in proportion where it is too small.
+
+    A single file, or a data set without a test split, gives its part `test` from itself.
+
+    Args:
+        source: as in [`load_problems`].
+        sizes: part -> problems at most.
+        seed: another one gives another division.
+
+    Raises:
+        ValueError: where nothing is left for a part.
+    """
+    folder = Path(source)
+    files = [file for file in folder.glob("*") if file.suffix in SUFFIXES]
+    only = str(files[0]) if len(files) == 1 else source if folder.is_file() else None
+    if only is not None:
+        train, test = load_split(only, None), None
+    else:
+        train = load_split(source, "train")
+        try:
+            test = load_split(source, "test")
+        except FileNotFoundError:
+            test = None
+    if test is not None:
+        tested = {problem.id for problem in test}
+        train = [problem for problem in train if problem.id not in tested]
+    divided = {name: size for name, size in sizes.items() if name != "test" or test is None}
+    total = sum(divided.values())
+    parts = split_by_id(train, {name: size / total for name, size in divided.items()}, seed)
+    if test is not None:
+        parts["test"] = test
+    parts = {name: parts[name][:size] for name, size in sizes.items()}
+    empty = [name for name in parts if not parts[name]]
+    if empty:
+        raise ValueError(
+            f"`dataset`: {source!r} is too small to be divided: no problem is left for {', '.join(empty)} "
+            f"({len(train)} problems to divide)."
+        )
+    return parts
+
+
+def write_problems(file: Path, problems: list[Problem]) -> None:
+    lines = [json.dumps({"id": p.id, "prompt": p.prompt, "answer": p.answer}, ensure_ascii=False) for p in problems]
+    with atomic_write(file) as out:
+        out.write(("\n".join(lines) + "\n").encode("utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write disjoint parts of a data set, one .jsonl each.")
+    parser.add_argument("--dataset", required=True, help="Hub id, folder with train and test files, or one file")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the .jsonl files")
+    parser.add_argument("--seed", type=int, default=0, help="of the division (default: 0)")
+    for name in PARTS:
+        parser.add_argument(f"--{name}", type=int, default=0, help=f"problems of {name}.jsonl (default: none)")
+    parser.add_argument("--only", choices=PARTS, help="write this part alone, divided as with all (default: all)")
+    args = parser.parse_args()
+    sizes = {name: getattr(args, name) for name in PARTS}
+    if min(sizes.values()) < 0 or not any(sizes.values()) or sizes.get(args.only) == 0:
+        parser.error(f"the sizes must be 0 or more, and one of them, or that of --only, above 0, got {sizes}")
+    parts = divide(args.dataset, {name: size for name, size in sizes.items() if size}, args.seed)
+    for name, problems in parts.items():
+        if args.only not in (None, name):
+            continue
+        write_problems(args.output_dir / f"{name}.jsonl", problems)
+        print(f"{args.output_dir / f'{name}.jsonl'}: {len(problems)} problems")

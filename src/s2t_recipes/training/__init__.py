@@ -1,0 +1,1 @@
+"""Selectors, their routers and calibration, and the imitations that they are compared with."""

@@ -1,0 +1,358 @@
+"""Calibrates a trained selector on held-out training problems: fusion weights, then trigger thresholds.
+
+    python recipes/calibrate.py --adapter runs/demo/adapter-seed0 --labels runs/demo/labels/calibration
+
+Writes both into the s2t_config.json of the adapter, or of a copy (`--output_dir`), so that
+S2TDecodingConfig(trigger="margin", target_rate=0.01) just works, and what was measured into calibration.json beside
+it. Fusion weights come from the labels, which hold what the teacher said. Thresholds come from running what will be
+deployed (adapter, scope, fusion, dtype) on the labels' prompts: corrected text is less in doubt than the student's
+own. A third of the problems is kept out of that and tells which rates are reached on others.
+
+Problems that the selector was trained on are refused. Never calibrate on evaluation problems: the ids are noted in
+seen_problems.json, and eval.py and agreement.py refuse them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+from trl import TrlParser
+
+from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
+from s2t_recipes.models import default_device, load_model, padding_token_id
+from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
+from transformers_s2t.calibration import (
+    TARGET_RATES,
+    ScoredPoints,
+    calibrate_thresholds,
+    fit_fusion,
+    read_router,
+    score_labels,
+)
+from transformers_s2t.config import CALIBRATION_NAME, DEFAULT_WARMUP_TOKENS, S2T_CONFIG_NAME, atomic_write, write_json
+from transformers_s2t.rates import Deployment, calibrate_rates
+from transformers_s2t.reserved_tokens import check_same_vocabulary
+from transformers_s2t.seen_problems import check_unseen, read_seen_problems, write_seen_problems
+from transformers_s2t.trajectories import TrajectoryHeader, read_held_out_labels, share_of
+
+
+TRIGGERS = ("entropy", "margin", "router", "kl")
+CARD_TITLE = "## Calibration"
+
+
+@dataclass
+class CalibrateArguments:
+    """What is calibrated, and on what.
+
+    Raises:
+        ValueError: naming the argument, its legal values and the value given.
+    """
+
+    adapter: str = field(metadata={"help": "Folder of the trained adapter; what is found is written into it."})
+    labels: str = field(
+        metadata={"help": "Labels of held-out training problems (recipes/label.py); their split 'validation', if any."}
+    )
+    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
+    teacher_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "For thresholds of the 'kl' trigger under the deployed selector; without it they come from the "
+            "labels' text."
+        },
+    )
+    triggers: list[str] | None = field(
+        default=None, metadata={"help": "entropy, margin, router, kl; by default those that can be had."}
+    )
+    target_rates: list[float] = field(
+        default_factory=lambda: list(TARGET_RATES), metadata={"help": "Shares of generated tokens that trigger."}
+    )
+    deployed: bool = field(
+        default=True,
+        metadata={"help": "false: thresholds from the labels' text, which takes no decoding, and fires too rarely."},
+    )
+    check_share: float = field(
+        default=0.33, metadata={"help": "Share of the problems on which the achieved rates are measured; 0 for none."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Problems to decode at most (all are used for fusion)."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Of each text; by default as labelled."})
+    warmup_tokens: int = field(
+        default=DEFAULT_WARMUP_TOKENS, metadata={"help": "First new tokens that never trigger; stored."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for a calibrated copy of `adapter`, which then stays as it is; by default none."},
+    )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Hub repository (you/name) to which the calibrated adapter is pushed."}
+    )
+
+    def __post_init__(self):
+        for trigger in self.triggers or ():
+            if trigger not in TRIGGERS:
+                raise ValueError(f"`triggers` must be among {', '.join(map(repr, TRIGGERS))}, got {trigger!r}.")
+        if not self.target_rates or not all(0 < rate <= 1 for rate in self.target_rates):
+            raise ValueError(f"`target_rates` must be in (0, 1], got {self.target_rates}.")
+        if not 0 <= self.check_share < 1:
+            raise ValueError(f"`check_share` must be in [0, 1), got {self.check_share!r}.")
+        for name in ("limit", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
+        if self.warmup_tokens < 0:
+            raise ValueError(f"`warmup_tokens` must be at least 0, got {self.warmup_tokens!r}.")
+
+
+def choose_triggers(args: CalibrateArguments, config: SelectorConfig) -> list[str]:
+    """The triggers asked for, or those that can be had.
+
+    Raises:
+        ValueError: for the router's where there is none, or the labels' values for a text that they do not hold.
+    """
+    from_labels = config.proposals == "base"  # labels hold the base model's text
+    possible = ["entropy", "margin"] if args.deployed or from_labels else []
+    if config.router:
+        possible.append("router")
+    if from_labels or (args.teacher_model is not None and args.deployed):
+        possible.append("kl")
+    wrong = [trigger for trigger in args.triggers or () if trigger not in possible]
+    if wrong == ["router"]:
+        raise ValueError(f"`triggers`: {args.adapter!r} has no router; recipes/train_router.py trains one.")
+    if wrong or not possible:
+        raise ValueError(
+            f"`triggers` can be {', '.join(possible) or 'none'} here, got {', '.join(wrong) or 'none'}: with "
+            "`deployed=false` thresholds come from labels, which do not hold the text of an adapted model, and for "
+            "that 'kl' needs `teacher_model`."
+        )
+    return args.triggers or possible
+
+
+def fit_weights(
+    args: CalibrateArguments, selector: LocalSelector, labels: Dataset
+) -> tuple[FusionWeights | None, ScoredPoints | None, list[torch.Tensor] | None, bool]:
+    """Fusion weights, the points that they were fitted on, the router's logits at every token, and whether these are
+    cross-fitted, because the router had seen the problems."""
+    config = selector.selector_config
+    if config.proposals == "adapted":  # labels hold the base model's candidates and log-probabilities
+        return None, None, None, False
+    values, seen = None, set()
+    if selector.router is not None:
+        seen = read_seen_problems(args.adapter).get("router", set()) & set(labels["problem_id"])
+        values = read_router(selector, labels, args.batch_size, is_new=not seen)
+    points = score_labels(selector, labels, args.batch_size, router_values=values).with_choice()
+    return fit_fusion(points), points, values, bool(seen)
+
+
+def divide(labels: Dataset, check_share: float, limit: int | None) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts to calibrate on, and prompts of other problems to check on."""
+    prompts = {}
+    for id, ids, prompt_length in zip(labels["problem_id"], labels["input_ids"], labels["prompt_length"]):
+        prompts.setdefault(id, ids[:prompt_length])
+    if limit is not None:
+        prompts = dict(list(prompts.items())[:limit])
+    check = [prompt for id, prompt in prompts.items() if share_of(id) < check_share]
+    fit = [prompt for id, prompt in prompts.items() if share_of(id) >= check_share]
+    if not fit:
+        raise ValueError(f"`labels` hold {len(prompts)} problems: none is left to calibrate on, label more.")
+    return fit, check
+
+
+def run_deployed(
+    args: CalibrateArguments,
+    deployment: Deployment,
+    triggers: list[str],
+    fit: list[list[int]],
+    check: list[list[int]],
+) -> dict[str, dict[float, dict[str, Any]]]:
+    """Trigger -> target rate -> threshold and achieved rates, by decoding."""
+    table: dict[str, dict[float, dict[str, Any]]] = {}
+    with tqdm(total=len(triggers) * len(args.target_rates), unit="rate") as bar:
+        for trigger in triggers:
+            bar.set_description(f"Decoding: {trigger}")
+
+            def tell(rate: float, run) -> None:
+                bar.set_postfix_str(f"target {rate:.1%}, got {run.rate:.2%}")
+
+            table[trigger] = {}
+            for rate, run in calibrate_rates(deployment, fit, trigger, args.target_rates, tell).items():
+                entry = {"threshold": run.threshold, "calibrated": run.rate}
+                if check:
+                    checked = deployment.run(check, trigger, run.threshold)
+                    entry |= {"achieved": checked.rate, "interval": checked.interval()}
+                table[trigger][rate] = entry
+                bar.update()
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = TrlParser(CalibrateArguments).parse_args_and_config(argv)
+    config = open_adapter(args.adapter)
+    triggers = choose_triggers(args, config)
+    labels, header = read_held_out_labels(args.labels)
+    check_same_tokenizer(args.labels, header, config)
+    check_unseen(args.adapter, labels["problem_id"], ("training",), "labels")
+    fit, check = divide(labels, args.check_share, args.limit)
+    name = args.model or config.base_model
+    check_model("model", name)
+    if args.teacher_model is not None:
+        check_model("teacher_model", args.teacher_model, may_be_tuned=True)
+        check_same_vocabulary(*(AutoTokenizer.from_pretrained(source) for source in (name, args.teacher_model)))
+    config = dataclasses.replace(config, warmup_tokens=args.warmup_tokens)
+
+    model = load_model(name, args.dtype, default_device())
+    selector = LocalSelector.from_pretrained(args.adapter, model)
+    fusion, points, values, was_seen = fit_weights(args, selector, labels)
+    selector.fusion = fusion  # it decides what is written, and so which values the triggers see
+    from_labels = triggers if not args.deployed else ["kl"] if args.teacher_model is None and "kl" in triggers else []
+    table: dict[str, dict[float, dict[str, Any]]] = {}
+    if from_labels:
+        stored = calibrate_thresholds(labels, args.target_rates, args.warmup_tokens, values)
+        table = {t: {rate: {"threshold": value} for rate, value in stored[t].items()} for t in from_labels}
+    decoded = [trigger for trigger in triggers if trigger not in from_labels]
+    if decoded:
+        deployment = make_deployment(args, selector, header, model, AutoTokenizer.from_pretrained(name))
+        if "kl" in decoded:
+            teacher = load_model(args.teacher_model, args.dtype, default_device())
+            deployment = dataclasses.replace(deployment, teacher_model=teacher)
+        table |= run_deployed(args, deployment, decoded, fit, check)
+
+    folder = args.adapter
+    if args.output_dir is not None:
+        folder = args.output_dir
+        shutil.copytree(args.adapter, folder, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
+    write_seen_problems(folder, "calibration", labels["problem_id"])
+    thresholds = {t: {rate: entry["threshold"] for rate, entry in by.items()} for t, by in table.items()}
+    dataclasses.replace(config, thresholds=thresholds, fusion=fusion).save_pretrained(folder)
+    measured = None if points is None else agreement(points, fusion)
+    counts = (len(fit), len(check))
+    write_card(Path(folder) / "README.md", card_section(table, measured, len(check)))
+    write_json(Path(folder) / CALIBRATION_NAME, report(args, table, measured, fusion, was_seen, *counts))
+    print_report(table, measured, fusion, was_seen, len(labels), *counts)
+    print(f"\nwritten to {Path(folder) / S2T_CONFIG_NAME}")
+    if args.push_to_hub is not None:
+        HfApi().create_repo(args.push_to_hub, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=args.push_to_hub, folder_path=folder, ignore_patterns=["checkpoint-*", "training_args.bin"]
+        )
+        print(f"pushed to {args.push_to_hub}")
+
+
+def make_deployment(
+    args: CalibrateArguments,
+    selector: LocalSelector,
+    header: TrajectoryHeader | None,
+    model: PreTrainedModel,
+    tokenizer: Any,
+) -> Deployment:
+    """How texts are written: as the labels' were, but corrected.
+
+    Raises:
+        ValueError: where neither labels nor arguments say how long texts may be, or the tokenizer knows no end.
+    """
+    max_new_tokens = args.max_new_tokens or (header.max_new_tokens if header is not None else None)
+    if max_new_tokens is None:
+        raise ValueError("`max_new_tokens` must be given, for the labels have no header that says it.")
+    eos = list(header.eos_token_ids) if header is not None else [tokenizer.eos_token_id]
+    return Deployment(
+        model=model,
+        selector=selector,
+        pad_token_id=padding_token_id(tokenizer, model.name_or_path),
+        eos_token_ids=[id for id in eos if id is not None],
+        max_new_tokens=max_new_tokens,
+        batch_size=args.batch_size,
+        warmup_tokens=args.warmup_tokens,
+    )
+
+
+def agreement(points: ScoredPoints, fusion: FusionWeights) -> dict[str, Any]:
+    """Number of points with a choice, and of each decision Agree@1 there, and flips."""
+    found: dict[str, Any] = {"count": len(points.target_N)}
+    found["student_first"] = {"agree_at_1": float((points.target_N == 0).float().mean())}
+    for name, weights in (("selector", FusionWeights()), ("fused", fusion)):
+        found[name] = {"agree_at_1": points.agreement(weights), **points.flips(weights)._asdict()}
+    return found
+
+
+def report(args, table, measured, fusion, was_seen, num_fit: int, num_check: int) -> dict[str, Any]:
+    """What goes into calibration.json."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "problems": {"calibrated": num_fit, "checked": num_check},
+        "warmup_tokens": args.warmup_tokens,
+        "fusion": None if fusion is None else dataclasses.asdict(fusion),
+        "router_cross_fitted": was_seen,
+        "in_sample_points": measured,
+        "rates": {trigger: {f"{rate:g}": entry for rate, entry in by.items()} for trigger, by in table.items()},
+    }
+
+
+def card_section(table, measured, num_check: int) -> str:
+    """What the model card says of the calibration, in Markdown."""
+    text = "Selecting at a share of the tokens: `S2TDecodingConfig(trigger=..., target_rate=...)`.\n\n"
+    text += "| trigger | target rate | threshold | rate on other problems |\n|---|---|---|---|\n"
+    for trigger, by_rate in table.items():
+        for rate, entry in by_rate.items():
+            achieved = "not measured"
+            if "achieved" in entry:
+                low, high = entry["interval"]
+                achieved = f"{entry['achieved']:.2%} [{low:.2%}, {high:.2%}]"
+            text += f"| {trigger} | {rate:.1%} | {entry['threshold']:.4f} | {achieved} |\n"
+    if num_check:
+        text += f"\nRates on {num_check} problems that the thresholds were not taken from, with 95 % intervals.\n"
+    if measured is not None:
+        before, after = measured["selector"], measured["fused"]
+        text += (
+            f"\nFusion weights were fitted on {measured['count']} decision points, where the fused decision puts "
+            f"{after['helped']} first choices right and {after['hurt']} wrong (the bare score: {before['helped']} and "
+            f"{before['hurt']}).\n"
+        )
+    return text
+
+
+def write_card(file: Path, section: str) -> None:
+    """Puts the section at the end of a model card, in place of the one of an earlier calibration."""
+    card = file.read_text(encoding="utf-8") if file.is_file() else ""
+    card = card.split(f"\n{CARD_TITLE}\n")[0].rstrip()
+    with atomic_write(file) as out:
+        out.write(f"{card}\n\n{CARD_TITLE}\n\n{section}".lstrip().encode())
+
+
+def print_report(table, measured, fusion, was_seen, num_labels: int, num_fit: int, num_check: int) -> None:
+    if measured is not None:
+        print(f"\n{measured['count']} decision points with a choice, of {num_labels} trajectories")
+        weights = ", ".join(f"{name} {value:.3f}" for name, value in dataclasses.asdict(fusion).items())
+        print(f"  fusion: {weights}" + (" (router cross-fitted: it has seen these problems)" if was_seen else ""))
+        print(f"\n  {'at these points':<16}{'Agree@1':>9}{'helped':>9}{'hurt':>9}{'other':>9}")
+        for name in ("student_first", "selector", "fused"):
+            figures = measured[name]
+            flips = "".join(
+                f"{figures[key]:>9}" if key in figures else f"{'-':>9}" for key in ("helped", "hurt", "other")
+            )
+            print(f"  {name.replace('_', ' '):<16}{figures['agree_at_1']:>9.3f}{flips}")
+    else:
+        print("\nfusion stays the paper's rule: labels hold the base model's candidates, not the adapted one's")
+    print(f"\nthresholds calibrated on {num_fit} problems, checked on {num_check} others")
+    print(f"  {'trigger':<10}{'target':>8}{'threshold':>12}{'calibrated':>12}{'achieved':>10}  95% interval")
+    for trigger, by_rate in table.items():
+        for rate, entry in by_rate.items():
+            line = f"  {trigger:<10}{rate:>8.1%}{entry['threshold']:>12.4f}"
+            if "calibrated" not in entry:
+                print(line + "  from the labels' text: fires more rarely where text is corrected")
+                continue
+            line += f"{entry['calibrated']:>12.2%}"
+            if "achieved" in entry:
+                low, high = entry["interval"]
+                line += f"{entry['achieved']:>10.2%}  [{low:.2%}, {high:.2%}]"
+            print(line)

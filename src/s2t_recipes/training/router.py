@@ -1,0 +1,302 @@
+"""Trains a router: a light head on the small model that says at which tokens to ask the selector, without a teacher.
+
+    python recipes/train_router.py --adapter runs/demo/adapter-seed0 --labels runs/demo/labels/label \
+        --eval_labels runs/demo/labels/tuning
+
+Works from stored labels and one reading of their trajectories by the small model; minutes on a CPU for small models.
+The router lies beside the adapter (s2t_router.safetensors), where LocalSelector.from_pretrained finds it. Then run
+recipes/calibrate.py: thresholds and fusion weights of a router are its own.
+
+It predicts one of three things, and `--target` says which: that the teacher's best candidate above the floor gains
+more than `--min_gain` nats over the first one ("gain"), that it is another one than the first ("differs"), or
+KL(teacher || student) itself ("kl").
+
+It depends on the model, the labels and the seed, not on the selector. So another adapter of the same model, where the
+same router would be trained, can take it, within a second:
+
+    python recipes/train_router.py --adapter runs/demo/other-adapter --router_of runs/demo/adapter-seed0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import safe_open
+from trl import TrlParser
+
+from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
+from s2t_recipes.models import default_device, load_model
+from transformers_s2t import SelectorConfig
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME, atomic_write
+from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
+from transformers_s2t.router import ROUTER_TARGETS, RouterConfig, num_layers
+from transformers_s2t.router_training import collect, default_layers, fit_router, trigger_metrics
+from transformers_s2t.seen_problems import read_seen_problems, write_seen_problems
+from transformers_s2t.trajectories import label_splits, read_labels, share_of
+
+
+#: Of an adapter, what training a router reads apart from the model.
+SETTINGS = ("min_prob_ratio", "warmup_tokens", "reserved_token_ids")
+
+
+@dataclass
+class RouterArguments:
+    """What is trained, and on what; or from where it is taken.
+
+    Raises:
+        ValueError: naming the argument, its legal values and the value given.
+    """
+
+    adapter: str = field(metadata={"help": "Folder of the trained adapter; the router is written beside it."})
+    labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder written by recipes/label.py, or a Hub data set; the adapter's own will do. Needed unless "
+            "`router_of` is given."
+        },
+    )
+    eval_labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Labels of other problems, which choose layer and epoch; by default the split 'validation' of "
+            "`labels`, or a fifth of its problems."
+        },
+    )
+    router_of: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter whose router is taken instead of training the same one again: a router depends on the "
+            "model, the labels and the seed, not on the selector. Goes without `labels`; options of training are not "
+            "read."
+        },
+    )
+    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
+    target: str = field(default="gain", metadata={"help": "What is predicted: 'gain', 'differs' or 'kl'."})
+    min_gain: float = field(default=0.5, metadata={"help": "Of 'gain', in nats."})
+    layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Layers to try, 1 to the number of layers; by default five, evenly spread, with the last."},
+    )
+    width: int = field(default=64, metadata={"help": "Of the head's hidden layer."})
+    num_top: int = field(default=8, metadata={"help": "Log-probabilities among the features."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW."})
+    num_epochs: int = field(default=30, metadata={"help": "At most; the best one by held-out loss is kept."})
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": "Of the head: where labels are many, only as many epochs as fit into these, but one."},
+    )
+    head_batch_size: int = field(default=512, metadata={"help": "Positions per step of the head."})
+    max_positions: int = field(
+        default=200_000,
+        metadata={"help": "Positions kept, a random share where there are more (they are held in memory)."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward of the model."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
+    seed: int = field(default=0, metadata={"help": "Of the head's first weights and the order of positions."})
+    overwrite: bool = field(default=False, metadata={"help": "Write it anew where the adapter has a router."})
+
+    def __post_init__(self):
+        if (self.labels is None) == (self.router_of is None):
+            raise ValueError(
+                f"One of `labels` and `router_of` must be given, and only one, got labels={self.labels!r} and "
+                f"router_of={self.router_of!r}."
+            )
+        if self.router_of is not None and self.eval_labels is not None:
+            raise ValueError(
+                f"`eval_labels` must be left out with `router_of`, where nothing is trained, got {self.eval_labels!r}."
+            )
+        if self.target not in ROUTER_TARGETS:
+            raise ValueError(f"`target` must be one of {', '.join(map(repr, ROUTER_TARGETS))}, got {self.target!r}.")
+        for name in ("width", "num_top", "num_epochs", "max_steps", "head_batch_size", "max_positions", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
+        for name, low in (("min_gain", 0.0), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"`{name}` must be at least {low}, got {getattr(self, name)!r}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"`learning_rate` must be above 0, got {self.learning_rate!r}.")
+
+
+def read_both(args: RouterArguments):
+    """Labels to learn from, held-out ones of other problems, and the header.
+
+    Raises:
+        ValueError: where the two share problems, or no problem can be spared.
+    """
+    labels, header = read_labels(args.labels)
+    if args.eval_labels is not None:
+        held_out, _ = read_labels(args.eval_labels, split="all")
+    elif "validation" in label_splits(args.labels):
+        held_out, _ = read_labels(args.labels, split="validation")
+    else:
+        is_held_out = [share_of(id) < 0.2 for id in labels["problem_id"]]
+        held_out = labels.select([i for i, held in enumerate(is_held_out) if held])
+        labels = labels.select([i for i, held in enumerate(is_held_out) if not held])
+    for name, rows in (("labels", labels), ("eval_labels", held_out)):
+        if len(rows) == 0:
+            raise ValueError(f"`{name}` hold no trajectory: label more problems, or pass `eval_labels`.")
+    shared = set(labels["problem_id"]) & set(held_out["problem_id"])
+    if shared:
+        raise ValueError(
+            f"`labels` and `eval_labels` share {len(shared)} problems ({sorted(shared)[:3]} ...): layer and epoch are "
+            "to be chosen on problems that the router has not learned from."
+        )
+    return labels, held_out, header
+
+
+def write_router(adapter: str, config: SelectorConfig, problem_ids: Iterable[str], save: Callable[[str], str]) -> None:
+    """Puts a router beside an adapter, and takes away what was calibrated with another one.
+
+    Args:
+        adapter: its folder.
+        config: of the adapter, as it was.
+        problem_ids: those that the router has seen.
+        save: writes the router into a folder and returns its fingerprint, as `Router.save_pretrained` does.
+    """
+    (Path(adapter) / CALIBRATION_NAME).unlink(missing_ok=True)
+    write_seen_problems(adapter, "router", problem_ids)
+    fingerprint = save(adapter)
+    # what was calibrated with another router: all thresholds where it had a say in the decisions, else its own
+    depends = config.fusion is not None and config.fusion.router != 0
+    thresholds = {} if depends else {name: by for name, by in config.thresholds.items() if name != "router"}
+    fusion = None if depends else config.fusion
+    dataclasses.replace(config, router=fingerprint, thresholds=thresholds, fusion=fusion).save_pretrained(adapter)
+
+
+def take_router(args: RouterArguments, config: SelectorConfig) -> None:
+    """Writes the router of another adapter beside this one, as training it here would have done.
+
+    Raises:
+        ValueError: where there is none, or not known what it has seen, or training here would give another one.
+    """
+    if not Path(args.router_of).is_dir():
+        raise ValueError(f"`router_of` must be the local folder of an adapter with a router, got {args.router_of!r}.")
+    other = SelectorConfig.from_pretrained(args.router_of)
+    if not other.router:
+        raise ValueError(f"`router_of`: {args.router_of!r} has no router; take one that has, or pass `labels`.")
+    file = Path(args.router_of) / ROUTER_WEIGHTS_NAME
+    data = file.read_bytes() if file.is_file() else b""
+    if hashlib.sha256(data).hexdigest()[:16] != other.router:
+        raise ValueError(f"`router_of`: {file} is not the router that {S2T_CONFIG_NAME} names, {other.router}.")
+    problem_ids = read_seen_problems(args.router_of).get("router")
+    if problem_ids is None:
+        raise ValueError(
+            f"`router_of`: {args.router_of!r} does not tell which problems its router has seen: pass `labels`."
+        )
+    with safe_open(file, framework="pt") as weights:
+        router = RouterConfig(**json.loads(weights.metadata()["router"]))
+    pairs = {name: (getattr(other, name), getattr(config, name)) for name in SETTINGS}
+    # an adapter that does not say what its model was takes the router of any
+    if config.model_hash and not (router.model_hash and same_weights(router.model_hash, config.model_hash)):
+        pairs = {"model_hash": tuple(map(weights_name, (router.model_hash, config.model_hash)))} | pairs
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise ValueError(
+                f"`router_of`: {args.router_of!r} has a router for {name}={theirs!r}, but {args.adapter!r} has "
+                f"{name}={ours!r} and would get another one: pass `labels`."
+            )
+
+    def save(folder: str) -> str:
+        with atomic_write(Path(folder) / ROUTER_WEIGHTS_NAME) as out:
+            out.write(data)
+        return other.router
+
+    write_router(args.adapter, config, problem_ids, save)
+    print(
+        f"taken from {args.router_of}: router {other.router} (target {router.target!r}, layer {router.layer}, "
+        f"{len(problem_ids)} problems seen), written to {args.adapter}. Calibrate next (recipes/calibrate.py)."
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = TrlParser(RouterArguments).parse_args_and_config(argv)
+    config = open_adapter(args.adapter)
+    if config.router and (Path(args.adapter) / ROUTER_WEIGHTS_NAME).is_file() and not args.overwrite:
+        print(f"{args.adapter} already has a router; pass --overwrite true to write it anew.")
+        return
+    if config.proposals == "adapted":
+        raise ValueError(
+            f"{args.adapter} writes text with the adapter on (proposals='adapted'), but labels hold what the base "
+            "model would write first: a router cannot be trained on them. Use trigger='entropy' or 'margin'."
+        )
+    if args.router_of is not None:
+        take_router(args, config)
+        return
+    labels, held_out, header = read_both(args)
+    check_same_tokenizer(args.labels, header, config)
+    check_model("model", args.model or config.base_model)
+    model = load_model(args.model or config.base_model, args.dtype, default_device())
+    own_hash = model_hash(model)
+    if not same_weights(config.model_hash, own_hash):
+        raise ValueError(
+            f"`model` has weights {weights_name(own_hash)}, but the adapter was trained on "
+            f"{weights_name(config.model_hash)} ({config.base_model!r}): load the one it was trained on."
+        )
+    layers = args.layers or default_layers(model)
+    wrong = [layer for layer in layers if not 1 <= layer <= num_layers(model)]
+    if wrong:
+        raise ValueError(f"`layers` must be in [1, {num_layers(model)}], the model's layers, got {wrong[0]}.")
+
+    num_rows = model.get_output_embeddings().weight.shape[0]
+    excluded = [id for id in config.reserved_token_ids if id < num_rows]
+    train, tuning = (
+        collect(
+            model,
+            rows,
+            layers,
+            num_top=args.num_top,
+            min_prob_ratio=config.min_prob_ratio,
+            warmup_tokens=config.warmup_tokens,
+            excluded_ids=excluded,
+            batch_size=args.batch_size,
+            max_positions=args.max_positions,
+            seed=args.seed,
+        )
+        for rows in (labels, held_out)
+    )
+    router_config = RouterConfig(
+        hidden_size=model.config.get_text_config().hidden_size,
+        layer=max(layers),
+        num_top=args.num_top,
+        width=args.width,
+        target=args.target,
+        min_gain=args.min_gain,
+        model_hash=own_hash,
+    )
+    router, losses = fit_router(
+        model,
+        train,
+        tuning,
+        router_config,
+        seed=args.seed,
+        learning_rate=args.learning_rate,
+        num_epochs=args.num_epochs,
+        max_steps=args.max_steps,
+        batch_size=args.head_batch_size,
+    )
+    write_router(args.adapter, config, [*labels["problem_id"], *held_out["problem_id"]], router.save_pretrained)
+
+    print(f"\n{len(train.gain_N)} positions of {len(labels)} trajectories, {len(tuning.gain_N)} held out")
+    print("held-out loss by layer: " + ", ".join(f"{layer}: {loss:.4f}" for layer, loss in losses.items()))
+    print(f"layer {router.config.layer} is read\n")
+    features = {"entropy": 0, "margin": 1}
+    table = {name: trigger_metrics(tuning.features_NF[:, i], tuning, router.config) for name, i in features.items()}
+    table |= {
+        "router": router.config.metrics,
+        "kl (oracle)": trigger_metrics(tuning.divergence_N, tuning, router.config),
+    }
+    columns = ("auc_differs", "auc_gain", "auc_differs_choice", "auc_gain_choice")
+    print(f"{'held-out AUC':<14}" + "".join(f"{name:>20}" for name in columns))
+    for name, metrics in table.items():
+        print(f"{name:<14}" + "".join(f"{metrics.get(column, float('nan')):>20.3f}" for column in columns))
+    print(
+        "differs: the teacher's best candidate above the floor is not the first; gain: and gains more than "
+        f"{args.min_gain:g} nats;\n_choice: among positions with two or more candidates above the floor"
+    )
+    print(f"\nwritten to {Path(args.adapter)}; {S2T_CONFIG_NAME} names it. Calibrate next (recipes/calibrate.py).")
