@@ -60,11 +60,14 @@ from setting import (
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from transformers_s2t.config import MAX_CANDIDATES, write_json
-from transformers_s2t.labeling import TrajectoryScores, label_problems, score_positions
+from transformers_s2t.config import MAX_CANDIDATES
+from transformers_s2t.files import write_json
+from transformers_s2t.labeling.label_problems import label_problems
+from transformers_s2t.labeling.points import TrajectoryScores, score_positions
+from transformers_s2t.labels.folder import shard_files
+from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.proposals import exclude
 from transformers_s2t.reserved_tokens import find_reserved_token_ids
-from transformers_s2t.trajectories import TrajectoryHeader, shard_files
 
 
 #: The pair that ships here.

@@ -29,10 +29,13 @@ from peft import LoraConfig
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from transformers_s2t import FusionWeights, LocalSelector, S2TConfig, S2TTrainer, s2t_trainer, scoring, selection
-from transformers_s2t.calibration import fit_fusion, score_labels
-from transformers_s2t.config import write_json
-from transformers_s2t.trajectories import read_labels
+from transformers_s2t import FusionWeights, LocalSelector, S2TConfig, S2TTrainer
+from transformers_s2t.calibration.scored_points import fit_fusion, score_labels
+from transformers_s2t.decoding import local_selector
+from transformers_s2t.files import write_json
+from transformers_s2t.labels.folder import read_labels
+from transformers_s2t.scoring import reserved_rows
+from transformers_s2t.training import s2t_trainer
 
 
 #: Name -> what differs from the recipe. `lora_r` goes to the adapter, READ_OUT to [`read_out`], the rest to S2TConfig.
@@ -75,7 +78,7 @@ def scores_of_heads(num_heads: int) -> Callable[..., torch.Tensor]:
 
     def candidate_scores(bin_logits_R: torch.Tensor, score_head: str = "bins") -> torch.Tensor:
         parts = bin_logits_R.chunk(num_heads, dim=-1)
-        return sum(scoring.candidate_scores(part, score_head) for part in parts) / num_heads
+        return sum(reserved_rows.candidate_scores(part, score_head) for part in parts) / num_heads
 
     return candidate_scores
 
@@ -117,7 +120,7 @@ def read_out(num_heads: int = 1, layers_below: int = 0) -> Iterator[Callable[[Pr
 
     with ExitStack() as stack:
         if num_heads > 1:
-            for module in (s2t_trainer, selection):
+            for module in (s2t_trainer, local_selector):
                 stack.enter_context(mock.patch.object(module, "candidate_scores", scores_of_heads(num_heads)))
         try:
             yield prepare

@@ -30,11 +30,12 @@ from setting import FIRST_TOKEN, NUM_RESERVED, SHAPES, Parser, check_file, fill_
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from transformers_s2t import shared_prefix
-from transformers_s2t.config import write_json
-from transformers_s2t.labeling import rollout, score_trajectories
-from transformers_s2t.scoring import PackedPoints, packed_hidden
-from transformers_s2t.views import ModelViews, switch_adapter
+from transformers_s2t.files import write_json
+from transformers_s2t.labeling.points import score_trajectories
+from transformers_s2t.labeling.rollout import rollout
+from transformers_s2t.models import shared_prefix
+from transformers_s2t.models.views import ModelViews, switch_adapter
+from transformers_s2t.scoring.packing import PackedPoints, packed_hidden
 
 
 QUICK = {"num_layers": 4, "vocab_size": 4096, "batch_size": 8, "shared": [64], "own": 16, "new_tokens": 8, "turns": 1}

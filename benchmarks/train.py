@@ -61,8 +61,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from transformers_s2t import S2TConfig, S2TTrainer
-from transformers_s2t.config import MAX_CANDIDATES, write_json
-from transformers_s2t.scoring import get_decoder
+from transformers_s2t.config import MAX_CANDIDATES
+from transformers_s2t.files import write_json
+from transformers_s2t.scoring.candidates import get_decoder
 
 
 SCOPES = ("candidate", "sequence")

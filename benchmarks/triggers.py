@@ -48,10 +48,7 @@ from setting import SHAPES, Parser, check_file, check_range, device_name, random
 from transformers import PreTrainedModel
 
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig, __version__, triggers
-from transformers_s2t.calibration import TARGET_RATES, ScoredPoints, read_router, score_labels
-from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, write_json
-from transformers_s2t.router import HiddenTap, Router, RouterConfig, RouterHead
-from transformers_s2t.router_training import (
+from transformers_s2t.calibration.router_training import (
     RouterData,
     auc,
     average_precision,
@@ -59,7 +56,11 @@ from transformers_s2t.router_training import (
     precision_recall,
     trigger_metrics,
 )
-from transformers_s2t.trajectories import read_header, read_labels
+from transformers_s2t.calibration.scored_points import TARGET_RATES, ScoredPoints, read_router, score_labels
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME
+from transformers_s2t.files import write_json
+from transformers_s2t.labels.folder import read_header, read_labels
+from transformers_s2t.router import HiddenTap, Router, RouterConfig, RouterHead
 from transformers_s2t.triggers import calibrate_threshold
 
 

@@ -642,7 +642,7 @@ def trigger_value(case: Case, built: Built, logits_V, teacher_logits, hidden_D, 
 
 
 def selector_scores(case: Case, built: Built, text: Text, candidates: list[int], teacher_logits) -> list[float]:
-    """As the docstrings of config.py and selection.py have it."""
+    """As the docstrings of config.py and fusion.py have it."""
     if not case.local:
         logprobs = teacher_logits().double().log_softmax(-1).tolist()
         return [max(logprobs[token], IMPOSSIBLE) if token < len(logprobs) else IMPOSSIBLE for token in candidates]

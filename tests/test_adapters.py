@@ -13,8 +13,9 @@ from s2t_recipes.evaluation import agreement, evaluate, retention
 from s2t_recipes.labeling import label
 from s2t_recipes.training import calibrate, imitate, merge, router, train
 from transformers_s2t import S2TConfig, S2TTrainer, SelectorConfig
+from transformers_s2t.labels.folder import write_header, write_shard
+from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.reserved_tokens import vocab_hash
-from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 from s2t_recipes.evaluation import agreement
 from transformers_s2t import FusionWeights
-from transformers_s2t.calibration import ScoredPoints
+from transformers_s2t.calibration.scored_points import ScoredPoints
 
 
 NUM_POINTS, NUM_CANDIDATES = 60, 5

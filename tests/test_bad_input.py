@@ -26,14 +26,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
 
-from transformers_s2t import (
-    S2T,
-    LocalSelector,
-    S2TTrace,
-    SelectorConfig,
-    TeacherSelector,
-    s2t_generate,
-)
+from transformers_s2t import S2T, LocalSelector, S2TTrace, SelectorConfig, TeacherSelector, s2t_generate
 from transformers_s2t.fingerprints import model_hash, weights_name
 from transformers_s2t.reserved_tokens import vocab_hash
 

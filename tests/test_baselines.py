@@ -13,8 +13,8 @@ from s2t_recipes.evaluation import evaluate
 from s2t_recipes.labeling import label
 from s2t_recipes.report import html_report
 from s2t_recipes.training import imitate
-from transformers_s2t.seen_problems import read_seen_problems
-from transformers_s2t.trajectories import read_labels
+from transformers_s2t.labels.folder import read_labels
+from transformers_s2t.labels.seen_problems import read_seen_problems
 
 
 NEW_TOKENS = 8

@@ -13,7 +13,8 @@ from datasets import Dataset
 from tiny import NaiveModel, make_selector, tiny_model
 from tiny_labels import make_labels, tiny_tokenizer
 
-from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
+from transformers_s2t.labels.folder import write_header, write_shard
+from transformers_s2t.labels.schema import TrajectoryHeader
 
 
 FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "objective.py"

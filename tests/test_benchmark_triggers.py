@@ -11,8 +11,8 @@ import triggers
 from datasets import Dataset
 
 from transformers_s2t import FusionWeights, SelectorConfig
-from transformers_s2t.calibration import ScoredPoints
-from transformers_s2t.router_training import auc
+from transformers_s2t.calibration.router_training import auc
+from transformers_s2t.calibration.scored_points import ScoredPoints
 
 
 ROOT = Path(__file__).resolve().parents[1]

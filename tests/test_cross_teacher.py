@@ -17,12 +17,15 @@ from tiny import BOS, EOS, PAD, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2t_recipes.labeling import label as label_recipe
-from transformers_s2t import S2TConfig, S2TTrainer, labeling
-from transformers_s2t.cross_tokenizer import CrossTokenizer, partition_divergence, score_with_teacher
-from transformers_s2t.labeling import label_problems, label_stats
+from transformers_s2t import S2TConfig, S2TTrainer
+from transformers_s2t.labeling import points
+from transformers_s2t.labeling.cross_teacher import score_with_teacher
+from transformers_s2t.labeling.cross_tokenizer import CrossTokenizer, partition_divergence
+from transformers_s2t.labeling.label_problems import label_problems, label_stats
+from transformers_s2t.labeling.teachers import CrossTokenizerTeacher
+from transformers_s2t.labels.folder import read_header, read_labels, write_header
+from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.reserved_tokens import resize_for_reserved_tokens, vocab_hash
-from transformers_s2t.teachers import CrossTokenizerTeacher
-from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_labels, write_header
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -152,7 +155,7 @@ def test_batches_shards_and_a_stop_change_nothing(tmp_path, monkeypatch):
     student, teacher = make_pair("bpe-bpe")
     header = replace(HEADER, points="floor+kl", divergence_threshold=None, threshold_sample=3, rollout="sample")
     label(student, teacher, tmp_path / "whole", header)
-    monkeypatch.setattr(labeling, "_MAX_FLOAT_LOGITS", 3 * 12)  # three positions at a time
+    monkeypatch.setattr(points, "_MAX_FLOAT_LOGITS", 3 * 12)  # three positions at a time
     label(student, teacher, tmp_path / "alone", header, batch_size=1)
     assert_same_rows(rows_of(tmp_path / "alone"), rows_of(tmp_path / "whole"))
     monkeypatch.undo()

@@ -15,13 +15,8 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from transformers_s2t.cross_tokenizer import (
-    CrossTokenizer,
-    _Trajectory,
-    least_divergence,
-    partition_divergence,
-    score_with_teacher,
-)
+from transformers_s2t.labeling.cross_teacher import _Trajectory, score_with_teacher
+from transformers_s2t.labeling.cross_tokenizer import CrossTokenizer, least_divergence, partition_divergence
 
 
 SPECIAL = ["<pad>", "<s>", "</s>"]

@@ -48,8 +48,8 @@ from transformers_s2t import (
     s2t_generate,
 )
 from transformers_s2t.fusion import decide
+from transformers_s2t.models.views import adapter_is_on
 from transformers_s2t.proposals import Proposals
-from transformers_s2t.views import adapter_is_on
 
 
 NEW_TOKENS = 12
@@ -401,7 +401,7 @@ def test_one_forward_and_two_select_the_same(setup, num_free, monkeypatch, batch
     model, selector = set_up(setup)
     config = offer_all(trigger="random", threshold=0.6, warmup_tokens=0)
     expected = generate("fast", model, batch, selector, config)
-    monkeypatch.setattr("transformers_s2t.scoring.FREE_TOKENS", {"cpu": num_free})
+    monkeypatch.setattr("transformers_s2t.scoring.candidates.FREE_TOKENS", {"cpu": num_free})
     tokens, trace = both_roads(model, batch, selector, config)
     assert tokens.tolist() == expected.tolist()
     assert num_flipped(trace) > 0

@@ -12,7 +12,8 @@ from tiny import EOS, PAD, ROADS
 from transformers.utils import logging
 
 from transformers_s2t import LocalSelector, S2TDecodingConfig, TeacherSelector, triggers
-from transformers_s2t.selection import S2TSession, Scores
+from transformers_s2t.decoding.selectors import Scores
+from transformers_s2t.decoding.session import S2TSession
 
 
 SHARE = range(42)
@@ -141,14 +142,16 @@ def test_a_floor_fusion_or_warm_up_that_is_not_the_documented_one_is_found(monke
             patch.setattr(differential, "S2TDecodingConfig", partial(tell, told))
             assert run_case(case).kind == "wrong", told
     monkeypatch.setattr(
-        "transformers_s2t.selection.fused_scores",
+        "transformers_s2t.decoding.session.fused_scores",
         lambda scores_AK, logprobs_AK, mask_AK, fusion, router_A: scores_AK.masked_fill(~mask_AK, -torch.inf),
     )
     assert run_case(case).kind == "wrong"
 
 
 def test_a_road_that_does_not_say_what_was_selected_is_found_alone(monkeypatch):
-    monkeypatch.setattr("transformers_s2t.logits_process.fix_tokens", lambda scores_BV, token_B, asked_B: scores_BV)
+    monkeypatch.setattr(
+        "transformers_s2t.decoding.logits_process.fix_tokens", lambda scores_BV, token_B, asked_B: scores_BV
+    )
     result = run_case(PADDED)
     assert [kind for kind, _ in result.ways.values()] == ["wrong", "exact"]
     assert "token" in result.ways["processor"][1]

@@ -19,9 +19,10 @@ from s2t_recipes.evaluation import evaluate
 from s2t_recipes.report import report
 from transformers_s2t import FusionWeights, SelectorConfig
 from transformers_s2t.fusion import fused_scores
+from transformers_s2t.labels.folder import read_header, read_labels, write_header, write_shard
+from transformers_s2t.labels.schema import TrajectoryHeader
+from transformers_s2t.labels.seen_problems import write_seen_problems
 from transformers_s2t.reserved_tokens import find_reserved_token_ids, vocab_hash
-from transformers_s2t.seen_problems import write_seen_problems
-from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_labels, write_header, write_shard
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -13,9 +13,10 @@ from s2t_recipes import records as records_module
 from s2t_recipes.evaluation import fidelity
 from s2t_recipes.report import charts
 from transformers_s2t import FusionWeights, SelectorConfig
-from transformers_s2t.calibration import score_labels
+from transformers_s2t.calibration.scored_points import score_labels
+from transformers_s2t.labels.folder import write_header, write_shard
+from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.reserved_tokens import vocab_hash
-from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
 
 NUM_CANDIDATES, RATIO = 3, 0.3  # of four; some of them are below the floor

@@ -11,8 +11,8 @@ from torch import nn
 
 from transformers_s2t import fingerprints
 from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
+from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.reserved_tokens import resize_for_reserved_tokens
-from transformers_s2t.trajectories import TrajectoryHeader
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

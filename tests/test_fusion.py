@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from transformers_s2t import FusionWeights
-from transformers_s2t.calibration import Flips, ScoredPoints
-from transformers_s2t.calibration import fit_fusion as fit_points
+from transformers_s2t.calibration.scored_points import Flips, ScoredPoints
+from transformers_s2t.calibration.scored_points import fit_fusion as fit_points
 from transformers_s2t.fusion import cross_fit, decide, fit_fusion, fused_scores
 from transformers_s2t.proposals import Proposals
 

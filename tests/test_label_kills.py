@@ -15,14 +15,9 @@ import pytest
 import torch
 from tiny import EOS, PAD, RESERVED, tiny_model
 
-from transformers_s2t.labeling import label_problems
-from transformers_s2t.trajectories import (
-    CARD_NAME,
-    HEADER_NAME,
-    TrajectoryHeader,
-    read_header,
-    shard_files,
-)
+from transformers_s2t.labeling.label_problems import label_problems
+from transformers_s2t.labels.folder import CARD_NAME, read_header, shard_files
+from transformers_s2t.labels.schema import HEADER_NAME, TrajectoryHeader
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

@@ -26,23 +26,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from s2t_recipes import problems
 from s2t_recipes.labeling import label as label_recipe
-from transformers_s2t import TeacherSelector, labeling, s2t_generate
-from transformers_s2t.labeling import (
-    choose_positions,
-    label_problems,
-    label_stats,
-    rollout,
-    score_positions,
-    score_trajectories,
-)
-from transformers_s2t.trajectories import (
-    TrajectoryHeader,
-    read_header,
-    read_held_out_labels,
-    read_labels,
-    shard_files,
-    split_of,
-)
+from transformers_s2t import TeacherSelector, s2t_generate
+from transformers_s2t.labeling import label_problems as labeling
+from transformers_s2t.labeling import points
+from transformers_s2t.labeling import rollout as rollout_module
+from transformers_s2t.labeling.label_problems import label_problems, label_stats
+from transformers_s2t.labeling.points import choose_positions, score_positions, score_trajectories
+from transformers_s2t.labeling.rollout import rollout
+from transformers_s2t.labels.folder import read_header, read_held_out_labels, read_labels, shard_files, split_of
+from transformers_s2t.labels.schema import TrajectoryHeader
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -210,7 +202,7 @@ def test_samples_follow_the_softmax(pair):
     with torch.no_grad():
         expected_V = torch.softmax(pair[0](torch.tensor([prompt])).logits[0, -1] / temperature, dim=-1)
     logits_BV = pair[0](torch.tensor([prompt])).logits[0, -1].detach().expand(2000, -1)
-    noise = labeling._GumbelNoise([[i] for i in range(2000)], [0] * 2000, temperature, 0, torch.device("cpu"))
+    noise = rollout_module._GumbelNoise([[i] for i in range(2000)], [0] * 2000, temperature, 0, torch.device("cpu"))
     noisy_BV = noise(None, logits_BV)
     counts = Counter(noisy_BV.argmax(-1).tolist())
     for id in expected_V.topk(5).indices.tolist():
@@ -270,9 +262,9 @@ def test_batches_split_for_memory_give_the_same(pair, prompts, monkeypatch):
     sequences = [[*ids, 5, 6, 7] for ids in prompts.values()]
     lengths = [len(ids) for ids in prompts.values()]
     whole = score_trajectories(*pair, sequences, lengths, 5, RESERVED)
-    monkeypatch.setattr(labeling, "_MAX_NUMBERS", 2000)
-    monkeypatch.setattr(labeling, "_MAX_TOKENS", 20)
-    monkeypatch.setattr(labeling, "_MAX_FLOAT_LOGITS", 2 * VOCAB_SIZE)
+    monkeypatch.setattr(points, "_MAX_NUMBERS", 2000)
+    monkeypatch.setattr(points, "_MAX_TOKENS", 20)
+    monkeypatch.setattr(points, "_MAX_FLOAT_LOGITS", 2 * VOCAB_SIZE)
     for one, other in zip(whole, score_trajectories(*pair, sequences, lengths, 5, RESERVED)):
         assert one.candidate_ids_SK.shape == (3, 5)
         for column, expected in zip(one, other):
@@ -311,8 +303,8 @@ def test_choose_positions():
     divergence_S = torch.tensor([0.1, 0.9, 0.5, 0.2])
     floor_count_S = torch.tensor([1, 1, 3, 2])
     expected = {"kl": [1, 2], "floor": [2, 3], "floor+kl": [1, 2, 3], "all": [0, 1, 2, 3]}
-    for points, indices in expected.items():
-        assert choose_positions(divergence_S, floor_count_S, 0.5, points).tolist() == indices
+    for kind, indices in expected.items():
+        assert choose_positions(divergence_S, floor_count_S, 0.5, kind).tolist() == indices
     with pytest.raises(ValueError, match="`points` must be one of"):
         choose_positions(divergence_S, floor_count_S, 0.5, "none")
 

@@ -1,4 +1,4 @@
-"""The private parts of transformers and peft that generation.py and scoring.py lean on.
+"""The private parts of transformers and peft that decoding, models and scoring lean on.
 
 A release that changes one fails here, with its name, before it fails in a decoding test without one.
 """
@@ -15,8 +15,8 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from transformers_s2t import S2T
-from transformers_s2t.generation import _WARPERS
-from transformers_s2t.s2t_trainer import _whole_weights
+from transformers_s2t.decoding.generation import _WARPERS
+from transformers_s2t.training.attach import _whole_weights
 
 
 def parameters(function):

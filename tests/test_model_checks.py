@@ -54,8 +54,9 @@ from transformers_s2t import (
     TeacherSelector,
     s2t_generate,
 )
-from transformers_s2t.labeling import score_trajectories
-from transformers_s2t.logits_process import S2TLogitsProcessor
+from transformers_s2t.decoding.logits_process import S2TLogitsProcessor
+from transformers_s2t.labeling.points import score_trajectories
+from transformers_s2t.labeling.teachers import LocalTeacher
 from transformers_s2t.model_checks import (
     check_causal_lm,
     check_reads_in_parts,
@@ -63,7 +64,6 @@ from transformers_s2t.model_checks import (
     context_length,
     position_rows,
 )
-from transformers_s2t.teachers import LocalTeacher
 
 
 NEW_TOKENS, K = 8, 5

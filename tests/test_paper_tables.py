@@ -16,7 +16,8 @@ from s2t_recipes.evaluation import evaluate, retention
 from s2t_recipes.paper import jobs as jobs_module
 from s2t_recipes.paper import results, tables
 from s2t_recipes.paper.pipeline import JUDGED_BY, MAX_FURTHER_RATES, Pair, Pipeline
-from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
+from transformers_s2t.labels.folder import write_header, write_shard
+from transformers_s2t.labels.schema import TrajectoryHeader
 
 
 ROOT = Path(__file__).resolve().parents[1]

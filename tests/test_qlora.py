@@ -14,10 +14,11 @@ from tiny_labels import NUM_CANDIDATES as K
 from tiny_labels import make_labels, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from transformers_s2t import S2T, LocalSelector, S2TConfig, S2TTrainer, SelectorConfig, s2t_generate, s2t_trainer
-from transformers_s2t.calibration import score_labels
+from transformers_s2t import S2T, LocalSelector, S2TConfig, S2TTrainer, SelectorConfig, s2t_generate
+from transformers_s2t.calibration.scored_points import score_labels
 from transformers_s2t.fingerprints import model_hash, same_weights
-from transformers_s2t.trajectories import read_labels
+from transformers_s2t.labels.folder import read_labels
+from transformers_s2t.training import s2t_trainer
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

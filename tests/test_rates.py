@@ -9,8 +9,8 @@ import torch
 from tiny import EOS, PAD, RESERVED, SCOPES, disagreeing_pair, make_selector, tiny_model
 
 from transformers_s2t import FusionWeights, S2TDecodingConfig, S2TTrace, TeacherSelector, s2t_generate
-from transformers_s2t import rates as rates_module
-from transformers_s2t.rates import Deployment, Values, calibrate_rates
+from transformers_s2t.calibration import thresholds as rates_module
+from transformers_s2t.calibration.thresholds import Deployment, Values, calibrate_rates
 
 
 NEW_TOKENS = 24

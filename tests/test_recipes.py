@@ -20,17 +20,10 @@ from s2t_recipes.evaluation import agreement
 from s2t_recipes.labeling import label
 from s2t_recipes.training import calibrate, train
 from s2t_recipes.training import router as train_router
-from transformers_s2t import (
-    FusionWeights,
-    LocalSelector,
-    S2TDecodingConfig,
-    S2TTrace,
-    SelectorConfig,
-    s2t_generate,
-)
+from transformers_s2t import FusionWeights, LocalSelector, S2TDecodingConfig, S2TTrace, SelectorConfig, s2t_generate
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME
-from transformers_s2t.seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems
-from transformers_s2t.trajectories import read_labels, shard_files
+from transformers_s2t.labels.folder import read_labels, shard_files
+from transformers_s2t.labels.seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

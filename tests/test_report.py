@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from s2t_recipes import texts as texts_module
 from s2t_recipes.report import canvas, charts, html_report, report
-from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
+from transformers_s2t.labels.folder import write_header, write_shard
+from transformers_s2t.labels.schema import TrajectoryHeader
 
 
 EVIL = "</script><script>alert(1)</script><!-- <script> &amp; https://example.com"

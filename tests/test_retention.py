@@ -13,9 +13,10 @@ from tiny_labels import make_uneven_labels, tiny_tokenizer
 from s2t_recipes.evaluation import retention
 from transformers_s2t import LocalSelector, SelectorConfig
 from transformers_s2t.fingerprints import model_hash
+from transformers_s2t.labels.folder import write_header, write_shard
+from transformers_s2t.labels.schema import TrajectoryHeader
+from transformers_s2t.labels.seen_problems import write_seen_problems
 from transformers_s2t.reserved_tokens import vocab_hash
-from transformers_s2t.seen_problems import write_seen_problems
-from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
 
 
 MAX_LENGTH = 8

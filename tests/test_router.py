@@ -38,6 +38,7 @@ from transformers_s2t import (
     s2t_generate,
 )
 from transformers_s2t.fingerprints import model_hash, weights_name
+from transformers_s2t.models.views import get_decoder, switch_adapter
 from transformers_s2t.proposals import exclude
 from transformers_s2t.router import (
     ROUTER_WEIGHTS_NAME,
@@ -49,7 +50,6 @@ from transformers_s2t.router import (
     num_layers,
     read_module,
 )
-from transformers_s2t.views import get_decoder, switch_adapter
 
 
 NEW_TOKENS, K, PROMPT = 8, 4, 7  # the longest of `batch`

@@ -13,10 +13,8 @@ from test_router import num_hooks
 from tiny import RESERVED, make_selector, prompts, single, tiny_model
 
 from transformers_s2t import S2TDecodingConfig, S2TTrace, TeacherSelector, s2t_generate
-from transformers_s2t import router_training as training
-from transformers_s2t.proposals import exclude
-from transformers_s2t.router import Router, RouterConfig, RouterHead, proposal_features
-from transformers_s2t.router_training import (
+from transformers_s2t.calibration import router_training as training
+from transformers_s2t.calibration.router_training import (
     RouterData,
     auc,
     average_precision,
@@ -31,6 +29,8 @@ from transformers_s2t.router_training import (
     read_trajectories,
     trigger_metrics,
 )
+from transformers_s2t.proposals import exclude
+from transformers_s2t.router import Router, RouterConfig, RouterHead, proposal_features
 
 
 CONFIG = RouterConfig(hidden_size=6, layer=1, num_top=2, width=16)

@@ -21,10 +21,10 @@ from tiny_labels import make_labels, make_uneven_labels, tiny_tokenizer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from transformers_s2t import LocalSelector, S2TConfig, S2TTrainer, SelectorConfig
-from transformers_s2t.calibration import score_labels
+from transformers_s2t.calibration.scored_points import score_labels
 from transformers_s2t.fusion import fit_fusion
-from transformers_s2t.trajectories import TrajectoryHeader
-from transformers_s2t.views import adapted_layers, get_decoder
+from transformers_s2t.labels.schema import TrajectoryHeader
+from transformers_s2t.models.views import adapted_layers, get_decoder
 
 
 def make_trainer(tmp_path, model=None, labels=None, peft_config=None, eval_dataset=None, callbacks=None, **config):
@@ -384,7 +384,7 @@ def test_spoilt_rows_are_refused_with_the_column_and_the_row(tmp_path, labels, m
 
 def test_a_sharded_model_without_a_tree_is_refused(tmp_path, monkeypatch):
     """Its processes would run different numbers of forwards and wait for each other for ever."""
-    monkeypatch.setattr("transformers_s2t.s2t_trainer.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("transformers_s2t.training.s2t_trainer.is_deepspeed_zero3_enabled", lambda: True)
     make_trainer(tmp_path)
     with pytest.raises(ValueError, match="BloomForCausalLM takes a forward for every decision point"):
         make_trainer(tmp_path, tiny_model("bloom", attn="eager", n_layer=2, n_head=4))

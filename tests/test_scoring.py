@@ -7,18 +7,16 @@ import pytest
 import torch
 from tiny import FAMILIES, RESERVED, NaiveModel, lora_model, make_selector, prompts, single, tiny_model
 
-from transformers_s2t.scoring import (
+from transformers_s2t.models.forwards import fork_cache
+from transformers_s2t.scoring.candidates import (
     PrefixCache,
-    ReservedRows,
     append_candidates,
-    bin_logits,
-    candidate_scores,
-    fork_cache,
     keep_candidate,
     positions_from_mask,
     supports_tree,
     tree_mask,
 )
+from transformers_s2t.scoring.reserved_rows import ReservedRows, bin_logits, candidate_scores
 
 
 EXACT = {"atol": 2e-5, "rtol": 1e-4}

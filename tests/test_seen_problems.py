@@ -16,15 +16,16 @@ from tiny_labels import make_labels, tiny_tokenizer
 from s2t_recipes.evaluation import agreement
 from s2t_recipes.training import calibrate
 from transformers_s2t import SelectorConfig
-from transformers_s2t.reserved_tokens import vocab_hash
-from transformers_s2t.seen_problems import (
+from transformers_s2t.labels.folder import write_header, write_shard
+from transformers_s2t.labels.schema import TrajectoryHeader
+from transformers_s2t.labels.seen_problems import (
     SEEN_PROBLEMS_NAME,
     STAGES,
     check_unseen,
     read_seen_problems,
     write_seen_problems,
 )
-from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
+from transformers_s2t.reserved_tokens import vocab_hash
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -15,10 +15,14 @@ from tiny_architectures import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, ModernBertDecoderConfig, RobertaConfig
 from transformers.cache_utils import DynamicLayer
 
-from transformers_s2t import S2TDecodingConfig, S2TTrace, TeacherSelector, labeling, s2t_generate, shared_prefix
-from transformers_s2t.labeling import label_problems, rollout, score_trajectories
-from transformers_s2t.scoring import PackedPoints, PrefixCache, packed_hidden
-from transformers_s2t.shared_prefix import (
+from transformers_s2t import S2TDecodingConfig, S2TTrace, TeacherSelector, s2t_generate
+from transformers_s2t.labeling import rollout as rollout_module
+from transformers_s2t.labeling.label_problems import label_problems
+from transformers_s2t.labeling.points import score_trajectories
+from transformers_s2t.labeling.rollout import rollout
+from transformers_s2t.models import shared_prefix
+from transformers_s2t.models.forwards import logits_from
+from transformers_s2t.models.shared_prefix import (
     can_share,
     is_random,
     pad_prompts,
@@ -29,8 +33,9 @@ from transformers_s2t.shared_prefix import (
     shared_columns,
     shared_length,
 )
-from transformers_s2t.teachers import logits_from
-from transformers_s2t.views import ModelViews
+from transformers_s2t.models.views import ModelViews
+from transformers_s2t.scoring.candidates import PrefixCache
+from transformers_s2t.scoring.packing import PackedPoints, packed_hidden
 
 
 SYSTEM = [5, 17, 40, 8, 23, 11, 60, 31, 9, 77]
@@ -225,7 +230,7 @@ def test_rows_that_have_ended_leave_the_batch(sampled, monkeypatch):
         together = rollout(model, many, 16, PAD, ends, **settings)
     assert len(set(map(len, together))) > 3
     assert together == [rollout(model, [ids], 16, PAD, ends, **settings)[0] for ids in many]
-    monkeypatch.setattr(labeling, "_FEW_ROWS", 1 << 30)
+    monkeypatch.setattr(rollout_module, "_FEW_ROWS", 1 << 30)
     with CountTokens(model) as whole:
         assert rollout(model, many, 16, PAD, ends, **settings) == together
     assert shrinking.tokens < 0.8 * whole.tokens

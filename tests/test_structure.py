@@ -11,83 +11,65 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "transformers_s2t"
 
-#: file -> the files of the package that it may import. Trainer and decoder meet in config, proposals, fusion and
-#: scoring only.
+#: What stands on nothing but each other.
+GROUND = {"config", "files", "fingerprints", "fusion", "losses", "proposals", "reserved_tokens", "triggers"}
+#: Wing, or a file that belongs to none -> the wings and files that it may import, beside the ground and itself.
 MAY_IMPORT = {
-    "config": set(),
-    "seen_problems": {"config"},
-    "proposals": set(),
-    "triggers": set(),
-    "fingerprints": set(),
-    "reserved_tokens": set(),
-    "losses": set(),
-    "fusion": {"config", "proposals", "losses"},
-    "views": set(),
-    "model_facts": set(),
-    "shared_prefix": {"model_facts", "views"},
-    "text_cache": set(),
-    "scoring": {"proposals", "shared_prefix", "text_cache", "views"},
-    "model_checks": {"model_facts", "scoring", "triggers"},
-    "router": {"config", "fingerprints", "triggers", "views"},
-    "selection": {"config", "fingerprints", "fusion", "model_checks", "proposals", "reserved_tokens", "router"}
-    | {"scoring", "triggers", "views"},
-    "call": {"shared_prefix"},
-    "logits_process": {"call", "config", "model_checks", "proposals", "router", "selection"},
-    "generation": {"call", "config", "logits_process", "model_checks", "proposals", "scoring"}
-    | {"selection", "shared_prefix"},
-    "cross_tokenizer": {"reserved_tokens", "scoring"},
-    "trajectories": {"config", "fingerprints"},
-    "teachers": {
-        "cross_tokenizer",
-        "model_checks",
-        "model_facts",
-        "scoring",
-        "shared_prefix",
-        "triggers",
-        "trajectories",
-        "views",
-    },
-    "labeling": {"config", "fingerprints", "model_checks", "proposals", "shared_prefix", "teachers"}
-    | {"triggers", "trajectories"},
-    "s2t_config": {"config"},
-    "blocks": {"s2t_config", "scoring", "trajectories"},
-    "s2t_trainer": {
-        "blocks",
-        "config",
-        "fingerprints",
-        "fusion",
-        "losses",
-        "model_checks",
-        "reserved_tokens",
-        "s2t_config",
-        "scoring",
-        "seen_problems",
-        "shared_prefix",
-        "text_cache",
-        "views",
-    }
-    | {"trajectories"},
-    "router_training": {"config", "losses", "proposals", "router", "teachers", "views"},
-    "rates": {"config", "generation", "labeling", "selection", "triggers"},
-    "calibration": {"config", "fusion", "losses", "proposals", "router_training", "scoring", "selection"}
-    | {"trajectories", "triggers"},
+    "models": set(),
+    "scoring": {"models"},
+    "model_checks": {"models", "scoring"},
+    "router": {"models"},
+    "labels": set(),
+    "decoding": {"model_checks", "models", "router", "scoring"},
+    "labeling": {"labels", "model_checks", "models", "scoring"},
+    "training": {"labels", "model_checks", "models", "scoring"},
+    "calibration": {"decoding", "labeling", "labels", "models", "router", "scoring"},
 }
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imports_of(file: Path) -> set[str]:
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports_of(file: Path, package: str = "transformers_s2t") -> set[str]:
+    """Modules of a package that a file imports when it is imported itself, and inside of functions."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for_types = {child for node in ast.walk(tree) if isinstance(node, ast.If) for child in ast.walk(node)}
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in for_types and (node.module or "").split(".")[0] == package:
+            _, _, module = node.module.partition(".")
+            is_file = (PACKAGE.parent / package / f"{module.replace('.', '/')}.py").is_file()
+            found |= {module} if is_file else {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
     return found
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.stem)
-def test_files_import_only_what_the_house_allows(file):
-    if file.stem == "__init__":
-        return
-    assert file.stem in MAY_IMPORT, f"{file.name} has no place in the house yet"
-    assert imports_of(file) <= MAY_IMPORT[file.stem]
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem != "__init__"], ids=name_of)
+def test_wings_import_downwards_only(file):
+    wing = name_of(file).split(".")[0]
+    assert wing in GROUND | MAY_IMPORT.keys(), f"{file.name} has no place in the house yet"
+    assert {name.split(".")[0] for name in imports_of(file)} <= GROUND | {wing} | MAY_IMPORT.get(wing, set())
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {name_of(file): imports_of(file) for file in FILES if file.stem != "__init__"}
+    while leaves := {name for name, used in graph.items() if not used & graph.keys()}:
+        graph = {name: used for name, used in graph.items() if name not in leaves}
+    assert not graph
+
+
+def test_the_library_knows_nothing_of_the_recipes():
+    for file in FILES:
+        assert not imports_of(file, "s2t_recipes"), file
+
+
+def test_scripts_of_recipes_import_no_other_script():
+    scripts = {file.stem for file in (ROOT / "recipes").glob("*.py")}
+    for file in (ROOT / "recipes").glob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert all(isinstance(node, ast.ImportFrom) and node.module.split(".")[0] not in scripts for node in imports)
 
 
 def test_decoding_needs_neither_datasets_nor_trl():

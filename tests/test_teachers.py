@@ -20,10 +20,14 @@ from tiny_labels import tiny_tokenizer
 from tiny_server import TinyServer
 
 from s2t_recipes.labeling import label as label_recipe
-from transformers_s2t import labeling, teachers
-from transformers_s2t.labeling import label_problems, score_trajectories
-from transformers_s2t.teachers import HTTPTeacher, LocalTeacher, TeacherError, coarse_divergence, host_free
-from transformers_s2t.trajectories import TrajectoryHeader, read_header, read_labels
+from transformers_s2t.labeling import label_problems as labeling
+from transformers_s2t.labeling import points, teachers
+from transformers_s2t.labeling.http_teacher import HTTPTeacher, TeacherError, coarse_divergence, host_free
+from transformers_s2t.labeling.label_problems import label_problems
+from transformers_s2t.labeling.points import score_trajectories
+from transformers_s2t.labeling.teachers import LocalTeacher
+from transformers_s2t.labels.folder import read_header, read_labels
+from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.triggers import kl_divergence
 
 
@@ -353,13 +357,13 @@ def test_the_server_reads_while_the_student_writes(pair, prompts, tmp_path, serv
 
 
 def test_the_server_reads_during_the_students_forward(pair, server, monkeypatch):
-    teacher, forward = connect(server), labeling.TextLogits
+    teacher, forward = connect(server), points.TextLogits
 
     def text_logits(*args):
         assert server.asked.wait(30)
         return forward(*args)
 
-    monkeypatch.setattr(labeling, "TextLogits", text_logits)
+    monkeypatch.setattr(points, "TextLogits", text_logits)
     server.asked.clear()
     sequences = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8]]
     found = score_trajectories(pair[0], teacher, sequences, [1] * 3, 5, RESERVED)

@@ -8,8 +8,8 @@ from tiny import PAD, tiny_model
 from tiny_labels import make_labels, make_uneven_labels
 from transformers import DynamicCache
 
-from transformers_s2t.shared_prefix import read_shared
-from transformers_s2t.text_cache import TextCache
+from transformers_s2t.models.shared_prefix import read_shared
+from transformers_s2t.models.text_cache import TextCache
 
 
 def read(model, ids_BT, mask_BT):

@@ -22,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from transformers_s2t import LocalSelector, S2TDecodingConfig, S2TTrace
-from transformers_s2t.scoring import warn_without_tree
-from transformers_s2t.selection import S2TSession
+from transformers_s2t.decoding.session import S2TSession
+from transformers_s2t.scoring.packing import warn_without_tree
 
 
 FLOOR = 0.05

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from s2t_recipes.training import train
 from transformers_s2t import LocalSelector, S2TConfig, SelectorConfig
-from transformers_s2t.calibration import score_labels
-from transformers_s2t.trajectories import TrajectoryHeader, write_header, write_shard
+from transformers_s2t.calibration.scored_points import score_labels
+from transformers_s2t.labels.folder import write_header, write_shard
+from transformers_s2t.labels.schema import TrajectoryHeader
 
 
 PROMPT = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 20, "do_sample": False}

@@ -11,22 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from transformers_s2t.trajectories import (
+from transformers_s2t.labels.collator import TrajectoryCollator
+from transformers_s2t.labels.folder import (
     CARD_NAME,
-    FEATURES,
-    HEADER_NAME,
-    TrajectoryCollator,
-    TrajectoryHeader,
     done_problem_ids,
     next_shard_index,
     read_header,
     read_labels,
     remove_labels,
     shard_files,
-    validate_row,
     write_header,
     write_shard,
 )
+from transformers_s2t.labels.schema import FEATURES, HEADER_NAME, TrajectoryHeader, validate_row
 
 
 HEADER = TrajectoryHeader(
@@ -229,7 +226,7 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("transformers_s2t.trajectories.os.fsync", killed)
+        patch.setattr("transformers_s2t.files.os.fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             write_shard(tmp_path, 0, [make_row()])
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,14 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, RESERVED, lora_model, tiny_model
 
-from transformers_s2t.views import ModelViews, adapted_layers, adapter_is_on, adapter_state, make_view, switch_adapter
+from transformers_s2t.models.views import (
+    ModelViews,
+    adapted_layers,
+    adapter_is_on,
+    adapter_state,
+    make_view,
+    switch_adapter,
+)
 
 
 IDS = torch.tensor([[5, 9, 23, 60, 7], [8, 44, 3, 12, 71]])

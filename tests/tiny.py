@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from transformers_s2t import LocalSelector, S2TDecodingConfig, SelectorConfig
-from transformers_s2t.scoring import ReservedRows
+from transformers_s2t.scoring.reserved_rows import ReservedRows
 
 
 VOCAB_SIZE, PAD, BOS, EOS = 97, 0, 1, 2

@@ -1,6 +1,6 @@
 """A tiny model behind the part of vLLM's API that labeling uses, with faults on demand, for the tests.
 
-The form of the answers is that of vLLM's source, see `transformers_s2t.teachers.HTTPTeacher`.
+The form of the answers is that of vLLM's source, see `transformers_s2t.labeling.http_teacher.HTTPTeacher`.
 """
 
 import json

@@ -23,8 +23,8 @@ from typing import Any
 
 from s2t_recipes.commands import run
 from s2t_recipes.problems import read_rows
-from transformers_s2t.config import atomic_write
-from transformers_s2t.trajectories import share_of
+from transformers_s2t.files import atomic_write
+from transformers_s2t.labels.folder import share_of
 
 
 PARTS = ("test", "tuning", "calibration", "label", "fresh")

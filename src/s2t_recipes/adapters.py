@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from transformers_s2t import SelectorConfig
 from transformers_s2t.config import S2T_CONFIG_NAME
-from transformers_s2t.trajectories import TrajectoryHeader
+from transformers_s2t.labels.schema import TrajectoryHeader
 
 
 #: What recipes/train_baseline.py notes of a finished training, beside the adapter.

@@ -29,7 +29,8 @@ from s2t_recipes.models import load_pretrained
 from s2t_recipes.paper.jobs import typed
 from s2t_recipes.problems import PROMPT_SETTINGS, encode_prompts, load_problems, read_template_kwargs
 from s2t_recipes.splits import is_bed, split_command
-from transformers_s2t.config import CALIBRATION_NAME, write_json
+from transformers_s2t.config import CALIBRATION_NAME
+from transformers_s2t.files import write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
 
 

@@ -21,7 +21,7 @@ import jinja2.meta
 from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
-from transformers_s2t.trajectories import share_of
+from transformers_s2t.labels.folder import share_of
 
 
 __all__ = [

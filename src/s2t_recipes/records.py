@@ -10,7 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from transformers_s2t.config import atomic_write
+from transformers_s2t.files import atomic_write
 
 
 def fingerprint(source: str) -> str:

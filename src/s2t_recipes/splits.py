@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from s2t_recipes.problems import SUFFIXES, Problem, load_problems, split_by_id
-from transformers_s2t.config import atomic_write
+from transformers_s2t.files import atomic_write
 
 
 PARTS = ("label", "tuning", "calibration", "test", "fresh")

@@ -5,16 +5,18 @@ Decoding needs torch, transformers and peft; the trainer is imported on first us
 
 from typing import TYPE_CHECKING
 
-from .config import FusionWeights, S2TDecodingConfig, SelectorConfig
-from .generation import s2t_generate
-from .logits_process import S2T, S2TLogitsProcessor
-from .router import Router
-from .selection import LocalSelector, S2TTrace, Selector, TeacherSelector
+from transformers_s2t.config import FusionWeights, S2TDecodingConfig, SelectorConfig
+from transformers_s2t.decoding.generation import s2t_generate
+from transformers_s2t.decoding.local_selector import LocalSelector
+from transformers_s2t.decoding.logits_process import S2T, S2TLogitsProcessor
+from transformers_s2t.decoding.selectors import Selector, TeacherSelector
+from transformers_s2t.decoding.session import S2TTrace
+from transformers_s2t.router import Router
 
 
 if TYPE_CHECKING:
-    from .s2t_config import S2TConfig
-    from .s2t_trainer import S2TTrainer
+    from transformers_s2t.training.s2t_config import S2TConfig
+    from transformers_s2t.training.s2t_trainer import S2TTrainer
 
 __version__ = "0.1.0.dev0"
 
@@ -37,11 +39,11 @@ __all__ = [
 
 def __getattr__(name: str):
     if name == "S2TConfig":
-        from .s2t_config import S2TConfig
+        from transformers_s2t.training.s2t_config import S2TConfig
 
         return S2TConfig
     if name == "S2TTrainer":
-        from .s2t_trainer import S2TTrainer
+        from transformers_s2t.training.s2t_trainer import S2TTrainer
 
         return S2TTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,18 +8,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from transformers_s2t.files import write_json
 
 
 S2T_CONFIG_NAME = "s2t_config.json"
 ROUTER_WEIGHTS_NAME = "s2t_router.safetensors"
 CALIBRATION_NAME = "calibration.json"
-
 #: Triggers, what makes each fire, and whether it needs the teacher at every step.
 TRIGGERS = ("always", "never", "entropy", "margin", "router", "kl", "random")
 #: Triggers that compare a value with a threshold.
@@ -27,19 +26,18 @@ THRESHOLD_TRIGGERS = ("entropy", "margin", "router", "kl", "random")
 ADAPTER_SCOPES = ("candidate", "sequence")
 PROPOSALS = ("base", "adapted")
 SCORE_HEADS = ("bins", "linear")
-
 MAX_CANDIDATES = 64
 DEFAULT_NUM_CANDIDATES = 8
 DEFAULT_MIN_PROB_RATIO = 0.05
 DEFAULT_WARMUP_TOKENS = 3
 
 
-def _check_choice(name: str, value: Any, legal: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, legal: tuple[str, ...]) -> None:
     if value not in legal:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
 
 
-def _check_range(name: str, value: Any, low: float, high: float, *, integer: bool = False) -> None:
+def check_range(name: str, value: Any, low: float, high: float, *, integer: bool = False) -> None:
     kind = int if integer else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind) or not (low <= value <= high):
         what = "an integer in" if integer else "in"
@@ -136,16 +134,16 @@ class S2TDecodingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_choice("trigger", self.trigger, TRIGGERS)
+        check_choice("trigger", self.trigger, TRIGGERS)
         if self.num_candidates is not None:
-            _check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
+            check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
         if self.min_prob_ratio is not None:
-            _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
-        _check_range("trigger_top_k", self.trigger_top_k, 2, 1 << 20, integer=True)
+            check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
+        check_range("trigger_top_k", self.trigger_top_k, 2, 1 << 20, integer=True)
         if self.warmup_tokens is not None:
-            _check_range("warmup_tokens", self.warmup_tokens, 0, 1 << 20, integer=True)
+            check_range("warmup_tokens", self.warmup_tokens, 0, 1 << 20, integer=True)
         if self.target_rate is not None:
-            _check_range("target_rate", self.target_rate, 0.0, 1.0)
+            check_range("target_rate", self.target_rate, 0.0, 1.0)
             if self.target_rate == 0:
                 raise ValueError("`target_rate` must be in (0, 1], got 0; use trigger='never' for plain decoding.")
         if self.threshold is not None:
@@ -250,12 +248,12 @@ class SelectorConfig:
         object.__setattr__(self, "reserved_token_ids", ids)
         if len(ids) < 2 or len(set(ids)) != len(ids) or min(ids) < 0:
             raise ValueError(f"`reserved_token_ids` must hold two or more different token ids, got {ids}.")
-        _check_choice("adapter_scope", self.adapter_scope, ADAPTER_SCOPES)
-        _check_choice("proposals", self.proposals, PROPOSALS)
-        _check_choice("score_head", self.score_head, SCORE_HEADS)
-        _check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
-        _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
-        _check_range("warmup_tokens", self.warmup_tokens, 0, 1 << 20, integer=True)
+        check_choice("adapter_scope", self.adapter_scope, ADAPTER_SCOPES)
+        check_choice("proposals", self.proposals, PROPOSALS)
+        check_choice("score_head", self.score_head, SCORE_HEADS)
+        check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)
+        check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
+        check_range("warmup_tokens", self.warmup_tokens, 0, 1 << 20, integer=True)
         if self.proposals == "adapted" and self.adapter_scope != "sequence":
             raise ValueError("`proposals='adapted'` needs `adapter_scope='sequence'`, got adapter_scope='candidate'.")
         if self.fusion is not None:
@@ -306,28 +304,3 @@ class SelectorConfig:
         if "reserved_token_ids" not in data:
             raise ValueError(f"{file} lacks `reserved_token_ids`: it was not written by S2TTrainer.")
         return cls(**data)
-
-
-@contextmanager
-def atomic_write(file: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under its name complete or not at all: temporary file, fsync, rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(file: Path, data: Any) -> Path:
-    """Writes `data` as JSON, whole or not at all, and returns `file`."""
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    with atomic_write(file) as out:
-        out.write(text.encode("utf-8"))
-    return file

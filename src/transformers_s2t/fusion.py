@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from .config import FusionWeights
-from .proposals import Proposals
+from transformers_s2t.config import FusionWeights
+from transformers_s2t.proposals import Proposals
 
 
 MIN_POINTS = 10  # with a choice, to fit three or four weights on

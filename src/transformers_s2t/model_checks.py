@@ -19,9 +19,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .model_facts import prompt_learning_of, random_places, rotary_change
-from .scoring import PrefixCache
-from .triggers import kl_divergence
+from transformers_s2t.models.facts import prompt_learning_of, random_places, rotary_change
+from transformers_s2t.scoring.candidates import PrefixCache
+from transformers_s2t.triggers import kl_divergence
 
 
 #: Nats by which two readings of one text may differ: rounding of float32, and of what is coarser.

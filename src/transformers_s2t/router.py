@@ -24,10 +24,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from . import triggers
-from .config import ROUTER_WEIGHTS_NAME, _check_choice, _check_range, atomic_write
-from .fingerprints import model_hash, same_weights, weights_name
-from .views import innermost_decoder, tell
+from transformers_s2t import triggers
+from transformers_s2t.config import ROUTER_WEIGHTS_NAME, check_choice, check_range
+from transformers_s2t.files import atomic_write
+from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
+from transformers_s2t.models.views import innermost_decoder, tell
 
 
 ROUTER_TARGETS = ("gain", "differs", "kl")
@@ -61,9 +62,9 @@ class RouterConfig:
 
     def __post_init__(self):
         for name in ("hidden_size", "layer", "num_top", "width"):
-            _check_range(name, getattr(self, name), 1, 1 << 20, integer=True)
-        _check_choice("target", self.target, ROUTER_TARGETS)
-        _check_range("min_gain", self.min_gain, 0.0, 1e4)
+            check_range(name, getattr(self, name), 1, 1 << 20, integer=True)
+        check_choice("target", self.target, ROUTER_TARGETS)
+        check_range("min_gain", self.min_gain, 0.0, 1e4)
 
     @property
     def num_features(self) -> int:
@@ -222,7 +223,7 @@ def read_module(model: PreTrainedModel, layer: int) -> nn.Module:
         ValueError: for a layer that the model does not have, or whose place is not found.
     """
     depth = num_layers(model)
-    _check_range("layer", layer, 1, depth, integer=True)
+    check_range("layer", layer, 1, depth, integer=True)
     return innermost_decoder(model) if layer == depth else _find_layers(model)[layer - 1]
 
 

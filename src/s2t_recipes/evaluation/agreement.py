@@ -27,12 +27,12 @@ from s2t_recipes.evaluation.controls import prior_scores, token_prior
 from s2t_recipes.evaluation.fidelity import MIN_RANKED, interval
 from s2t_recipes.models import default_device, load_model
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
-from transformers_s2t.calibration import ScoredPoints, score_labels
-from transformers_s2t.config import write_json
+from transformers_s2t.calibration.scored_points import ScoredPoints, score_labels
+from transformers_s2t.files import write_json
 from transformers_s2t.fusion import fused_scores
+from transformers_s2t.labels.folder import read_held_out_labels, read_labels
+from transformers_s2t.labels.seen_problems import STAGES, check_unseen
 from transformers_s2t.losses import spearman
-from transformers_s2t.seen_problems import STAGES, check_unseen
-from transformers_s2t.trajectories import read_held_out_labels, read_labels
 
 
 @dataclass

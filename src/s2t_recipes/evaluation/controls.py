@@ -18,7 +18,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from transformers_s2t import Selector
-from transformers_s2t.scoring import append_candidates, text_logits
+from transformers_s2t.models.forwards import text_logits
+from transformers_s2t.scoring.candidates import append_candidates
 
 
 HEAD_BATCH = 256  # candidates whose logits over the whole vocabulary are held at a time

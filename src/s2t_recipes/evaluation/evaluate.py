@@ -81,13 +81,14 @@ from transformers_s2t import (
     __version__,
     s2t_generate,
 )
-from transformers_s2t.config import THRESHOLD_TRIGGERS, write_json
-from transformers_s2t.labeling import generate_rows
+from transformers_s2t.config import THRESHOLD_TRIGGERS
+from transformers_s2t.files import write_json
+from transformers_s2t.labeling.rollout import generate_rows
+from transformers_s2t.labels.folder import read_header, read_labels
+from transformers_s2t.labels.seen_problems import STAGES, check_unseen
+from transformers_s2t.models.shared_prefix import pad_prompts, read_prompts, read_shared
 from transformers_s2t.reserved_tokens import check_same_vocabulary, vocab_hash
 from transformers_s2t.router import Router
-from transformers_s2t.seen_problems import STAGES, check_unseen
-from transformers_s2t.shared_prefix import pad_prompts, read_prompts, read_shared
-from transformers_s2t.trajectories import read_header, read_labels
 
 
 LOCAL_POLICIES = ("s2t-local", "s2t-local-bare")

@@ -24,9 +24,10 @@ from s2t_recipes.adapters import check_same_tokenizer
 from s2t_recipes.estimates import bootstrap_interval, divergence_buckets
 from s2t_recipes.records import fingerprint, hash_of, read_records, write_records
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig, __version__
-from transformers_s2t.calibration import score_labels
+from transformers_s2t.calibration.scored_points import score_labels
+from transformers_s2t.labels.folder import read_held_out_labels
+from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.losses import spearman
-from transformers_s2t.trajectories import TrajectoryHeader, read_held_out_labels
 
 
 HIT_SIZES = (1, 2, 4, 8, 16)

@@ -42,14 +42,15 @@ from s2t_recipes.evaluation.evaluate import align, check_folder, parse_tuned, ve
 from s2t_recipes.models import default_device, load_model
 from s2t_recipes.problems import Problem, encode_prompts, load_problems
 from transformers_s2t import LocalSelector, SelectorConfig
-from transformers_s2t.config import write_json
+from transformers_s2t.files import write_json
 from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
+from transformers_s2t.labels.folder import read_held_out_labels
+from transformers_s2t.labels.schema import CORRECTED_ROLLOUTS, TrajectoryHeader
+from transformers_s2t.labels.seen_problems import STAGES, check_unseen
 from transformers_s2t.model_checks import context_length
+from transformers_s2t.models.forwards import head_rows, logits_from
 from transformers_s2t.proposals import exclude
 from transformers_s2t.reserved_tokens import vocab_hash
-from transformers_s2t.seen_problems import STAGES, check_unseen
-from transformers_s2t.teachers import head_rows, logits_from
-from transformers_s2t.trajectories import CORRECTED_ROLLOUTS, TrajectoryHeader, read_held_out_labels
 from transformers_s2t.triggers import kl_divergence
 
 

@@ -55,34 +55,21 @@ from s2t_recipes.problems import (
 )
 from s2t_recipes.report.data_card import write_data_card
 from transformers_s2t import LocalSelector, S2TDecodingConfig, TeacherSelector, s2t_generate
-from transformers_s2t.config import write_json
-from transformers_s2t.cross_tokenizer import CrossTokenizer
-from transformers_s2t.labeling import (
+from transformers_s2t.files import write_json
+from transformers_s2t.labeling.cross_tokenizer import CrossTokenizer
+from transformers_s2t.labeling.http_teacher import HTTPTeacher, TeacherError, host_free
+from transformers_s2t.labeling.label_problems import (
     check_lengths,
-    check_num_candidates,
     divide,
     find_unfinished,
     label_problems,
     label_stats,
 )
+from transformers_s2t.labeling.points import check_num_candidates
+from transformers_s2t.labeling.teachers import CrossTokenizerTeacher, Teacher, as_teacher
+from transformers_s2t.labels.folder import done_problem_ids, label_splits, read_labels, shard_files
+from transformers_s2t.labels.schema import CORRECTED_ROLLOUTS, HEADER_NAME, TrajectoryHeader
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids, vocab_hash
-from transformers_s2t.teachers import (
-    CrossTokenizerTeacher,
-    HTTPTeacher,
-    Teacher,
-    TeacherError,
-    as_teacher,
-    host_free,
-)
-from transformers_s2t.trajectories import (
-    CORRECTED_ROLLOUTS,
-    HEADER_NAME,
-    TrajectoryHeader,
-    done_problem_ids,
-    label_splits,
-    read_labels,
-    shard_files,
-)
 
 
 STATS_NAME = "label_stats.json"

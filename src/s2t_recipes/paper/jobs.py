@@ -25,12 +25,12 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from s2t_recipes.commands import CommandFailed
-from transformers_s2t.config import write_json
+from transformers_s2t.files import write_json
 
 
 #: Imported once, before the first job.
 PRELOAD = ("torch", "transformers", "peft", "datasets", "accelerate", "trl.trainer.sft_trainer")
-PRELOAD += ("transformers_s2t.s2t_trainer", "transformers_s2t.router_training")
+PRELOAD += ("transformers_s2t.training.s2t_trainer", "transformers_s2t.calibration.router_training")
 
 
 @dataclass(eq=False)

@@ -32,7 +32,7 @@ from s2t_recipes.paper import results
 from s2t_recipes.paper.jobs import Jobs
 from s2t_recipes.paper.pipeline import Pair, Pipeline, note_pair
 from s2t_recipes.paper.tables import KINDS
-from transformers_s2t.config import write_json
+from transformers_s2t.files import write_json
 
 
 PAPER = RECIPES / "paper"

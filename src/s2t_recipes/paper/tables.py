@@ -25,8 +25,8 @@ from s2t_recipes.paper.jobs import Job
 from s2t_recipes.paper.pipeline import METHODS, SAMPLED, Best, Pipeline, Sweep, as_arguments, tag
 from s2t_recipes.records import read_records
 from s2t_recipes.row_names import label_of, name_of
+from transformers_s2t.labels.folder import read_labels
 from transformers_s2t.proposals import floor_mask
-from transformers_s2t.trajectories import read_labels
 
 
 @dataclass

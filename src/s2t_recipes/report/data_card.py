@@ -12,7 +12,8 @@ import matplotlib
 import numpy as np
 from datasets import Dataset
 
-from transformers_s2t.trajectories import CARD_NAME, TrajectoryHeader, card_metadata, label_splits
+from transformers_s2t.labels.folder import CARD_NAME, card_metadata, label_splits
+from transformers_s2t.labels.schema import TrajectoryHeader
 
 
 matplotlib.use("Agg")
@@ -106,7 +107,7 @@ from transformers_s2t import S2TConfig, S2TTrainer
 trainer = S2TTrainer(model=student, args=S2TConfig(output_dir="adapter"), train_dataset="you/this-repository")
 ```
 
-Columns and their units: `transformers_s2t.trajectories.FEATURES`. `s2t_labels.json` holds every setting, the
+Columns and their units: `transformers_s2t.labels.schema.FEATURES`. `s2t_labels.json` holds every setting, the
 fingerprints of the tokenizer and of the student, and the versions.
 """
     if stats["hit_at_k"]:

@@ -136,8 +136,8 @@ def read_points(folder: Path, meta: dict) -> tuple[list[Point], list[Point], int
         return [], [], 0
     from datasets import disable_progress_bars
 
+    from transformers_s2t.labels.folder import read_held_out_labels
     from transformers_s2t.proposals import floor_mask
-    from transformers_s2t.trajectories import read_held_out_labels
 
     disable_progress_bars()
     try:

@@ -32,7 +32,7 @@ from trl import TrlParser
 from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
 from s2t_recipes.models import default_device, load_model, padding_token_id
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
-from transformers_s2t.calibration import (
+from transformers_s2t.calibration.scored_points import (
     TARGET_RATES,
     ScoredPoints,
     calibrate_thresholds,
@@ -40,11 +40,13 @@ from transformers_s2t.calibration import (
     read_router,
     score_labels,
 )
-from transformers_s2t.config import CALIBRATION_NAME, DEFAULT_WARMUP_TOKENS, S2T_CONFIG_NAME, atomic_write, write_json
-from transformers_s2t.rates import Deployment, calibrate_rates
+from transformers_s2t.calibration.thresholds import Deployment, calibrate_rates
+from transformers_s2t.config import CALIBRATION_NAME, DEFAULT_WARMUP_TOKENS, S2T_CONFIG_NAME
+from transformers_s2t.files import atomic_write, write_json
+from transformers_s2t.labels.folder import read_held_out_labels, share_of
+from transformers_s2t.labels.schema import TrajectoryHeader
+from transformers_s2t.labels.seen_problems import check_unseen, read_seen_problems, write_seen_problems
 from transformers_s2t.reserved_tokens import check_same_vocabulary
-from transformers_s2t.seen_problems import check_unseen, read_seen_problems, write_seen_problems
-from transformers_s2t.trajectories import TrajectoryHeader, read_held_out_labels, share_of
 
 
 TRIGGERS = ("entropy", "margin", "router", "kl")

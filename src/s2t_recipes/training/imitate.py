@@ -29,14 +29,14 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 from s2t_recipes.adapters import BASELINE_NAME, check_model
 from s2t_recipes.models import default_device, load_model, padding_token_id
 from s2t_recipes.records import fingerprint, hash_of, read_records, write_records
-from transformers_s2t.config import write_json
-from transformers_s2t.labeling import rollout
+from transformers_s2t.files import write_json
+from transformers_s2t.labeling.rollout import rollout
+from transformers_s2t.labels.folder import read_labels
+from transformers_s2t.labels.schema import TrajectoryHeader
+from transformers_s2t.labels.seen_problems import write_seen_problems
+from transformers_s2t.models.forwards import TextLogits, text_logits
+from transformers_s2t.models.shared_prefix import can_share, share_in_forward
 from transformers_s2t.reserved_tokens import check_same_vocabulary
-from transformers_s2t.scoring import text_logits
-from transformers_s2t.seen_problems import write_seen_problems
-from transformers_s2t.shared_prefix import can_share, share_in_forward
-from transformers_s2t.teachers import TextLogits
-from transformers_s2t.trajectories import TrajectoryHeader, read_labels
 
 
 METHODS = ("sft", "kd")

@@ -32,12 +32,13 @@ from trl import TrlParser
 from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
 from s2t_recipes.models import default_device, load_model
 from transformers_s2t import SelectorConfig
-from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME, atomic_write
+from transformers_s2t.calibration.router_training import collect, default_layers, fit_router, trigger_metrics
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
+from transformers_s2t.files import atomic_write
 from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
+from transformers_s2t.labels.folder import label_splits, read_labels, share_of
+from transformers_s2t.labels.seen_problems import read_seen_problems, write_seen_problems
 from transformers_s2t.router import ROUTER_TARGETS, RouterConfig, num_layers
-from transformers_s2t.router_training import collect, default_layers, fit_router, trigger_metrics
-from transformers_s2t.seen_problems import read_seen_problems, write_seen_problems
-from transformers_s2t.trajectories import label_splits, read_labels, share_of
 
 
 #: Of an adapter, what training a router reads apart from the model.

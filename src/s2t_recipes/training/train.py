@@ -20,7 +20,7 @@ from trl import TrlParser
 
 from s2t_recipes.models import check_quantization, make_quantization_config
 from transformers_s2t import S2TConfig, S2TTrainer
-from transformers_s2t.trajectories import label_splits
+from transformers_s2t.labels.folder import label_splits
 
 
 @dataclass

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from .s2t_config import MAX_PACKED_TOKENS, S2TConfig
-from .scoring import valid_candidates
-from .trajectories import FEATURES, validate_row
+from transformers_s2t.labels.schema import FEATURES, validate_row
+from transformers_s2t.scoring.reserved_rows import valid_candidates
+from transformers_s2t.training.s2t_config import MAX_PACKED_TOKENS, S2TConfig
 
 
 _POINT_COLUMNS = ("positions", "candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")

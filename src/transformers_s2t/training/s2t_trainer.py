@@ -8,22 +8,18 @@ Legend: B trajectories, T tokens, N decision points, K candidates, M packed cand
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import os
 import shutil
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -34,37 +30,38 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import find_adapter_config_file
 
-from . import losses
-from .blocks import cut_to_blocks, text_mask
-from .config import CALIBRATION_NAME, DEFAULT_NUM_CANDIDATES, ROUTER_WEIGHTS_NAME, SelectorConfig
-from .fingerprints import model_hash, same_weights, weights_name
-from .fusion import cross_fit
-from .model_checks import check_causal_lm, check_without_virtual_tokens
-from .reserved_tokens import find_reserved_token_ids, resize_for_reserved_tokens, vocab_hash
-from .s2t_config import S2TConfig
-from .scoring import (
-    PackedPoints,
-    ReservedRows,
-    bin_logits,
-    candidate_scores,
-    get_decoder,
-    packed_hidden,
-    supports_packing,
-    text_logits,
-    valid_candidates,
-    warn_without_tree,
+from transformers_s2t import losses
+from transformers_s2t.config import CALIBRATION_NAME, DEFAULT_NUM_CANDIDATES, ROUTER_WEIGHTS_NAME, SelectorConfig
+from transformers_s2t.fingerprints import model_hash
+from transformers_s2t.fusion import cross_fit
+from transformers_s2t.labels.collator import TrajectoryCollator
+from transformers_s2t.labels.folder import HUB_ID
+from transformers_s2t.labels.schema import TrajectoryHeader
+from transformers_s2t.labels.seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems, write_seen_problems
+from transformers_s2t.model_checks import check_causal_lm, check_without_virtual_tokens
+from transformers_s2t.models.forwards import text_logits
+from transformers_s2t.models.shared_prefix import is_random, runs_alone
+from transformers_s2t.models.text_cache import TextCache
+from transformers_s2t.models.views import ModelViews, switch_adapter
+from transformers_s2t.reserved_tokens import vocab_hash
+from transformers_s2t.scoring.candidates import get_decoder
+from transformers_s2t.scoring.packing import PackedPoints, packed_hidden, supports_packing, warn_without_tree
+from transformers_s2t.scoring.reserved_rows import ReservedRows, bin_logits, candidate_scores, valid_candidates
+from transformers_s2t.training.attach import _whole_weights, _with_adapter
+from transformers_s2t.training.blocks import cut_to_blocks, text_mask
+from transformers_s2t.training.label_checks import (
+    _check_labels_fit,
+    _check_weights_fit,
+    _load_labels,
+    _problems_of,
+    _warn_of_overlap,
 )
-from .seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems, write_seen_problems
-from .shared_prefix import is_random, runs_alone
-from .text_cache import TextCache
-from .trajectories import HUB_ID, TrajectoryCollator, TrajectoryHeader, read_held_out_labels, read_labels
-from .views import ModelViews, switch_adapter
+from transformers_s2t.training.s2t_config import S2TConfig
 
 
 _STAGES = {"training", "tuning"}  # of `seen_problems`: what the weights come from
@@ -687,188 +684,6 @@ def _problem_numbers(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     prompts = [ids[:length] for ids, length in zip(inputs["input_ids"].tolist(), inputs["prompt_length"].tolist())]
     digests = [hashlib.sha256(repr(prompt).encode()).digest() for prompt in prompts]
     return torch.tensor([int.from_bytes(d[:7], "big") for d in digests], device=inputs["input_ids"].device)
-
-
-def _load_labels(
-    source: Dataset | str | os.PathLike, name: str, header: TrajectoryHeader | None = None
-) -> tuple[Dataset, TrajectoryHeader | None]:
-    if isinstance(source, (str, os.PathLike)):
-        source, header = read_labels(source) if name == "train_dataset" else read_held_out_labels(source)
-    if not isinstance(source, Dataset):
-        raise TypeError(f"`{name}` must be a datasets.Dataset, a folder of labels or a Hub id, got {type(source)}.")
-    if len(source) == 0:
-        raise ValueError(f"`{name}` is empty: label some problems first (recipes/label.py).")
-    return source.with_format(None), header
-
-
-def _warn_of_overlap(train_dataset: Dataset, held_out: dict[str, Dataset]) -> None:
-    """Not an error: whoever tries out whether a model can learn a few rows by heart does just this."""
-    for name, labels in held_out.items():
-        if "problem_id" in labels.column_names and "problem_id" in train_dataset.column_names:
-            shared = set(train_dataset["problem_id"]) & set(labels["problem_id"])
-            if shared:
-                warnings.warn(
-                    f"`{name}` shares {len(shared)} problems with `train_dataset`: its figures are not held out.",
-                    stacklevel=3,
-                )
-
-
-def _problems_of(train_dataset: Dataset, held_out: dict[str, Dataset]) -> dict[str, set[str]]:
-    """Stage -> ids of its problems, for stages whose labels name them."""
-    seen: dict[str, set[str]] = {}
-    for stage, parts in (("training", [train_dataset]), ("tuning", held_out.values())):
-        for labels in parts:
-            if "problem_id" in labels.column_names:
-                seen.setdefault(stage, set()).update(map(str, labels["problem_id"]))
-    return seen
-
-
-def _check_weights_fit(headers: dict[str, TrajectoryHeader | None], ours: str, args: S2TConfig) -> None:
-    """Raises a ValueError where labels are trajectories of another model, of the same tokenizer, than that of the
-    fingerprint `ours`."""
-    if args.allow_labels_of_other_model:
-        return
-    for name, header in headers.items():
-        if header and not same_weights(header.model_hash, ours):
-            raise ValueError(
-                f"The labels of `{name}` are trajectories of {header.model!r} (weights "
-                f"{weights_name(header.model_hash)}), but `model` has weights {weights_name(ours)}: its own proposals "
-                "differ. Label with this model (recipes/label.py --model), or pass `allow_labels_of_other_model=True`."
-            )
-
-
-def _check_labels_fit(
-    headers: dict[str, TrajectoryHeader | None], processing_class: PreTrainedTokenizerBase, name_or_path: str
-) -> None:
-    """Raises a ValueError where labels were made with another tokenizer."""
-    ours = vocab_hash(processing_class)
-    for name, header in headers.items():
-        if header and header.vocab_hash != ours:
-            raise ValueError(
-                f"The labels of `{name}` were made with the tokenizer of {header.model!r} (vocabulary "
-                f"{header.vocab_hash}), but `model` {name_or_path!r} has vocabulary {ours}: label with this model "
-                "(recipes/label.py --model)."
-            )
-
-
-@contextmanager
-def _whole_weights() -> Iterator[None]:
-    """Inside, models are loaded whole, also where ZeRO-3 would share out every weight as it is read.
-
-    The rows of the head are counted and copied before training, and the labels' model is known by its weights.
-    DeepSpeed shares the weights out when training starts.
-    """
-    config = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = config
-
-
-def _with_adapter(
-    model: PreTrainedModel | PeftModel,
-    args: S2TConfig,
-    processing_class: PreTrainedTokenizerBase,
-    peft_config: PeftConfig | None,
-) -> tuple[PeftModel, tuple[int, ...]]:
-    """The model with LoRA and trainable reserved rows, and the reserved ids."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = base.get_output_embeddings()
-    if not head.weight.is_floating_point() or head.weight.shape[-1] == 1:  # 4 bits are one column of any type
-        raise ValueError(
-            "`model` has a quantized head, whose reserved rows cannot be trained: name it in `llm_int8_skip_modules` "
-            "of the quantization config."
-        )
-    text = set(processing_class.get_vocab().values()) - set(processing_class.added_tokens_decoder)
-    ordinary = sorted(text.intersection(args.reserved_token_ids or ()))
-    if ordinary:
-        raise ValueError(
-            f"`reserved_token_ids` must be reserved tokens or rows above the tokenizer, got ordinary text: "
-            f"{processing_class.convert_ids_to_tokens(ordinary)}."
-        )
-    if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise ValueError("`peft_config` must be None where `model` is a PeftModel already.")
-        indices = model.peft_config[model.active_adapter].trainable_token_indices
-        ids = None
-        if isinstance(indices, dict):  # by the head's own name, or another that is tied to it
-            ids = indices.get(_head_name(base), next(iter(indices.values()), None))
-        if not ids:
-            raise ValueError(
-                "`model` is a PeftModel that trains no reserved rows; give its LoraConfig "
-                "`trainable_token_indices={'lm_head': reserved_token_ids}` or pass the base model and `peft_config`."
-            )
-        if not set(args.reserved_token_ids or ids) <= set(ids):
-            raise ValueError(f"`reserved_token_ids` must be among those that `model` trains, {list(ids)}.")
-        _check_lora(model.peft_config[model.active_adapter], "model")
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                "`model` is a PeftModel without a trainable weight: load it with `PeftModel.from_pretrained(..., "
-                "is_trainable=True)`."
-            )
-        return model, tuple(args.reserved_token_ids or ids)
-    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-        raise ValueError(
-            "`model` must be a base model or a PeftModel, got one that holds adapters already, as from_pretrained "
-            "returns it for the folder of an adapter: they would write the text."
-        )
-    ids = args.reserved_token_ids
-    if ids is None:
-        try:
-            ids = find_reserved_token_ids(processing_class, head.weight.shape[0])
-        except ValueError:
-            if not args.add_reserved_tokens:
-                raise
-            start = max(head.weight.shape[0], len(processing_class))
-            ids = list(range(start, start + 16))
-    if max(ids) >= head.weight.shape[0]:
-        if not args.add_reserved_tokens:
-            raise ValueError(
-                f"`reserved_token_ids` must be below {head.weight.shape[0]}, the rows of the head, got {max(ids)}; "
-                "pass `add_reserved_tokens=True` to resize the embeddings."
-            )
-        resize_for_reserved_tokens(base, max(ids) + 1)
-        head = base.get_output_embeddings()
-    head_name = _head_name(base)
-    if peft_config is None:
-        peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
-    if not isinstance(peft_config, LoraConfig):
-        raise TypeError(f"`peft_config` must be a LoraConfig, got {type(peft_config)}.")
-    _check_lora(peft_config, "peft_config")
-    if peft_config.trainable_token_indices not in (None, {head_name: list(ids)}):
-        raise ValueError(
-            f"`trainable_token_indices` of `peft_config` must be None, or the reserved rows of the head alone, which "
-            f"S2TTrainer sets, got {peft_config.trainable_token_indices!r}: choose them by `reserved_token_ids`."
-        )
-    peft_config = copy.deepcopy(peft_config)
-    peft_config.inference_mode = False  # true in every config that was saved
-    peft_config.task_type = "CAUSAL_LM"
-    peft_config.trainable_token_indices = {head_name: list(ids)}
-    with warnings.catch_warnings():  # PEFT asks the model by a name that transformers is changing
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return get_peft_model(base, peft_config), tuple(ids)
-
-
-def _head_name(model: PreTrainedModel) -> str:
-    """What PEFT calls the head: the last part of its name."""
-    head = model.get_output_embeddings()
-    return next(name for name, module in model.named_modules() if module is head).split(".")[-1]
-
-
-def _check_lora(config: PeftConfig, name: str) -> None:
-    """Raises a ValueError for settings that change the base model itself, adapter on or off, and so its text."""
-    legal = (True, False, "gaussian", "eva", "orthogonal")  # others take away from the base what they put into LoRA
-    for setting, ok, what in (
-        ("bias", config.bias == "none", "'none'"),
-        ("init_lora_weights", config.init_lora_weights in legal, f"one of {', '.join(map(repr, legal))}"),
-        ("layer_replication", config.layer_replication is None, "None"),
-    ):
-        if not ok:
-            raise ValueError(
-                f"`{setting}` of `{name}` must be {what}, got {getattr(config, setting)!r}: it changes the base "
-                "model, whose text a selector leaves alone."
-            )
 
 
 def _call_through(wrapper: nn.Module, inner: nn.Module, method: Callable[[], Any]) -> Any:

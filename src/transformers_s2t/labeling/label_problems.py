@@ -8,15 +8,13 @@ Legend: B rows, T tokens, S generated positions of a trajectory, K candidates, V
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -24,28 +22,22 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
-    Cache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
     PretrainedConfig,
     PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
-from .config import _check_choice, _check_range
-from .fingerprints import model_hash
-from .model_checks import check_causal_lm, check_reads_left_to_right, context_length
-from .proposals import exclude, floor_mask, propose
-from .shared_prefix import can_share, pad_prompts, read_shared, without_wrapper
-from .teachers import Comparison, Teacher, TextLogits, as_teacher, compare_logits, head_rows
-from .trajectories import (
-    CORRECTED_ROLLOUTS,
-    HEADER_NAME,
-    MISSING_LOGPROB,
-    POINTS,
-    TrajectoryHeader,
+from transformers_s2t.config import check_range
+from transformers_s2t.fingerprints import model_hash
+from transformers_s2t.labeling.points import (
+    TrajectoryScores,
+    _chunks,
+    check_num_candidates,
+    choose_positions,
+    score_trajectories,
+)
+from transformers_s2t.labeling.rollout import rollout
+from transformers_s2t.labeling.teachers import Teacher, as_teacher
+from transformers_s2t.labels.folder import (
     done_problem_ids,
     half_written_files,
     next_shard_index,
@@ -56,370 +48,14 @@ from .trajectories import (
     write_header,
     write_shard,
 )
-from .triggers import calibrate_threshold, entropy, margin
+from transformers_s2t.labels.schema import CORRECTED_ROLLOUTS, HEADER_NAME, TrajectoryHeader
+from transformers_s2t.model_checks import check_causal_lm, check_reads_left_to_right, context_length
+from transformers_s2t.models.forwards import head_rows
+from transformers_s2t.proposals import floor_mask
+from transformers_s2t.triggers import calibrate_threshold
 
 
 HIT_SIZES = (1, 2, 4, 8, 16)
-_MAX_NUMBERS = 1 << 28  # hidden states (or logits) of both models alive at one time, in the models' own type
-_MAX_TOKENS = 1 << 14  # of one forward
-_MAX_FLOAT_LOGITS = 1 << 24  # logits alive in float32 at one time
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts
-
-
-class _GumbelNoise(LogitsProcessor):
-    """Makes argmax a sample from softmax(logits / temperature), each row from a generator of its own.
-
-    So what is sampled for a prompt depends on the seed, that prompt and which of its rollouts it is, and not on its
-    neighbours in the batch.
-    """
-
-    def __init__(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        rollouts: Sequence[int],
-        temperature: float,
-        seed: int,
-        device: torch.device,
-    ):
-        self.temperature = temperature
-        self.generators = []
-        for ids, number in zip(prompt_ids, rollouts, strict=True):
-            digest = hashlib.sha256(f"{seed} {number} {list(ids)}".encode()).digest()
-            row_seed = int.from_bytes(digest[:8], "big") >> 1
-            self.generators.append(torch.Generator(device=device).manual_seed(row_seed))
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows of the batch alone."""
-        self.generators = [self.generators[row] for row in rows]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise_BV = torch.empty_like(scores, dtype=torch.float32)
-        for b, generator in enumerate(self.generators):
-            noise_BV[b].exponential_(generator=generator)
-        return scores.float() / self.temperature - noise_BV.clamp_min(torch.finfo(torch.float32).tiny).log()
-
-
-@torch.no_grad()
-def rollout(
-    model: PreTrainedModel,
-    prompt_ids: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    pad_token_id: int,
-    eos_token_ids: Sequence[int] = (),
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    seed: int = 0,
-    rollouts: Sequence[int] | None = None,
-    suppressed_ids: Sequence[int] = (),
-    decode_with: Mapping[str, Any] | None = None,
-) -> list[list[int]]:
-    """What the model writes after each prompt, in one batch.
-
-    The checkpoint's `generation_config` does not apply: no repetition penalty, no top-k, top-p or other setting of it
-    is inherited. Greedy is the argmax, sampling is from the whole softmax at `temperature`.
-
-    Args:
-        model: in eval mode.
-        prompt_ids: token ids, one prompt a row, without padding.
-        max_new_tokens: of each row.
-        pad_token_id: for shorter prompts.
-        eos_token_ids: end a row; the models' defaults are not looked up.
-        do_sample, temperature, seed: see above; a row's samples depend on the seed, its prompt and its number only.
-        rollouts: the number of each row, for prompts that are sampled several times; 0 if not given.
-        suppressed_ids: never generated.
-        decode_with: for `generate`: `custom_generate=s2t_generate` with a selector corrects the model as it writes.
-
-    Returns:
-        New tokens of each row, up to its first end-of-sequence token, which is included: it is a decision too.
-    """
-    decode_with = decode_with or {}
-    selector, teacher = decode_with.get("selector"), decode_with.get("teacher_model")
-    readers = [model, getattr(selector, "teacher_model", None), teacher]
-    inputs = pad_prompts(prompt_ids, pad_token_id, [reader for reader in readers if reader is not None])
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=list(eos_token_ids) or None,
-        pad_token_id=pad_token_id,
-        suppress_tokens=list(suppressed_ids) or None,
-    )
-    processors = LogitsProcessorList()
-    if do_sample:
-        numbers = [0] * len(prompt_ids) if rollouts is None else rollouts
-        processors.append(_GumbelNoise(prompt_ids, numbers, temperature, seed, model.device))
-    # `generate` fills everything that is None from the model's own config, so that one has to be out of the way.
-    owner = without_wrapper(model)  # a PeftModel's own would not be read
-    own, owner.generation_config = owner.generation_config, GenerationConfig()
-    try:
-        if decode_with:
-            config.max_new_tokens = max_new_tokens
-            width = inputs["input_ids"].shape[1]
-            output_BT = model.generate(**inputs, generation_config=config, logits_processor=processors, **decode_with)
-            new = output_BT[:, width:].tolist()
-        else:
-            new = generate_rows(model, inputs, config, max_new_tokens, processors)
-    finally:
-        owner.generation_config = own
-    ends = set(eos_token_ids)
-    return [ids[: next((i + 1 for i, id in enumerate(ids) if id in ends), len(ids))] for ids in new]
-
-
-#: A batch of fewer rows is not made smaller: on a CPU a step of these takes about as long as one of half as many.
-_FEW_ROWS = 8
-
-
-class _HalfFinished(StoppingCriteria):
-    """Stops a batch when half of its rows have ended."""
-
-    def __init__(self, eos_token_id: int | Collection[int], width: int, device: torch.device):
-        ids = [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)
-        self.ends, self.width = torch.tensor(ids, device=device), width
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        ended_B = torch.isin(input_ids[:, self.width :], self.ends).any(-1)
-        return torch.full_like(ended_B, bool(2 * ended_B.sum() >= len(ended_B)))
-
-
-def _can_lose_rows(model: PreTrainedModel) -> bool:
-    """Whether all that a model knows of the rows of a batch is in its cache (Qwen2-VL keeps offsets of positions)."""
-    return can_share(model) and not any(hasattr(module, "rope_deltas") for module in model.modules())
-
-
-def generate_rows(
-    model: PreTrainedModel,
-    inputs: Mapping[str, torch.Tensor],
-    config: GenerationConfig,
-    max_new_tokens: int,
-    processors: Sequence[_GumbelNoise] = (),
-    cache: Cache | None = None,
-) -> list[list[int]]:
-    """`model.generate` in which rows leave the batch: where half of them have ended the others go on alone.
-
-    So one long text does not hold a batch. What the prompts begin with is read once.
-
-    Args:
-        model: in eval mode.
-        inputs: `input_ids` and `attention_mask` (B, T) of `shared_prefix.pad_prompts`.
-        config: how; changed here. Its end-of-sequence tokens end a row.
-        max_new_tokens: of each row.
-        processors: of the logits, told by `keep(rows)` which rows go on.
-        cache: of the prompts, where some of their tokens are read already.
-
-    Returns:
-        New tokens of each row, with whatever stands behind its end while others go on.
-    """
-    input_ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
-    rows, new = list(range(len(input_ids_BT))), [[] for _ in input_ids_BT]
-    cache = read_shared(model, input_ids_BT, mask_BT) if cache is None else cache
-    num_left, drops = max_new_tokens, config.eos_token_id not in (None, []) and _can_lose_rows(model)
-    while rows:
-        width, several = input_ids_BT.shape[1], drops and len(rows) > _FEW_ROWS
-        stop = [_HalfFinished(config.eos_token_id, width, input_ids_BT.device)] if several else []
-        config.max_new_tokens, config.return_dict_in_generate = num_left, several
-        given = {} if cache is None else {"past_key_values": cache}
-        output = model.generate(
-            input_ids=input_ids_BT,
-            attention_mask=mask_BT,
-            generation_config=config,
-            logits_processor=LogitsProcessorList(processors),
-            stopping_criteria=StoppingCriteriaList(stop),
-            **given,
-        )
-        all_ids_BT = output.sequences if several else output
-        new_BS = all_ids_BT[:, width:]
-        for row, ids in zip(rows, new_BS.tolist()):
-            new[row] += ids
-        num_left -= new_BS.shape[1]
-        if not several or num_left <= 0:
-            break
-        left_A = (~torch.isin(new_BS, stop[0].ends).any(-1)).nonzero()[:, 0]
-        rows = [rows[b] for b in left_A.tolist()]
-        cache = output.past_key_values
-        cache.reorder_cache(left_A)
-        input_ids_BT = all_ids_BT[left_A]
-        mask_BT = torch.cat([mask_BT[left_A], mask_BT.new_ones(len(left_A), new_BS.shape[1])], dim=1)
-        for processor in processors:
-            processor.keep(left_A.tolist())
-    return new
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-
-
-class TrajectoryScores(NamedTuple):
-    """What both models say at every generated position of one trajectory, on the CPU.
-
-    Attributes:
-        divergence_S: KL(teacher || student), nats; a lower bound from a teacher that names its best tokens only, or
-            has another tokenizer.
-        entropy_S: of the student over its renormalised top 64, nats.
-        margin_S: minus the difference of the student's two best log-probabilities, nats.
-        candidate_ids_SK: the student's top K, best first.
-        student_logprobs_SK: over the student's full vocabulary less the excluded tokens, nats.
-        teacher_logprobs_SK: over the teacher's full vocabulary, nats; -1e4 at ids that the teacher does not have; nan
-            where such a teacher has not been asked yet.
-        teacher_top_id_S: the teacher's argmax among the ids that the student has; -1 where there is none.
-    """
-
-    divergence_S: torch.Tensor
-    entropy_S: torch.Tensor
-    margin_S: torch.Tensor
-    candidate_ids_SK: torch.Tensor
-    student_logprobs_SK: torch.Tensor
-    teacher_logprobs_SK: torch.Tensor
-    teacher_top_id_S: torch.Tensor
-
-
-def score_positions(
-    logits_SV: torch.Tensor,
-    teacher_logits_SV: torch.Tensor,
-    num_candidates: int,
-    excluded_ids: torch.Tensor | None = None,
-) -> TrajectoryScores:
-    """Scores of some positions from the next-token logits of both models there. The heads may differ in rows."""
-    return _score(logits_SV, partial(compare_logits, teacher_logits_SV), num_candidates, excluded_ids)
-
-
-def _score(
-    logits_SV: torch.Tensor,
-    compare: Callable[[torch.Tensor, torch.Tensor], Comparison],
-    num_candidates: int,
-    excluded_ids: torch.Tensor | None,
-) -> TrajectoryScores:
-    logits_SV = exclude(logits_SV.float(), excluded_ids)
-    proposals = propose(logits_SV, num_candidates)
-    teacher = compare(logits_SV, proposals.ids_BK)
-    return TrajectoryScores(
-        divergence_S=teacher.divergence_S,
-        entropy_S=entropy(logits_SV),
-        margin_S=margin(logits_SV),
-        candidate_ids_SK=proposals.ids_BK,
-        student_logprobs_SK=proposals.logprobs_BK.clamp_min(MISSING_LOGPROB),
-        teacher_logprobs_SK=teacher.logprobs_SK,
-        teacher_top_id_S=teacher.top_id_S,
-    )
-
-
-@torch.no_grad()
-def score_trajectories(
-    model: PreTrainedModel,
-    teacher_model: PreTrainedModel | Teacher,
-    sequences: Sequence[Sequence[int]],
-    prompt_lengths: Sequence[int],
-    num_candidates: int,
-    excluded_ids: Sequence[int] = (),
-) -> list[TrajectoryScores]:
-    """Scores every generated position of some trajectories: one teacher-forced forward of the student,
-    one reading of the teacher.
-
-    Rows are padded on the right, which no causal model can see. Only hidden states of generated positions are kept,
-    and logits of a few of them at a time; batches that would take more than about a gigabyte are run in parts. The
-    models may be on different devices.
-
-    Args:
-        model: the student, in eval mode.
-        teacher_model: a model of the same tokenizer, put into eval mode, or another teacher.
-        sequences: prompts and rollouts, token ids.
-        prompt_lengths: where each rollout begins; 1 at least.
-        num_candidates: K.
-        excluded_ids: reserved tokens, never proposed.
-
-    Raises:
-        ValueError: for a K above what the head offers, token ids that one of the models does not have, or a model
-            that is no causal language model.
-    """
-    teacher = as_teacher(teacher_model)
-    check_causal_lm("model", model)
-    check_reads_left_to_right("model", model)
-    num_rows = head_rows(model)
-    check_num_candidates(num_candidates, num_rows, excluded_ids)
-    largest = max(max(ids) for ids in sequences)
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    for name, rows in (("model", num_embeddings), ("teacher_model", teacher.num_embeddings)):
-        if rows is not None and largest >= rows:
-            raise ValueError(f"`sequences` hold token id {largest}, which `{name}` has no embedding for.")
-    if any(not 1 <= prompt_length < len(ids) for ids, prompt_length in zip(sequences, prompt_lengths)):
-        raise ValueError("`prompt_lengths` must be at least 1 and leave one generated token at least in each row.")
-    width = max(len(ids) for ids in sequences)
-    kept = width - min(prompt_lengths) + 1
-    numbers = model.get_input_embeddings().weight.shape[1] + teacher.numbers_per_position
-    rows_at_once = max(1, min(_MAX_NUMBERS // (kept * numbers), _MAX_TOKENS // width))
-    scores = []
-    for start in range(0, len(sequences), rows_at_once):
-        part = slice(start, start + rows_at_once)
-        scores += _score_batch(model, teacher, sequences[part], prompt_lengths[part], num_candidates, excluded_ids)
-    return scores
-
-
-def _score_batch(
-    model: PreTrainedModel,
-    teacher: Teacher,
-    sequences: Sequence[Sequence[int]],
-    prompt_lengths: Sequence[int],
-    num_candidates: int,
-    excluded_ids: Sequence[int],
-) -> list[TrajectoryScores]:
-    first = min(prompt_lengths) - 1  # logits at index p - 1 decide the token at index p
-    reading = teacher.read(sequences, prompt_lengths)  # first: a server works on it during the student's forward
-    logits = TextLogits(model, sequences, first)
-    excluded = torch.tensor(list(excluded_ids), dtype=torch.long, device=logits.kept_BTX.device)
-    chunk = max(1, _MAX_FLOAT_LOGITS // max(head_rows(model), teacher.numbers_per_position))
-    scores = []
-    for b, (ids, prompt_length) in enumerate(zip(sequences, prompt_lengths)):
-        parts = []
-        num_generated = len(ids) - prompt_length
-        for start in range(0, num_generated, chunk):
-            where = slice(start, min(start + chunk, num_generated))
-            logits_SV = logits.at(b, prompt_length - 1 + where.start, prompt_length - 1 + where.stop)
-            parts.append(_score(logits_SV, partial(reading.compare, b, where), num_candidates, excluded))
-        scores.append(TrajectoryScores(*(torch.cat(columns).cpu() for columns in zip(*parts))))
-    return scores
-
-
-def choose_positions(
-    divergence_S: torch.Tensor,
-    floor_count_S: torch.Tensor,
-    divergence_threshold: float,
-    points: str = "floor+kl",
-    max_points: int | None = None,
-) -> torch.Tensor:
-    """Which generated positions become decision points: their indices (N,), ascending.
-
-    Args:
-        divergence_S: KL(teacher || student), nats.
-        floor_count_S: how many candidates are above the floor.
-        divergence_threshold: nats.
-        points: "kl": the divergence reaches the threshold (the paper's rule, arXiv 2604.26940); "floor": two or more
-            candidates are above the floor, which needs no teacher at inference; "floor+kl": either; "all".
-        max_points: of one trajectory. Where there are more, that many stay which are evenly spread among them: so the
-            share of points at which the teacher agrees stays what it is, which a selector has to learn too.
-    """
-    _check_choice("points", points, POINTS)
-    chosen_S = torch.full_like(divergence_S, points == "all", dtype=torch.bool)
-    if "kl" in points:
-        chosen_S |= divergence_S >= divergence_threshold
-    if "floor" in points:
-        chosen_S |= floor_count_S >= 2
-    chosen_N = chosen_S.nonzero()[:, 0]
-    if max_points is not None and len(chosen_N) > max_points:
-        every = len(chosen_N) / max_points
-        chosen_N = chosen_N[((torch.arange(max_points) + 0.5) * every).long()]
-    return chosen_N
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The pipeline
-
-
-def check_num_candidates(num_candidates: int, num_head_rows: int, excluded_ids: Sequence[int]) -> None:
-    """Raises a ValueError where the student has fewer tokens to propose."""
-    offered = num_head_rows - len(excluded_ids)
-    if num_candidates > offered:
-        raise ValueError(f"`num_candidates` must be at most {offered} for this model, got {num_candidates}.")
 
 
 def check_lengths(
@@ -536,8 +172,8 @@ def label_problems(
     Raises:
         ValueError: for illegal arguments or a folder with other settings, before anything is written.
     """
-    _check_range("batch_size", batch_size, 1, 1 << 20, integer=True)
-    _check_range("shard_size", shard_size, 1, 1 << 20, integer=True)
+    check_range("batch_size", batch_size, 1, 1 << 20, integer=True)
+    check_range("shard_size", shard_size, 1, 1 << 20, integer=True)
     if not prompts:
         raise ValueError("`prompts` must hold one problem at least, got none.")
     if any(len(ids) == 0 for ids in prompts.values()):
@@ -803,8 +439,3 @@ def label_stats(labels: Dataset, divergence_threshold: float) -> dict[str, Any]:
         "kl_points": kl_points,
         "hit_at_k": {str(k): hits[k] / kl_points for k in HIT_SIZES if k <= width} if kl_points else {},
     }
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .config import _check_choice, write_json
+from transformers_s2t.config import check_choice
+from transformers_s2t.files import write_json
 
 
 SEEN_PROBLEMS_NAME = "seen_problems.json"
@@ -34,7 +35,7 @@ def write_seen_problems(folder: str | os.PathLike, stage: str, ids: Iterable[str
     Raises:
         ValueError: for another stage, or where the file that is there is spoilt.
     """
-    _check_choice("stage", stage, STAGES)
+    check_choice("stage", stage, STAGES)
     file = Path(folder) / SEEN_PROBLEMS_NAME
     seen = _read(file) if file.is_file() else {}
     seen[stage] = set(map(str, ids))
@@ -84,7 +85,7 @@ def check_unseen(path: str | os.PathLike, problem_ids: Iterable[str], stages: Se
         ValueError: naming the argument, how many problems are shared, the first of them, and the stages.
     """
     for stage in stages:
-        _check_choice("stages", stage, STAGES)
+        check_choice("stages", stage, STAGES)
     ids, seen = set(map(str, problem_ids)), read_seen_problems(path)
     shared = {stage: ids & seen[stage] for stage in stages if ids & seen.get(stage, set())}
     if shared:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .config import MAX_CANDIDATES, SelectorConfig, _check_range
+from transformers_s2t.config import MAX_CANDIDATES, SelectorConfig, check_range
 
 
 def _is_number(value: Any) -> bool:
@@ -149,13 +149,13 @@ class S2TConfig(TrainingArguments):
             raise ValueError(
                 "One of `cross_entropy_weight`, `distribution_kl_weight`, `hinge_weight` must be above 0."
             )
-        _check_range("num_candidates", self.num_candidates, 2, MAX_CANDIDATES, integer=True)
-        _check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
+        check_range("num_candidates", self.num_candidates, 2, MAX_CANDIDATES, integer=True)
+        check_range("min_prob_ratio", self.min_prob_ratio, 0.0, 1.0)
         if not _is_number(self.text_cache_gb) or not 0 <= self.text_cache_gb < float("inf"):
             raise ValueError(f"`text_cache_gb` must be 0 or more and finite, got {self.text_cache_gb!r}.")
-        _check_range("max_packed_tokens", self.max_packed_tokens, 16, MAX_PACKED_TOKENS, integer=True)
+        check_range("max_packed_tokens", self.max_packed_tokens, 16, MAX_PACKED_TOKENS, integer=True)
         if self.max_points_per_block is not None:
-            _check_range("max_points_per_block", self.max_points_per_block, 1, MAX_PACKED_TOKENS, integer=True)
+            check_range("max_points_per_block", self.max_points_per_block, 1, MAX_PACKED_TOKENS, integer=True)
         for name, off in (("neftune_noise_alpha", None), ("label_smoothing_factor", 0.0)):
             if getattr(self, name) != off:
                 raise ValueError(

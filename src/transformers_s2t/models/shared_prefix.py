@@ -19,8 +19,8 @@ from peft import PeftModel
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .model_facts import prompt_learning_of, random_places, rotary_change
-from .views import get_decoder
+from transformers_s2t.models.facts import prompt_learning_of, random_places, rotary_change
+from transformers_s2t.models.views import get_decoder
 
 
 #: Fewer shared tokens are not worth a forward of their own.

@@ -19,12 +19,20 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .config import DEFAULT_WARMUP_TOKENS
-from .losses import best_candidate
-from .proposals import exclude, floor_mask
-from .router import LastHidden, Router, RouterConfig, RouterHead, num_layers, proposal_features, read_module
-from .teachers import logits_from
-from .views import make_view
+from transformers_s2t.config import DEFAULT_WARMUP_TOKENS
+from transformers_s2t.losses import best_candidate
+from transformers_s2t.models.forwards import logits_from
+from transformers_s2t.models.views import make_view
+from transformers_s2t.proposals import exclude, floor_mask
+from transformers_s2t.router import (
+    LastHidden,
+    Router,
+    RouterConfig,
+    RouterHead,
+    num_layers,
+    proposal_features,
+    read_module,
+)
 
 
 _LEAST_KL = 1e-2  # nats; below that, differences of KL are rounding

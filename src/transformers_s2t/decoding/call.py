@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from transformers.generation import BaseStreamer, GenerationMixin, GenerationMode
 
-from .shared_prefix import positions_from_mask
+from transformers_s2t.models.shared_prefix import positions_from_mask
 
 
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__

@@ -20,12 +20,13 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
-from .call import GenerateCall, eos_token_ids, prompt_mask, running_calls
-from .config import S2TDecodingConfig
-from .model_checks import check_causal_lm
-from .proposals import exclude
-from .router import HiddenTap
-from .selection import S2TSession, S2TTrace, Selector, TeacherSelector, check_teacher, check_teacher_tokenizer
+from transformers_s2t.config import S2TDecodingConfig
+from transformers_s2t.decoding.call import GenerateCall, eos_token_ids, prompt_mask, running_calls
+from transformers_s2t.decoding.selectors import Selector, TeacherSelector, check_teacher, check_teacher_tokenizer
+from transformers_s2t.decoding.session import S2TSession, S2TTrace
+from transformers_s2t.model_checks import check_causal_lm
+from transformers_s2t.proposals import exclude
+from transformers_s2t.router import HiddenTap
 
 
 _ONE_TOKEN_MODES = (None, GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)

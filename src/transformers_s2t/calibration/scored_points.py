@@ -12,16 +12,17 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .config import FusionWeights
-from .fusion import decide
-from .fusion import fit_fusion as fit_weights
-from .losses import best_candidate
-from .proposals import Proposals
-from .router_training import collect, cross_fit, predict
-from .scoring import PackedPoints, packed_hidden, valid_candidates
-from .selection import LocalSelector
-from .trajectories import TrajectoryCollator
-from .triggers import calibrate_threshold
+from transformers_s2t.calibration.router_training import collect, cross_fit, predict
+from transformers_s2t.config import FusionWeights
+from transformers_s2t.decoding.local_selector import LocalSelector
+from transformers_s2t.fusion import decide
+from transformers_s2t.fusion import fit_fusion as fit_weights
+from transformers_s2t.labels.collator import TrajectoryCollator
+from transformers_s2t.losses import best_candidate
+from transformers_s2t.proposals import Proposals
+from transformers_s2t.scoring.packing import PackedPoints, packed_hidden
+from transformers_s2t.scoring.reserved_rows import valid_candidates
+from transformers_s2t.triggers import calibrate_threshold
 
 
 #: Target rates that calibration writes thresholds for, as shares of the generated tokens.

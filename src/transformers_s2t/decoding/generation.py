@@ -38,14 +38,15 @@ from transformers.generation import (
     WatermarkLogitsProcessor,
 )
 
-from .call import eos_token_ids, prompt_mask, running_calls
-from .config import S2TDecodingConfig
-from .logits_process import S2TLogitsProcessor, fix_tokens, resolve_selector
-from .model_checks import check_causal_lm
-from .proposals import exclude
-from .scoring import cache_argument
-from .selection import S2TSession, S2TTrace, Selector, check_choosable
-from .shared_prefix import read_shared
+from transformers_s2t.config import S2TDecodingConfig
+from transformers_s2t.decoding.call import eos_token_ids, prompt_mask, running_calls
+from transformers_s2t.decoding.logits_process import S2TLogitsProcessor, fix_tokens, resolve_selector
+from transformers_s2t.decoding.selectors import Selector
+from transformers_s2t.decoding.session import S2TSession, S2TTrace, check_choosable
+from transformers_s2t.model_checks import check_causal_lm
+from transformers_s2t.models.forwards import cache_argument
+from transformers_s2t.models.shared_prefix import read_shared
+from transformers_s2t.proposals import exclude
 
 
 # what `generate` puts behind the user's own processors

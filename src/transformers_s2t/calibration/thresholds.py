@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from .config import THRESHOLD_TRIGGERS, S2TDecodingConfig, _check_choice, _check_range
-from .generation import s2t_generate
-from .labeling import rollout
-from .selection import S2TTrace, Selector
-from .triggers import calibrate_threshold
+from transformers_s2t.config import THRESHOLD_TRIGGERS, S2TDecodingConfig, check_choice, check_range
+from transformers_s2t.decoding.generation import s2t_generate
+from transformers_s2t.decoding.selectors import Selector
+from transformers_s2t.decoding.session import S2TTrace
+from transformers_s2t.labeling.rollout import rollout
+from transformers_s2t.triggers import calibrate_threshold
 
 
 TOLERANCE = 0.05  # of the target rate: a run that comes as close is not improved upon
@@ -143,9 +144,9 @@ def calibrate_rates(
     Raises:
         ValueError: for another trigger, a rate out of range, or no prompts.
     """
-    _check_choice("trigger", trigger, tuple(name for name in THRESHOLD_TRIGGERS if name != "random"))
+    check_choice("trigger", trigger, tuple(name for name in THRESHOLD_TRIGGERS if name != "random"))
     for rate in target_rates:
-        _check_range("target_rates", rate, 0.0, 1.0)
+        check_range("target_rates", rate, 0.0, 1.0)
     if not prompts:
         raise ValueError("`prompts` must hold one prompt at least, got none.")
     found = {}

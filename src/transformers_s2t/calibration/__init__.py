@@ -1,0 +1,1 @@
+"""Fusion weights, thresholds and routers, fitted on problems that training has not seen."""

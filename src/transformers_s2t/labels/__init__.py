@@ -1,0 +1,1 @@
+"""Labelled trajectories: their columns, their folders, and batches of them."""

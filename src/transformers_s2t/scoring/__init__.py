@@ -1,0 +1,1 @@
+"""Candidates behind one prefix: how the small model reads them, in decoding and in training."""

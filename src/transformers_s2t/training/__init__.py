@@ -1,0 +1,1 @@
+"""The trainer of S2T-Local selectors."""
