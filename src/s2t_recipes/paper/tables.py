@@ -393,9 +393,10 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
 
 
 def fidelity(pipeline: Pipeline, spec: dict) -> Collect:
-    """Agree@1 and Spearman at held-out labelled points, beside the controls; needs no answers."""
+    """Agree@1 and Spearman at held-out labelled points, beside the controls; needs no answers. `problems`: the first
+    ones of the test."""
     base = Base.of(pipeline)
-    labels = pipeline.labels("test")
+    labels = pipeline.labels("test", spec.get("problems"))
     output = pipeline.folder / "agreement.json"
     command = [recipe("agreement.py"), "--labels", str(labels.path)]
     command += ["--train_labels", str(base.selector_labels.path)]
@@ -653,9 +654,10 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
 
 
 def retention(pipeline: Pipeline, spec: dict) -> Collect:
-    """How far each method moves the model on text that it was not trained for, by recipes/retention.py."""
+    """How far each method moves the model on text that it was not trained for, by recipes/retention.py. `problems`:
+    the first ones of the test."""
     base = Base.of(pipeline)
-    labels = pipeline.labels("test")
+    labels = pipeline.labels("test", spec.get("problems"))
     tuned = [(method, job) for method in spec["methods"] for job in base.imitation(method).best()]
     needs = [labels, *base.adapters, *(job for _, job in tuned)]
     text = dict(pipeline.pair.other_text)
