@@ -63,7 +63,7 @@ from transformers import (
 from transformers_s2t import S2T, LocalSelector, S2TDecodingConfig, SelectorConfig, s2t_generate
 from transformers_s2t.config import DEFAULT_WARMUP_TOKENS
 from transformers_s2t.files import write_json
-from transformers_s2t.scoring.candidates import get_decoder
+from transformers_s2t.models.views import get_decoder
 
 
 NAMES = ("s2t_generate", "processor", "naive", "maj8")  # and greedy, always

@@ -63,7 +63,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers_s2t import S2TConfig, S2TTrainer
 from transformers_s2t.config import MAX_CANDIDATES
 from transformers_s2t.files import write_json
-from transformers_s2t.scoring.candidates import get_decoder
+from transformers_s2t.models.views import get_decoder
 
 
 SCOPES = ("candidate", "sequence")

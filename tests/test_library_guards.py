@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from transformers_s2t import S2T
 from transformers_s2t.decoding.generation import _WARPERS
-from transformers_s2t.training.attach import _whole_weights
+from transformers_s2t.training.attach import whole_weights
 
 
 def parameters(function):
@@ -159,7 +159,7 @@ def test_the_decoder_ends_in_the_hidden_states_that_the_head_reads(family, batch
 
 
 def test_the_deepspeed_config_that_loading_hides_is_where_transformers_looks():
-    """`_whole_weights` puts back what it found; transformers asks this reference whether weights are shared out."""
+    """`whole_weights` puts back what it found; transformers asks this reference whether weights are shared out."""
     from transformers.integrations import deepspeed
 
     class Config:
@@ -171,7 +171,7 @@ def test_the_deepspeed_config_that_loading_hides_is_where_transformers_looks():
         deepspeed.set_hf_deepspeed_config(mine)
         assert deepspeed.is_deepspeed_zero3_enabled()
         assert deepspeed._hf_deepspeed_config_weak_ref() is mine
-        with _whole_weights():
+        with whole_weights():
             assert not deepspeed.is_deepspeed_zero3_enabled()
         assert deepspeed._hf_deepspeed_config_weak_ref() is mine
     finally:

@@ -8,11 +8,11 @@ import torch
 from tiny import FAMILIES, RESERVED, NaiveModel, lora_model, make_selector, prompts, single, tiny_model
 
 from transformers_s2t.models.forwards import fork_cache
+from transformers_s2t.models.shared_prefix import positions_from_mask
 from transformers_s2t.scoring.candidates import (
     PrefixCache,
     append_candidates,
     keep_candidate,
-    positions_from_mask,
     supports_tree,
     tree_mask,
 )

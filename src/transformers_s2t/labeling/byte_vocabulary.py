@@ -47,14 +47,14 @@ def _as_written(node):
     return whole | {name: value for name, value in changed.items() if name in node}
 
 
-class _Row(NamedTuple):
+class VocabularyRow(NamedTuple):
     """One row of next-token probabilities, by id and in the order of the sorted vocabulary (0 for ids above it)."""
 
     p_V: np.ndarray
     p_W: np.ndarray
 
 
-class _Vocabulary:
+class ByteVocabulary:
     """What the tokens of one tokenizer are as bytes, and which of them start with a string."""
 
     def __init__(self, processing_class: PreTrainedTokenizerBase, name: str):
@@ -106,12 +106,12 @@ class _Vocabulary:
         backend.encode_special_tokens = True  # the text "</s>" is text
         return backend
 
-    def row(self, logits_V: torch.Tensor) -> _Row:
+    def row(self, logits_V: torch.Tensor) -> VocabularyRow:
         """Its probabilities, on the CPU."""
         p_V = torch.softmax(logits_V.double(), dim=-1).cpu().numpy()
         if self.num_rows <= len(p_V):
-            return _Row(p_V, p_V[self.sorted_ids])
-        return _Row(p_V, np.append(p_V, 0.0)[np.minimum(self.sorted_ids, len(p_V))])
+            return VocabularyRow(p_V, p_V[self.sorted_ids])
+        return VocabularyRow(p_V, np.append(p_V, 0.0)[np.minimum(self.sorted_ids, len(p_V))])
 
     def _range(self, start: bytes) -> tuple[int, int]:
         """Which part of the sorted vocabulary starts with `start`."""

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from transformers_s2t.labeling.byte_vocabulary import _Row, _Vocabulary
+from transformers_s2t.labeling.byte_vocabulary import ByteVocabulary, VocabularyRow
 from transformers_s2t.reserved_tokens import vocab_hash
 
 
@@ -152,8 +152,8 @@ class CrossTokenizer:
         self.same_vocabulary = vocab_hash(processing_class) == teacher_hash
         #: what the scores depend on
         self.settings = {"teacher_vocab_hash": teacher_hash, "healed_tokens": healed_tokens, "min_mass": min_mass}
-        self.student = _Vocabulary(processing_class, "processing_class")
-        self.teacher = _Vocabulary(teacher_processing_class, "teacher_processing_class")
+        self.student = ByteVocabulary(processing_class, "processing_class")
+        self.teacher = ByteVocabulary(teacher_processing_class, "teacher_processing_class")
         self.healed_tokens, self.min_mass = healed_tokens, min_mass
         ends, teacher_ends = (
             tuple(i for i in ([one.eos_token_id] if given is None else given) if i is not None)
@@ -328,7 +328,7 @@ class CrossTokenizer:
         return point
 
     def _read(
-        self, point: _Point, path: tuple[int, ...], mass: float, row: _Row
+        self, point: _Point, path: tuple[int, ...], mass: float, row: VocabularyRow
     ) -> dict[tuple[int, ...], tuple[float, list[int]]]:
         """Adds what the logits behind `path` say; returns the paths that could be gone on with, their masses and for
         which targets."""
@@ -350,7 +350,7 @@ class CrossTokenizer:
         self._find_best(point, text, mass, row)
         return children
 
-    def _own_mass(self, point: _Point, sequence: TeacherSequence, rows: Callable[[int], _Row]) -> float:
+    def _own_mass(self, point: _Point, sequence: TeacherSequence, rows: Callable[[int], VocabularyRow]) -> float:
         """What the trajectory's own tokens give for r: what `min_mass` is a part of."""
         if not self.min_mass or not point.rest:
             return 1.0
@@ -366,7 +366,7 @@ class CrossTokenizer:
             mass, rest = mass * float(row.p_V[sequence.ids[end]]), rest[len(token) :]
         return own
 
-    def _find_best(self, point: _Point, text: bytes, mass: float, row: _Row) -> None:
+    def _find_best(self, point: _Point, text: bytes, mass: float, row: VocabularyRow) -> None:
         if not point.rest.startswith(text):
             return
         beyond = point.rest[len(text) :]
@@ -388,7 +388,7 @@ class CrossTokenizer:
         found = list(self.student.prefixes(text))
         return min(id for id, token in found if token == found[-1][1]) if found else -1
 
-    def _rows(self, teacher_logits_TV: torch.Tensor, first: int) -> Callable[[int], _Row]:
+    def _rows(self, teacher_logits_TV: torch.Tensor, first: int) -> Callable[[int], VocabularyRow]:
         """The probabilities behind the trajectory's tokens by index; neighbouring points share them."""
         return functools.lru_cache(maxsize=32)(lambda index: self.teacher.row(teacher_logits_TV[index - first]))
 
@@ -467,7 +467,7 @@ class CrossTokenizer:
             for point in points:
                 point.least = self.min_mass * self._own_mass(point, sequence, rows)
 
-        def read(point: _Point, path: tuple[int, ...], mass: float, row: _Row) -> list:
+        def read(point: _Point, path: tuple[int, ...], mass: float, row: VocabularyRow) -> list:
             """What is to be read next."""
             later = []
             for child, (child_mass, targets) in self._read(point, path, mass, row).items():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from transformers_s2t.config import MAX_CANDIDATES, check_range
-from transformers_s2t.labels.schema import MISSING_LOGPROB, _is_int
+from transformers_s2t.labels.schema import MISSING_LOGPROB, is_int
 
 
 @dataclass
@@ -62,7 +62,7 @@ class TrajectoryCollator:
     num_candidates: int | None = None
 
     def __post_init__(self):
-        if not _is_int(self.pad_token_id) or self.pad_token_id < 0:
+        if not is_int(self.pad_token_id) or self.pad_token_id < 0:
             raise ValueError(f"`pad_token_id` must be an integer of 0 or more, got {self.pad_token_id!r}.")
         if self.num_candidates is not None:
             check_range("num_candidates", self.num_candidates, 1, MAX_CANDIDATES, integer=True)

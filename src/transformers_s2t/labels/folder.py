@@ -17,7 +17,7 @@ from datasets import Dataset, get_dataset_split_names, load_dataset
 
 from transformers_s2t.config import check_choice
 from transformers_s2t.files import atomic_write, write_json
-from transformers_s2t.labels.schema import FEATURES, HEADER_NAME, TrajectoryHeader, _check_columns, validate_row
+from transformers_s2t.labels.schema import FEATURES, HEADER_NAME, TrajectoryHeader, check_columns, validate_row
 
 
 CARD_NAME = "README.md"
@@ -142,7 +142,7 @@ def done_problem_ids(folder: str | os.PathLike) -> set[str]:
 
 def _read_parquet(file: Path, columns: list[str]) -> pa.Table:
     try:
-        _check_columns(pq.read_schema(file).names, str(file))
+        check_columns(pq.read_schema(file).names, str(file))
         return pq.read_table(file, columns=columns)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file} is not a readable parquet file: {error}") from None
@@ -217,7 +217,7 @@ def _read_hub(name: str, split: str) -> tuple[Dataset, TrajectoryHeader | None]:
             f"{name!r} is neither a local folder of labels nor a data set that the Hub or its local cache gives: "
             f"{reason}"
         ) from None
-    _check_columns(dataset.column_names, name)
+    check_columns(dataset.column_names, name)
     if len(dataset) == 0:
         raise ValueError(f"{name} ({split}) holds no labelled trajectory.")
     if dataset.features != FEATURES:

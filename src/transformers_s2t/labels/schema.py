@@ -206,15 +206,15 @@ def validate_row(row: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the column and what is wrong.
     """
-    _check_columns(row, "a row")
+    check_columns(row, "a row")
     problem_id, prompt_length = row["problem_id"], row["prompt_length"]
     if not isinstance(problem_id, str) or not problem_id:
         raise ValueError(f"`problem_id` must be a non-empty string, got {problem_id!r}.")
     where = f"(problem_id {problem_id!r})"
-    if not _is_int(row["rollout"]) or row["rollout"] < 0:
+    if not is_int(row["rollout"]) or row["rollout"] < 0:
         raise ValueError(f"`rollout` must be an integer of 0 or more, got {row['rollout']!r} {where}.")
     ids = _ids("input_ids", row["input_ids"], where)
-    if not _is_int(prompt_length) or not 1 <= prompt_length < len(ids):
+    if not is_int(prompt_length) or not 1 <= prompt_length < len(ids):
         raise ValueError(
             f"`prompt_length` must be an integer in [1, {len(ids) - 1}], one token of the {len(ids)} at least being "
             f"generated, got {prompt_length!r} {where}."
@@ -252,7 +252,7 @@ def validate_row(row: Mapping[str, Any]) -> None:
             raise ValueError(f"`student_logprobs` must descend, best candidate first {at}.")
 
 
-def _check_columns(columns: Iterable[str], what: str) -> None:
+def check_columns(columns: Iterable[str], what: str) -> None:
     missing, unknown = [name for name in FEATURES if name not in columns], sorted(set(columns) - set(FEATURES))
     if missing or unknown:
         raise ValueError(
@@ -261,7 +261,7 @@ def _check_columns(columns: Iterable[str], what: str) -> None:
         )
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

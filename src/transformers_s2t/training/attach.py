@@ -20,7 +20,7 @@ from transformers_s2t.training.s2t_config import S2TConfig
 
 
 @contextmanager
-def _whole_weights() -> Iterator[None]:
+def whole_weights() -> Iterator[None]:
     """Inside, models are loaded whole, also where ZeRO-3 would share out every weight as it is read.
 
     The rows of the head are counted and copied before training, and the labels' model is known by its weights.
@@ -34,7 +34,7 @@ def _whole_weights() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
-def _with_adapter(
+def attach_adapter(
     model: PreTrainedModel | PeftModel,
     args: S2TConfig,
     processing_class: PreTrainedTokenizerBase,

@@ -17,7 +17,7 @@ from transformers_s2t.reserved_tokens import vocab_hash
 from transformers_s2t.training.s2t_config import S2TConfig
 
 
-def _load_labels(
+def load_labels(
     source: Dataset | str | os.PathLike, name: str, header: TrajectoryHeader | None = None
 ) -> tuple[Dataset, TrajectoryHeader | None]:
     if isinstance(source, (str, os.PathLike)):
@@ -29,7 +29,7 @@ def _load_labels(
     return source.with_format(None), header
 
 
-def _warn_of_overlap(train_dataset: Dataset, held_out: dict[str, Dataset]) -> None:
+def warn_of_overlap(train_dataset: Dataset, held_out: dict[str, Dataset]) -> None:
     """Not an error: whoever tries out whether a model can learn a few rows by heart does just this."""
     for name, labels in held_out.items():
         if "problem_id" in labels.column_names and "problem_id" in train_dataset.column_names:
@@ -41,7 +41,7 @@ def _warn_of_overlap(train_dataset: Dataset, held_out: dict[str, Dataset]) -> No
                 )
 
 
-def _problems_of(train_dataset: Dataset, held_out: dict[str, Dataset]) -> dict[str, set[str]]:
+def problems_of(train_dataset: Dataset, held_out: dict[str, Dataset]) -> dict[str, set[str]]:
     """Stage -> ids of its problems, for stages whose labels name them."""
     seen: dict[str, set[str]] = {}
     for stage, parts in (("training", [train_dataset]), ("tuning", held_out.values())):
@@ -51,7 +51,7 @@ def _problems_of(train_dataset: Dataset, held_out: dict[str, Dataset]) -> dict[s
     return seen
 
 
-def _check_weights_fit(headers: dict[str, TrajectoryHeader | None], ours: str, args: S2TConfig) -> None:
+def check_weights_fit(headers: dict[str, TrajectoryHeader | None], ours: str, args: S2TConfig) -> None:
     """Raises a ValueError where labels are trajectories of another model, of the same tokenizer, than that of the
     fingerprint `ours`."""
     if args.allow_labels_of_other_model:
@@ -65,7 +65,7 @@ def _check_weights_fit(headers: dict[str, TrajectoryHeader | None], ours: str, a
             )
 
 
-def _check_labels_fit(
+def check_labels_fit(
     headers: dict[str, TrajectoryHeader | None], processing_class: PreTrainedTokenizerBase, name_or_path: str
 ) -> None:
     """Raises a ValueError where labels were made with another tokenizer."""

@@ -47,19 +47,18 @@ from transformers_s2t.model_checks import check_causal_lm, check_without_virtual
 from transformers_s2t.models.forwards import text_logits
 from transformers_s2t.models.shared_prefix import is_random, runs_alone
 from transformers_s2t.models.text_cache import TextCache
-from transformers_s2t.models.views import ModelViews, switch_adapter
+from transformers_s2t.models.views import ModelViews, get_decoder, switch_adapter
 from transformers_s2t.reserved_tokens import vocab_hash
-from transformers_s2t.scoring.candidates import get_decoder
 from transformers_s2t.scoring.packing import PackedPoints, packed_hidden, supports_packing, warn_without_tree
 from transformers_s2t.scoring.reserved_rows import ReservedRows, bin_logits, candidate_scores, valid_candidates
-from transformers_s2t.training.attach import _whole_weights, _with_adapter
+from transformers_s2t.training.attach import attach_adapter, whole_weights
 from transformers_s2t.training.blocks import cut_to_blocks, text_mask
 from transformers_s2t.training.label_checks import (
-    _check_labels_fit,
-    _check_weights_fit,
-    _load_labels,
-    _problems_of,
-    _warn_of_overlap,
+    check_labels_fit,
+    check_weights_fit,
+    load_labels,
+    problems_of,
+    warn_of_overlap,
 )
 from transformers_s2t.training.s2t_config import S2TConfig
 
@@ -125,18 +124,18 @@ class S2TTrainer(Trainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: a folder of labels (recipes/label.py) or a Dataset.")
         headers: dict[str, TrajectoryHeader | None] = {}
-        train_dataset, headers["train_dataset"] = _load_labels(train_dataset, "train_dataset", label_header)
+        train_dataset, headers["train_dataset"] = load_labels(train_dataset, "train_dataset", label_header)
         if isinstance(eval_dataset, dict):
             eval_dataset = dict(eval_dataset)
             for key, value in eval_dataset.items():
                 name = f"eval_dataset[{key!r}]"
-                eval_dataset[key], headers[name] = _load_labels(value, name)
+                eval_dataset[key], headers[name] = load_labels(value, name)
         elif eval_dataset is not None:
-            eval_dataset, headers["eval_dataset"] = _load_labels(eval_dataset, "eval_dataset")
+            eval_dataset, headers["eval_dataset"] = load_labels(eval_dataset, "eval_dataset")
         held_out = eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
         held_out = {name: labels for name, labels in held_out if labels is not None}
-        _warn_of_overlap(train_dataset, held_out)
-        self._seen_problems = _problems_of(train_dataset, held_out)  # now: blocks of points have no problem
+        warn_of_overlap(train_dataset, held_out)
+        self._seen_problems = problems_of(train_dataset, held_out)  # now: blocks of points have no problem
 
         if isinstance(model, str):
             init_kwargs = dict(args.model_init_kwargs or {})
@@ -154,8 +153,8 @@ class S2TTrainer(Trainer):
                 )
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(name_or_path, **hub)
-            _check_labels_fit(headers, processing_class, name_or_path)
-            with _whole_weights():
+            check_labels_fit(headers, processing_class, name_or_path)
+            with whole_weights():
                 model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         else:
             name_or_path = model.config._name_or_path
@@ -168,15 +167,15 @@ class S2TTrainer(Trainer):
                 if not name_or_path:
                     raise ValueError("`processing_class` is required where the model does not know its own name.")
                 processing_class = AutoTokenizer.from_pretrained(name_or_path)
-            _check_labels_fit(headers, processing_class, name_or_path)
+            check_labels_fit(headers, processing_class, name_or_path)
 
         check_causal_lm("model", model)
         check_without_virtual_tokens("model", model)
         self._model_hash = model_hash(model)  # now: later the weights may be spread over processes
-        _check_weights_fit(headers, self._model_hash, args)
+        check_weights_fit(headers, self._model_hash, args)
         set_seed(args.seed)  # LoRA's random half is drawn here; Trainer sets the seed only later
-        with _whole_weights():
-            model, self.reserved_token_ids = _with_adapter(model, args, processing_class, peft_config)
+        with whole_weights():
+            model, self.reserved_token_ids = attach_adapter(model, args, processing_class, peft_config)
         self.base_model = model.get_base_model()
         self.adapter_name = model.active_adapter
         warn_without_tree(self.base_model)
@@ -475,8 +474,8 @@ class S2TTrainer(Trainer):
         own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
         if labels is None or isinstance(labels, dict) or (isinstance(labels, str) and labels in own):
             return labels  # `Trainer` comes back with each of a dict
-        labels, header = _load_labels(labels, name)
-        _check_labels_fit({name: header}, self.processing_class, self.base_model.config._name_or_path)
+        labels, header = load_labels(labels, name)
+        check_labels_fit({name: header}, self.processing_class, self.base_model.config._name_or_path)
         return self._prepare_dataset(labels, self.args, name)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
