@@ -97,6 +97,35 @@ class BaselineArguments:
             raise ValueError(f"`teacher_texts` is for method='sft', got {self.teacher_texts!r} with {self.method!r}.")
 
 
+class TextTrainer(SFTTrainer):
+    """Cross-entropy of the trained tokens, mean over those of the global batch: TRL's own loss.
+
+    Without Triton, TRL applies the head to every position, prompts included: with 152k tokens and a long prompt most
+    of a step. Here only positions that some row trains go through it.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args = self.args
+        is_plain = args.loss_type == "nll" and not args.label_smoothing_factor and args.world_size == 1
+        if not is_plain or inputs["input_ids"].device.type == "cuda":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs, trained_BT, labels_BT = trained_logits(model, inputs)
+        losses = (outputs.logits[trained_BT].float(), labels_BT[trained_BT])
+        total = torch.nn.functional.cross_entropy(*losses, reduction="sum")
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else trained_BT.sum())
+        return (loss, outputs) if return_outputs else loss
+
+
+def trained_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):
+    """Outputs with logits (B, C, V) at the C positions before a token that some row trains; which of them each row
+    trains (B, C); and these tokens (B, C). Takes the labels out of `inputs`."""
+    labels_BT = inputs.pop("labels")[:, 1:]
+    columns_C = (labels_BT != -100).any(0).nonzero()[:, 0]
+    outputs = model(**inputs, logits_to_keep=columns_C, use_cache=False)
+    labels_BC = labels_BT[:, columns_C]
+    return outputs, labels_BC != -100, labels_BC
+
+
 class DistillationTrainer(SFTTrainer):
     """KL(teacher || student) over the tokens that both have, mean over the trained tokens of the global batch.
 
@@ -246,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     if can_share(model) and config.n_gpu <= 1 and config.world_size == 1:  # replicas and shards run their own forwards
         share_in_forward(model)  # a system prompt is the longest part of a short text
     if args.method == "sft":
-        trainer = SFTTrainer(model, **settings)
+        trainer = TextTrainer(model, **settings)
     else:
         teacher = load_model(args.teacher_model, args.dtype, default_device())
         trainer = DistillationTrainer(
