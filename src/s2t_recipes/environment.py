@@ -42,5 +42,4 @@ def main() -> None:
         "devices": devices(),
         **{package: version_of(package) for package in (*PACKAGES, *OPTIONAL)},
     }
-    for name, value in lines.items():
-        print(f"- {name}: {value}")
+    print("\n".join(f"- {name}: {value}" for name, value in lines.items()))
