@@ -63,7 +63,7 @@ class Parser(TrlParser):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return f"{action.help} (required)" if action.required else super()._get_help_string(action)
+        return f"{action.help or ''} (required)" if action.required else super()._get_help_string(action)
 
 
 def _spelled_once(action: argparse.Action) -> argparse.Action:
