@@ -130,7 +130,7 @@ def choose_triggers(args: CalibrateArguments, config: SelectorConfig) -> list[st
         possible.append("kl")
     wrong = [trigger for trigger in args.triggers or () if trigger not in possible]
     if wrong == ["router"]:
-        raise ValueError(f"`triggers`: {args.adapter!r} has no router; recipes/train_router.py trains one (s2t route).")
+        raise ValueError(f"`triggers`: {args.adapter!r} has no router; recipes/train_router.py trains one.")
     if wrong or not possible:
         raise ValueError(
             f"`triggers` can be {', '.join(possible) or 'none'} here, got {', '.join(wrong) or 'none'}: with "
