@@ -56,8 +56,9 @@ def texts_of(folder, method, **more):
     """What the method trains on, made by the recipe."""
     labels, header = read_labels(str(folder / "labels"))
     module = imitate
+    places = {"model": folder / "student", "teacher_model": folder / "teacher", "labels": folder / "labels"}
     args = module.BaselineArguments(
-        method, str(folder / "student"), str(folder / "teacher"), str(folder / "labels"), teacher_batch_size=4, **more
+        method=method, **{name: str(place) for name, place in places.items()}, teacher_batch_size=4, **more
     )
     return module.make_texts(args, labels, header, 0), disagreeing_pair()[1], labels
 

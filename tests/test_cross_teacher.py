@@ -341,7 +341,7 @@ def test_each_template_gets_the_variables_that_it_has(bench, recipe, capsys):
     teacher.chat_template += "{% if enable_thinking is defined and not enable_thinking %}ba{% endif %}"
     teacher.save_pretrained(bench / "teacher")
     plans = [
-        recipe.prepare(*recipe.TrlParser(recipe.LabelArguments).parse_args_into_dataclasses(command(bench, **changes)))
+        recipe.prepare(*recipe.Parser(recipe.LabelArguments).parse_args_into_dataclasses(command(bench, **changes)))
         for changes in ({}, {"chat_template_kwargs": '{"enable_thinking": false}'})
     ]
     assert plans[0].prompts == plans[1].prompts  # the student's template knows of no thinking

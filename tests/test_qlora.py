@@ -14,6 +14,7 @@ from tiny_labels import NUM_CANDIDATES as K
 from tiny_labels import make_labels, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from s2t_recipes import models
 from transformers_s2t import S2T, LocalSelector, S2TConfig, S2TTrainer, SelectorConfig, s2t_generate
 from transformers_s2t.calibration.scored_points import score_labels
 from transformers_s2t.fingerprints import model_hash, same_weights
@@ -105,9 +106,8 @@ def test_a_quantized_head_is_refused(tmp_path):
 
 
 def test_the_recipe_says_what_is_missing_before_labels_are_read(recipe, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys.modules[recipe.make_quantization_config.__module__], "is_bitsandbytes_available", lambda: False
-    )
+    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     for flag in ("load_in_4bit", "load_in_8bit"):
         with pytest.raises(SystemExit):
             recipe.main(["--model", "m", "--labels", "nowhere", "--use_cpu", "true", f"--{flag}", "true"])
@@ -117,9 +117,9 @@ def test_the_recipe_says_what_is_missing_before_labels_are_read(recipe, monkeypa
 
 def test_flags_that_contradict_each_other_are_refused(recipe):
     with pytest.raises(ValueError, match="`load_in_4bit` and `load_in_8bit`"):
-        recipe.ScriptArguments("m", "l", load_in_4bit=True, load_in_8bit=True)
+        recipe.ScriptArguments(model="m", labels="l", load_in_4bit=True, load_in_8bit=True)
     with pytest.raises(ValueError, match="`bnb_4bit_quant_type`"):
-        recipe.ScriptArguments("m", "l", bnb_4bit_quant_type="nf8")
+        recipe.ScriptArguments(model="m", labels="l", bnb_4bit_quant_type="nf8")
 
 
 def test_the_recipes_flags_become_a_quantization_config(recipe, tmp_path):
@@ -127,7 +127,7 @@ def test_the_recipes_flags_become_a_quantization_config(recipe, tmp_path):
     args = S2TConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True)
 
     def config(**flags):
-        return recipe.quantization_of(recipe.ScriptArguments("m", "l", **flags), args)
+        return recipe.quantization_of(recipe.ScriptArguments(model="m", labels="l", **flags), args)
 
     assert config() is None and config(load_in_8bit=True).load_in_8bit
     nested = config(load_in_4bit=True, bnb_4bit_quant_type="fp4", use_bnb_nested_quant=True)
@@ -257,7 +257,6 @@ def test_a_quantized_teacher_needs_bitsandbytes_and_a_model_of_its_own(tmp_path,
         (["--teacher_model", "t", "--teacher_load_in_8bit", "true"], "must not both be true"),
         (["--teacher_model", folder], "`teacher_load_in_4bit` needs bitsandbytes, which is not installed"),
     ):
-        models = sys.modules[label.make_quantization_config.__module__]
         monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
         with pytest.raises(SystemExit) as error:
             label.main([*flags, *more])

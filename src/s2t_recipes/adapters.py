@@ -13,7 +13,9 @@ from transformers.utils import cached_file
 
 from transformers_s2t import SelectorConfig
 from transformers_s2t.config import S2T_CONFIG_NAME
+from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
 from transformers_s2t.labels.schema import TrajectoryHeader
+from transformers_s2t.models.peft_warnings import without_peft_warnings
 
 
 #: What recipes/train_baseline.py notes of a finished training, beside the adapter.
@@ -94,6 +96,17 @@ def check_model(argument: str, name: str, may_be_tuned: bool = False) -> None:
         )
 
 
+def check_trained_on(model: PreTrainedModel, config: SelectorConfig) -> str:
+    """The fingerprint of a model. Raises a ValueError where the selector was trained on other weights."""
+    own = model_hash(model)
+    if not same_weights(config.model_hash, own):
+        raise ValueError(
+            f"`model` has weights {weights_name(own)}, but the adapter was trained on "
+            f"{weights_name(config.model_hash)} ({config.base_model!r}): load the one it was trained on."
+        )
+    return own
+
+
 def merge_adapter(model: PreTrainedModel, source: str, argument: str = "adapter") -> PreTrainedModel:
     """The model with an adapter merged into it, which is consumed.
 
@@ -107,7 +120,8 @@ def merge_adapter(model: PreTrainedModel, source: str, argument: str = "adapter"
     if len(rows) == 1 and rows != {model.get_input_embeddings().weight.shape[0]}:
         model.resize_token_embeddings(*rows, mean_resizing=False)
     try:
-        return PeftModel.from_pretrained(model, source).merge_and_unload()
+        with without_peft_warnings():
+            return PeftModel.from_pretrained(model, source).merge_and_unload()
     except RuntimeError as error:
         mismatch = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
         if mismatch is None:

@@ -37,37 +37,29 @@ def check_quantization(load_in_4bit: bool, load_in_8bit: bool, prefix: str = "")
         raise ValueError(f"`{prefix}load_in_4bit` and `{prefix}load_in_8bit` must not both be true.")
 
 
+def check_bitsandbytes(load_in_4bit: bool, load_in_8bit: bool, prefix: str = "") -> None:
+    """Raises an ImportError, naming the flag, where weights are to be quantized and bitsandbytes is not installed."""
+    if (load_in_4bit or load_in_8bit) and not is_bitsandbytes_available():
+        flag = f"{prefix}load_in_{4 if load_in_4bit else 8}bit"
+        raise ImportError(f"`{flag}` needs bitsandbytes, which is not installed: pip install -U bitsandbytes")
+
+
 def make_quantization_config(
-    load_in_4bit: bool,
-    load_in_8bit: bool,
-    compute_dtype: str | None,
-    quant_type: str = "nf4",
-    nested: bool = False,
-    prefix: str = "",
+    load_in_4bit: bool, load_in_8bit: bool, compute_dtype: str, prefix: str = ""
 ) -> BitsAndBytesConfig | None:
-    """How weights are quantized as they are loaded; `None` for not at all.
+    """How weights are quantized as they are loaded, to 4 bits (nf4) or 8; `None` for not at all.
 
     Args:
-        compute_dtype: in which matrices are multiplied, of 4 bits.
-        quant_type, nested: of 4 bits.
+        compute_dtype: type in which matrices of 4-bit weights are multiplied.
         prefix: of the flags, for errors.
 
     Raises:
         ImportError: where bitsandbytes is not installed.
     """
-    if not (load_in_4bit or load_in_8bit):
-        return None
-    if not is_bitsandbytes_available():
-        flag = f"{prefix}load_in_{4 if load_in_4bit else 8}bit"
-        raise ImportError(f"`{flag}` needs bitsandbytes, which is not installed: pip install -U bitsandbytes")
-    if load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=nested,
-    )
+    check_bitsandbytes(load_in_4bit, load_in_8bit, prefix)
+    if load_in_4bit:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, bnb_4bit_quant_type="nf4")
+    return BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
 
 
 def padding_token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:

@@ -3,6 +3,7 @@
 Decoding needs torch, transformers and peft; the trainer is imported on first use and needs datasets too.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from transformers_s2t.config import FusionWeights, S2TDecodingConfig, SelectorConfig
@@ -37,13 +38,25 @@ __all__ = [
 ]
 
 
+#: Imported on first use: they need more than decoding does.
+_LAZY = {
+    "S2TConfig": "transformers_s2t.training.s2t_config",
+    "S2TTrainer": "transformers_s2t.training.s2t_trainer",
+}
+
+
 def __getattr__(name: str):
-    if name == "S2TConfig":
-        from transformers_s2t.training.s2t_config import S2TConfig
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == __name__:
+            raise
+        raise ImportError(
+            f"`{name}` needs the package {error.name!r}, which is not installed: pip install 'transformers-s2t[train]'"
+        ) from error
 
-        return S2TConfig
-    if name == "S2TTrainer":
-        from transformers_s2t.training.s2t_trainer import S2TTrainer
 
-        return S2TTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

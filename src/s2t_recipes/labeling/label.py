@@ -1,23 +1,22 @@
 """Labels problems: the student's rollouts, its candidates at decision points, the teacher's view of them.
 
-    python recipes/label.py --model recipes/embedded/student --teacher_model recipes/embedded/teacher \
-        --dataset data/embedded --split label --output_dir labels/embedded --max_new_tokens 72
+    s2t label --model recipes/embedded/student --teacher_model recipes/embedded/teacher --dataset data/embedded \
+        --split label --output_dir labels/embedded --max_new_tokens 72
 
 A teacher too large for this machine may be behind a vLLM server: `--teacher_url http://host:8000`, with its tokenizer
 and config in `--teacher_model` (no weights are loaded). A key, where one is needed, is read from OPENAI_API_KEY.
 A teacher with another tokenizer needs `--cross_tokenizer true` and compares texts (docs/labeling.md).
 
-Run the same command again after an interruption and it goes on; `accelerate launch` shares the problems among
-processes; with `--dry_run true` it labels a sample, keeps nothing and says what the rest will cost. Label training
-problems only: calibrate on other ones, evaluate on yet others. Everything is checked before weights are loaded and
-before anything is written.
+Run the same command again after an interruption and it goes on; `s2t label --num_processes 4 ...` shares the problems
+among processes, as `accelerate launch recipes/label.py` does; with `--dry_run true` it labels a sample, keeps nothing
+and says what the rest will cost. Label training problems only: calibrate on other ones, evaluate on yet others.
+Everything is checked before weights are loaded and before anything is written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
@@ -41,19 +40,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import TrlParser
 
 import transformers_s2t
 from s2t_recipes.adapters import check_model
+from s2t_recipes.commands import CommandFailed, one_line_errors, say
 from s2t_recipes.models import check_quantization, load_pretrained, make_quantization_config, padding_token_id
+from s2t_recipes.options import Parser
 from s2t_recipes.problems import (
     check_template_kwargs,
     encode_prompts,
     load_problems,
+    read_rows,
     read_template_kwargs,
     template_variables,
 )
 from s2t_recipes.report.data_card import write_data_card
+from s2t_recipes.splits import PROMPT_COLUMNS
 from transformers_s2t import LocalSelector, S2TDecodingConfig, TeacherSelector, s2t_generate
 from transformers_s2t.files import write_json
 from transformers_s2t.labeling.cross_tokenizer import CrossTokenizer
@@ -118,7 +120,10 @@ class LabelArguments:
     )
     max_concurrency: int = field(default=16, metadata={"help": "Requests to the server at one time."})
     split: str | None = field(default=None, metadata={"help": "Split on the Hub, or file name in a folder."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that holds the prompts: by default 'prompt', or else 'question' or 'problem'."},
+    )
     answer_column: str | None = field(
         default=None,
         metadata={"help": "Not used for labels (the teacher is the judge); checked to be there where it is given."},
@@ -336,6 +341,8 @@ def prepare(args: LabelArguments) -> Plan:
     Raises:
         ValueError, FileNotFoundError: one clear line about the argument that is wrong.
     """
+    if args.prompt_column is None:
+        args.prompt_column = guess_prompt_column(args)
     until = None if args.limit is None else args.skip + args.limit
     problems = load_problems(args.dataset, args.split, args.prompt_column, args.answer_column, until)[args.skip :]
     if not problems:
@@ -423,6 +430,15 @@ def prepare(args: LabelArguments) -> Plan:
     quantization_of_teacher(args, header.dtype)  # is bitsandbytes there?
     find_unfinished(args.output_dir, header, args.overwrite)
     return Plan(prompts, header, pad_token_id, teacher, cross, teacher_prompts, num_all - len(problems))
+
+
+def guess_prompt_column(args: LabelArguments) -> str:
+    """The first of the usual names that the first problem has."""
+    names = next(iter(read_rows(args.dataset, args.split)), {})
+    found = next((name for name in PROMPT_COLUMNS if name in names), PROMPT_COLUMNS[0])
+    if found != PROMPT_COLUMNS[0]:
+        say(f"prompts are read from the column {found!r}, for there is no {PROMPT_COLUMNS[0]!r} (`prompt_column`).")
+    return found
 
 
 def known_to(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -677,35 +693,27 @@ def report_cost(cost: Cost) -> str:
     )
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    try:
-        arguments = sys.argv[1:] if argv is None else list(argv)
-        if arguments and arguments[-1] == "--config":
-            raise ValueError("`--config` must be followed by a YAML file.")
-        (args,) = TrlParser(LabelArguments, description=__doc__.split("\n")[0]).parse_args_and_config(arguments)
-        if args.dry_run and process_state(args).num_processes > 1:
-            raise ValueError("`dry_run` is for one process: start it with python, not with accelerate launch.")
-        plan = prepare(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"label.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    (args,) = Parser(LabelArguments).parse_args_and_config(argv)
+    if args.dry_run and process_state(args).num_processes > 1:
+        raise ValueError("`dry_run` is for one process: start it without options of `accelerate launch`.")
+    plan = prepare(args)
     if plan.teacher is not None and args.teacher_model is None:
-        print("label.py: without `teacher_model` nobody checks that the server has the same tokens.", file=sys.stderr)
+        say("without `teacher_model` nobody checks that the server has the same tokens.")
     if plan.num_too_long:
-        print(
-            f"label.py: {plan.num_too_long} of {plan.num_too_long + len(plan.prompts)} problems are left out: in the "
-            f"chat template their prompts have more than `max_prompt_tokens`={args.max_prompt_tokens} tokens.",
-            file=sys.stderr,
+        say(
+            f"{plan.num_too_long} of {plan.num_too_long + len(plan.prompts)} problems are left out: in the chat "
+            f"template their prompts have more than `max_prompt_tokens`={args.max_prompt_tokens} tokens."
         )
     if args.cross_tokenizer and plan.cross is None:
-        print("label.py: `cross_tokenizer` is not needed: both models have one tokenizer.", file=sys.stderr)
+        say("`cross_tokenizer` is not needed: both models have one tokenizer.")
     try:
         if args.dry_run:
             print(report_cost(estimate(args, plan)))
             return
         stats = label(args, plan)
     except TeacherError as error:
-        print(f"label.py: {error} What is labelled is kept; the same command goes on.", file=sys.stderr)
-        sys.exit(1)
+        raise CommandFailed(f"{error} What is labelled is kept; the same command goes on.") from error
     if stats is not None:
         print(report(args, stats))

@@ -1,6 +1,6 @@
 """Calibrates a trained selector on held-out training problems: fusion weights, then trigger thresholds.
 
-    python recipes/calibrate.py --adapter runs/demo/adapter-seed0 --labels runs/demo/labels/calibration
+    s2t calibrate --adapter runs/demo/adapter-seed0 --labels runs/demo/labels/calibration
 
 Writes both into the s2t_config.json of the adapter, or of a copy (`--output_dir`), so that
 S2TDecodingConfig(trigger="margin", target_rate=0.01) just works, and what was measured into calibration.json beside
@@ -9,15 +9,13 @@ deployed (adapter, scope, fusion, dtype) on the labels' prompts: corrected text 
 own. A third of the problems is kept out of that and tells which rates are reached on others.
 
 Problems that the selector was trained on are refused. Never calibrate on evaluation problems: the ids are noted in
-seen_problems.json, and eval.py and agreement.py refuse them.
+seen_problems.json, and `s2t eval` and agreement.py refuse them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,11 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
-from trl import TrlParser
 
 from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
+from s2t_recipes.commands import typed_command
 from s2t_recipes.models import default_device, load_model, padding_token_id
+from s2t_recipes.options import Parser
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration.scored_points import (
     TARGET_RATES,
@@ -63,7 +62,7 @@ class CalibrateArguments:
 
     adapter: str = field(metadata={"help": "Folder of the trained adapter; what is found is written into it."})
     labels: str = field(
-        metadata={"help": "Labels of held-out training problems (recipes/label.py); their split 'validation', if any."}
+        metadata={"help": "Labels of held-out training problems (`s2t label`); their split 'validation', if any."}
     )
     model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
     teacher_model: str | None = field(
@@ -199,7 +198,7 @@ def run_deployed(
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = TrlParser(CalibrateArguments).parse_args_and_config(argv)
+    (args,) = Parser(CalibrateArguments).parse_args_and_config(argv)
     config = open_adapter(args.adapter)
     triggers = choose_triggers(args, config)
     labels, header = read_held_out_labels(args.labels)
@@ -290,7 +289,7 @@ def agreement(points: ScoredPoints, fusion: FusionWeights) -> dict[str, Any]:
 def report(args, table, measured, fusion, was_seen, num_fit: int, num_check: int) -> dict[str, Any]:
     """What goes into calibration.json."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": typed_command(),
         "problems": {"calibrated": num_fit, "checked": num_check},
         "warmup_tokens": args.warmup_tokens,
         "fusion": None if fusion is None else dataclasses.asdict(fusion),

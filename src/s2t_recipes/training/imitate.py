@@ -1,8 +1,8 @@
 """Trains what S2T-Local has to be compared with, on the same problems: a LoRA of the small model that imitates.
 
-    python recipes/train_baseline.py --method sft --model M --teacher_model T --labels runs/demo/labels/label \
+    s2t imitate --method sft --model M --teacher_model T --labels runs/demo/labels/label \
         --output_dir runs/demo/sft-seed0 --learning_rate 1e-3
-    python recipes/train_baseline.py --method kd  --model M --teacher_model T --labels runs/demo/labels/label \
+    s2t imitate --method kd  --model M --teacher_model T --labels runs/demo/labels/label \
         --output_dir runs/demo/kd-seed0 --learning_rate 1e-3
 
 "sft": supervised fine-tuning on the large model's own greedy solutions of the labelled problems (TRL's SFTTrainer), or
@@ -10,7 +10,7 @@ on several that it samples of each (`--num_samples`).
 "kd": distillation of its whole next-token distribution, KL(teacher || student), along the small model's own labelled
 trajectories. Both see the problems of the labels and no others, train the prompt's tokens not at all, and take every
 option of trl.SFTConfig. With `--teacher_texts FOLDER` the teacher writes its solutions once for all learning rates and
-seeds. recipes/eval.py measures what was trained (`--tuned sft=FOLDER kd=FOLDER`).
+seeds. `s2t eval` measures what was trained (`--tuned sft=FOLDER kd=FOLDER`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import SFTConfig, SFTTrainer, get_peft_config
 
 from s2t_recipes.adapters import BASELINE_NAME, check_model
 from s2t_recipes.models import default_device, load_model, padding_token_id
+from s2t_recipes.options import Parser
 from s2t_recipes.records import fingerprint, hash_of, read_records, write_records
+from s2t_recipes.training.lora_arguments import LoraArguments, quantization_of
 from transformers_s2t.files import write_json
 from transformers_s2t.labeling.rollout import rollout
 from transformers_s2t.labels.folder import read_labels
@@ -44,8 +45,8 @@ METHODS = ("sft", "kd")
 MAX_STATES = 4 << 30
 
 
-@dataclass
-class BaselineArguments:
+@dataclass(kw_only=True)
+class BaselineArguments(LoraArguments):
     """What is trained, and on what.
 
     Raises:
@@ -55,11 +56,7 @@ class BaselineArguments:
     method: str = field(metadata={"help": "'sft' (the teacher's texts) or 'kd' (its distributions)."})
     model: str = field(metadata={"help": "Name or path of the small model."})
     teacher_model: str = field(metadata={"help": "Name or path of the large one, with the same tokenizer."})
-    labels: str = field(metadata={"help": "Folder written by recipes/label.py: its problems, and its trajectories."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type: 'auto', 'float32', 'bfloat16'."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in the adapter."})
+    labels: str = field(metadata={"help": "Folder written by `s2t label`: its problems, and its trajectories."})
     max_problems: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
     num_samples: int | None = field(
         default=None,
@@ -85,16 +82,16 @@ class BaselineArguments:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}.")
-        for name in ("lora_r", "teacher_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
+        if self.teacher_batch_size < 1:
+            raise ValueError(f"`teacher_batch_size` must be at least 1, got {self.teacher_batch_size!r}.")
         if self.num_samples is not None and (self.num_samples < 1 or self.method != "sft"):
             raise ValueError(
                 f"`num_samples` must be at least 1, and is for method='sft', got {self.num_samples!r} with "
-                f"{self.method!r} (labels hold the texts of 'kd', see `num_rollouts` of recipes/label.py)."
+                f"{self.method!r} (labels hold the texts of 'kd', see `num_rollouts` of s2t label)."
             )
         if self.teacher_texts is not None and self.method != "sft":
             raise ValueError(f"`teacher_texts` is for method='sft', got {self.teacher_texts!r} with {self.method!r}.")
+        super().__post_init__()
 
 
 class TextTrainer(SFTTrainer):
@@ -239,18 +236,19 @@ def write_texts(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, config = TrlParser((BaselineArguments, SFTConfig)).parse_args_and_config(argv)
+    args, config = Parser(BaselineArguments, SFTConfig).parse_args_and_config(argv)
     if (Path(config.output_dir) / BASELINE_NAME).is_file() and not args.overwrite:
         print(f"{config.output_dir} already holds a trained adapter; pass --overwrite true to train it again.")
         return
     labels, header = read_labels(args.labels)
     if header is None:
-        raise ValueError(f"`labels` {args.labels!r} have no header: make them with recipes/label.py.")
+        raise ValueError(f"`labels` {args.labels!r} have no header: make them with s2t label.")
     if args.max_problems is not None:
         kept = set(list(dict.fromkeys(labels["problem_id"]))[: args.max_problems])
         labels = labels.select([i for i, id in enumerate(labels["problem_id"]) if id in kept])
     check_model("model", args.model)
     check_model("teacher_model", args.teacher_model, may_be_tuned=True)
+    quantization = quantization_of(args, config)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
     pad = padding_token_id(tokenizer, args.model)
@@ -262,16 +260,12 @@ def main(argv: list[str] | None = None) -> None:
         }
     )
     dtype = "float32" if args.dtype == "auto" and default_device().type == "cpu" else args.dtype
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attn_implementation)
-    lora = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=dtype, attn_implementation=args.attn_implementation, quantization_config=quantization
     )
     config.max_length = None  # texts are as long as they were labelled
-    settings = {"args": config, "train_dataset": dataset, "processing_class": tokenizer, "peft_config": lora}
+    settings = {"args": config, "train_dataset": dataset, "processing_class": tokenizer}
+    settings["peft_config"] = get_peft_config(args)
     if can_share(model) and config.n_gpu <= 1 and config.world_size == 1:  # replicas and shards run their own forwards
         share_in_forward(model)  # a system prompt is the longest part of a short text
     if args.method == "sft":

@@ -1,11 +1,10 @@
 """Trains a router: a light head on the small model that says at which tokens to ask the selector, without a teacher.
 
-    python recipes/train_router.py --adapter runs/demo/adapter-seed0 --labels runs/demo/labels/label \
-        --eval_labels runs/demo/labels/tuning
+    s2t route --adapter runs/demo/adapter-seed0 --labels runs/demo/labels/label --eval_labels runs/demo/labels/tuning
 
 Works from stored labels and one reading of their trajectories by the small model; minutes on a CPU for small models.
 The router lies beside the adapter (s2t_router.safetensors), where LocalSelector.from_pretrained finds it. Then run
-recipes/calibrate.py: thresholds and fusion weights of a router are its own.
+`s2t calibrate`: thresholds and fusion weights of a router are its own.
 
 It predicts one of three things, and `--target` says which: that the teacher's best candidate above the floor gains
 more than `--min_gain` nats over the first one ("gain"), that it is another one than the first ("differs"), or
@@ -14,7 +13,7 @@ KL(teacher || student) itself ("kl").
 It depends on the model, the labels and the seed, not on the selector. So another adapter of the same model, where the
 same router would be trained, can take it, within a second:
 
-    python recipes/train_router.py --adapter runs/demo/other-adapter --router_of runs/demo/adapter-seed0
+    s2t route --adapter runs/demo/other-adapter --router_of runs/demo/adapter-seed0
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
-from trl import TrlParser
 
-from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
+from s2t_recipes.adapters import check_model, check_same_tokenizer, check_trained_on, open_adapter
 from s2t_recipes.models import default_device, load_model
+from s2t_recipes.options import Parser
 from transformers_s2t import SelectorConfig
 from transformers_s2t.calibration.router_training import collect, default_layers, fit_router, trigger_metrics
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
 from transformers_s2t.files import atomic_write
-from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
+from transformers_s2t.fingerprints import same_weights, weights_name
 from transformers_s2t.labels.folder import label_splits, read_labels, share_of
 from transformers_s2t.labels.seen_problems import read_seen_problems, write_seen_problems
 from transformers_s2t.router import ROUTER_TARGETS, RouterConfig, num_layers
@@ -57,7 +56,7 @@ class RouterArguments:
     labels: str | None = field(
         default=None,
         metadata={
-            "help": "Folder written by recipes/label.py, or a Hub data set; the adapter's own will do. Needed unless "
+            "help": "Folder written by `s2t label`, or a Hub data set; the adapter's own will do. Needed unless "
             "`router_of` is given."
         },
     )
@@ -211,12 +210,12 @@ def take_router(args: RouterArguments, config: SelectorConfig) -> None:
     write_router(args.adapter, config, problem_ids, save)
     print(
         f"taken from {args.router_of}: router {other.router} (target {router.target!r}, layer {router.layer}, "
-        f"{len(problem_ids)} problems seen), written to {args.adapter}. Calibrate next (recipes/calibrate.py)."
+        f"{len(problem_ids)} problems seen), written to {args.adapter}. Calibrate next (s2t calibrate)."
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = TrlParser(RouterArguments).parse_args_and_config(argv)
+    (args,) = Parser(RouterArguments).parse_args_and_config(argv)
     config = open_adapter(args.adapter)
     if config.router and (Path(args.adapter) / ROUTER_WEIGHTS_NAME).is_file() and not args.overwrite:
         print(f"{args.adapter} already has a router; pass --overwrite true to write it anew.")
@@ -233,12 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     check_same_tokenizer(args.labels, header, config)
     check_model("model", args.model or config.base_model)
     model = load_model(args.model or config.base_model, args.dtype, default_device())
-    own_hash = model_hash(model)
-    if not same_weights(config.model_hash, own_hash):
-        raise ValueError(
-            f"`model` has weights {weights_name(own_hash)}, but the adapter was trained on "
-            f"{weights_name(config.model_hash)} ({config.base_model!r}): load the one it was trained on."
-        )
+    own_hash = check_trained_on(model, config)
     layers = args.layers or default_layers(model)
     wrong = [layer for layer in layers if not 1 <= layer <= num_layers(model)]
     if wrong:
@@ -300,4 +294,4 @@ def main(argv: list[str] | None = None) -> None:
         "differs: the teacher's best candidate above the floor is not the first; gain: and gains more than "
         f"{args.min_gain:g} nats;\n_choice: among positions with two or more candidates above the floor"
     )
-    print(f"\nwritten to {Path(args.adapter)}; {S2T_CONFIG_NAME} names it. Calibrate next (recipes/calibrate.py).")
+    print(f"\nwritten to {Path(args.adapter)}; {S2T_CONFIG_NAME} names it. Calibrate next (s2t calibrate).")

@@ -29,6 +29,7 @@ from transformers_s2t.model_checks import (
     check_without_virtual_tokens,
 )
 from transformers_s2t.models.forwards import head_is_plain
+from transformers_s2t.models.peft_warnings import without_peft_warnings
 from transformers_s2t.models.views import (
     ModelViews,
     TokensNotInRows,
@@ -159,10 +160,11 @@ class LocalSelector(Selector):
         resize_for_reserved_tokens(base, max(config.reserved_token_ids) + 1)
         try:
             try:
-                if isinstance(model, PeftModel):
-                    model.load_adapter(str(path), adapter_name=adapter_name, **hub_kwargs)
-                else:
-                    model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, **hub_kwargs)
+                with without_peft_warnings():
+                    if isinstance(model, PeftModel):
+                        model.load_adapter(str(path), adapter_name=adapter_name, **hub_kwargs)
+                    else:
+                        model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, **hub_kwargs)
                 model.train(training)
             finally:
                 switch_adapter(base, adapter_name, False, state)

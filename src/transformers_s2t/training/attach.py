@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from transformers import (
 )
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from transformers_s2t.models.peft_warnings import without_peft_warnings
 from transformers_s2t.reserved_tokens import find_reserved_token_ids, resize_for_reserved_tokens
 from transformers_s2t.training.s2t_config import S2TConfig
 
@@ -113,8 +113,7 @@ def attach_adapter(
     peft_config.inference_mode = False  # true in every config that was saved
     peft_config.task_type = "CAUSAL_LM"
     peft_config.trainable_token_indices = {head_name: list(ids)}
-    with warnings.catch_warnings():  # PEFT asks the model by a name that transformers is changing
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with without_peft_warnings():
         return get_peft_model(base, peft_config), tuple(ids)
 
 

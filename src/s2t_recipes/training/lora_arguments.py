@@ -1,0 +1,69 @@
+"""Options of a LoRA training: the adapter, and how the model under it is loaded. `train` and `imitate` share them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from transformers import BitsAndBytesConfig, TrainingArguments
+from trl import ModelConfig, get_quantization_config
+
+from s2t_recipes.models import check_bitsandbytes, check_quantization
+
+
+@dataclass
+class LoraArguments(ModelConfig):
+    """TRL's options of a model and its adapter, with defaults of ours; `trl.get_peft_config` reads them.
+
+    An adapter is always trained (`use_peft`), and the model has its own option, `model`.
+
+    Raises:
+        ValueError: naming the argument, its legal values and the value given.
+    """
+
+    dtype: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Weights' type: 'auto' (the checkpoint's own), 'float32', 'bfloat16' or 'float16'.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default="sdpa", metadata={"help": "Attention, as from_pretrained knows it: 'sdpa', 'eager' ..."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter (the paper's 74.3 M of 1.5 B fit 64)."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "'all-linear', or names of modules, with spaces or commas between."},
+    )
+    model_name_or_path: str | None = field(default=None, init=False)
+    model_revision: str = field(default="main", init=False)
+    use_peft: bool = field(default=True, init=False)
+    lora_task_type: str = field(default="CAUSAL_LM", init=False)
+
+    def __post_init__(self):
+        check_quantization(self.load_in_4bit, self.load_in_8bit)
+        for option in dataclasses.fields(self):
+            legal, value = option.metadata.get("choices"), getattr(self, option.name)
+            if legal is not None and value is not None and value not in legal:
+                raise ValueError(f"`{option.name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
+        if self.lora_r < 1:
+            raise ValueError(f"`lora_r` must be at least 1, got {self.lora_r!r}.")
+        super().__post_init__()
+        targets = self.lora_target_modules
+        if targets not in (None, "all-linear"):  # one name as text would be a pattern to PEFT
+            text = targets if isinstance(targets, str) else ",".join(targets)
+            self.lora_target_modules = [name.strip() for name in text.split(",")]
+
+
+def quantization_of(args: LoraArguments, training_args: TrainingArguments) -> BitsAndBytesConfig | None:
+    """How the base model is quantized. Matrices are multiplied in the type of the weights, or else of the training.
+
+    Raises:
+        ImportError: where bitsandbytes is needed and not installed.
+    """
+    check_bitsandbytes(args.load_in_4bit, args.load_in_8bit)
+    mixed = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else None
+    return get_quantization_config(dataclasses.replace(args, dtype=mixed if args.dtype == "auto" else args.dtype))
