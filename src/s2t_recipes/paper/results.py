@@ -21,7 +21,7 @@ from s2t_recipes.commands import RECIPES
 ROOT = RECIPES.parent
 RESULTS = ROOT / "docs" / "results"
 #: Texts with markers, see [`fill`].
-TEXTS = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "docs" / "real-models.md")
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "real-models.md")
 TEXTS += (ROOT / "recipes" / "babyllama" / "README.md",)
 
 
