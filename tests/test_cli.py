@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from trl import get_peft_config
 
 import transformers_s2t
-from s2t_recipes import cli
+from s2t_recipes import cli, commands
 from s2t_recipes.commands import COMMANDS, CommandFailed, run
 from s2t_recipes.labeling import label
 from s2t_recipes.options import Parser
@@ -442,3 +443,22 @@ def test_merge_still_refuses_selectors(s2t, tmp_path, monkeypatch):
     arguments = ["--model", tmp_path / "base", "--adapter", tmp_path / "selector", "--output_dir", tmp_path / "out"]
     status, _, error = s2t("merge", *arguments)
     assert status == 2 and error.startswith("s2t merge: `adapter` must be an adapter that writes text")
+
+
+@pytest.mark.parametrize("error", [ValueError, ImportError])
+def test_an_error_in_the_middle_of_the_work_keeps_its_traceback(error, capsys):
+    def main(at_work):
+        with commands.one_line_errors(), commands.work() if at_work else nullcontext():
+            raise error("lost")
+
+    with pytest.raises(error, match="lost"):
+        main(at_work=True)
+    with pytest.raises(SystemExit) as ended:
+        main(at_work=False)
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith("lost\n")
+
+
+def test_a_full_disk_in_the_middle_of_the_work_is_one_line(capsys):
+    with pytest.raises(SystemExit), commands.one_line_errors(), commands.work():
+        raise OSError(28, "No space left on device")
+    assert "No space left" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from test_evaluate import RECIPES, evaluate
 from transformers import AutoTokenizer
 
 from s2t_recipes import texts as texts_module
+from s2t_recipes.commands import run
 from s2t_recipes.report import canvas, charts, html_report, report
 from transformers_s2t.labels.folder import write_header, write_shard
 from transformers_s2t.labels.schema import TrajectoryHeader
@@ -92,7 +93,7 @@ def read(file):
 
 def run_report(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
-    report.run(report.main)
+    run(report.main)
 
 
 def page_of(folder, **arguments):

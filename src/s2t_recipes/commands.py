@@ -115,11 +115,23 @@ def one_line_errors() -> Iterator[None]:
         say(f"the package {package!r} is not installed: pip install 'transformers-s2t[recipes]'")
         sys.exit(2)
     except (ValueError, OSError, ImportError) as error:
+        if getattr(error, "at_work", False):
+            raise
         say(error)
         sys.exit(2)
     except CommandFailed as error:
         say(error)
         sys.exit(1)
+
+
+@contextmanager
+def work() -> Iterator[None]:
+    """For what begins when all input is checked: a ValueError or ImportError in here keeps its traceback."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        error.at_work = True
+        raise
 
 
 def run(main: Callable[[], None] | str) -> None:

@@ -43,7 +43,7 @@ from transformers import (
 
 import transformers_s2t
 from s2t_recipes.adapters import check_model
-from s2t_recipes.commands import CommandFailed, one_line_errors, say
+from s2t_recipes.commands import CommandFailed, one_line_errors, say, work
 from s2t_recipes.models import check_quantization, load_pretrained, make_quantization_config, padding_token_id
 from s2t_recipes.options import Parser
 from s2t_recipes.problems import (
@@ -712,7 +712,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run:
             print(report_cost(estimate(args, plan)))
             return
-        stats = label(args, plan)
+        with work():
+            stats = label(args, plan)
     except TeacherError as error:
         raise CommandFailed(f"{error} What is labelled is kept; the same command goes on.") from error
     if stats is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
-from s2t_recipes.commands import one_line_errors
+from s2t_recipes.commands import one_line_errors, work
 from s2t_recipes.options import Parser
 from s2t_recipes.training.lora_arguments import LoraArguments, quantization_of
 from transformers_s2t import S2TConfig, S2TTrainer
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     if prepared is None:
         return
     script_args, args, checkpoint, trainer = prepared
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with work():
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     state = trainer.state
     evaluated = any("eval_agree_at_1" in log and log["step"] == state.global_step for log in state.log_history)
