@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import EOS, RESERVED, disagreeing_pair, tiny_model
 from tiny_labels import tiny_tokenizer
+from trl import SFTConfig, SFTTrainer
 
 from s2t_recipes.evaluation import evaluate
 from s2t_recipes.labeling import label
@@ -129,7 +131,7 @@ def mean_kl(model, teacher, texts):
 
 
 @torch.no_grad()
-def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(folder, monkeypatch):
+def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(folder, tmp_path, monkeypatch):
     texts, teacher, _ = texts_of(folder, "kd")
     module = imitate
     model = tiny_model()
@@ -140,7 +142,7 @@ def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(fol
         "labels": torch.tensor([[-100] * s + ids[s:] + [-100] * (width - len(ids)) for ids, s in texts]),
     }
     trainer = module.DistillationTrainer.__new__(module.DistillationTrainer)
-    trainer.teacher_model = teacher
+    trainer.teacher_model, trainer.args = teacher, SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     read = []
     hook = lambda module, args, kwargs: read.append(kwargs["input_ids"].numel())  # noqa: E731
     teacher.model.register_forward_pre_hook(hook, with_kwargs=True)
@@ -149,9 +151,33 @@ def test_the_loss_of_distillation_is_the_mean_divergence_at_generated_tokens(fol
         loss = trainer.compute_loss(model, dict(inputs))
         assert (sum(read) == 0) is bool(trainer.states)  # what is kept is not read again
         assert float(loss) == pytest.approx(mean_kl(model, teacher, texts), rel=1e-4)
-        assert float(trainer.compute_loss(model, dict(inputs), num_items_in_batch=1)) > float(loss)  # a sum, then
+        total = float(trainer.compute_loss(model, dict(inputs), num_items_in_batch=1))
+        assert total == pytest.approx(float(loss) * int((inputs["labels"][:, 1:] != -100).sum()), rel=1e-4)
+        with monkeypatch.context() as two:  # processes, whose gradients are averaged
+            two.setattr(type(trainer.args), "world_size", 2)
+            assert float(trainer.compute_loss(model, dict(inputs), num_items_in_batch=2)) == pytest.approx(total)
     monkeypatch.setattr(module, "MAX_STATES", 1)
     assert module.keep_states(teacher, texts, batch_size=3) == {}
+
+
+def test_fine_tuning_has_the_loss_and_gradients_of_trl_with_the_head_on_trained_tokens_only(folder, tmp_path):
+    texts, _, _ = texts_of(folder, "sft")
+    columns = {"input_ids": [ids for ids, _ in texts], "labels": [[-100] * n + ids[n:] for ids, n in texts]}
+    found, heads = [], []
+    for trainer_class in (SFTTrainer, imitate.TextTrainer):
+        config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False)
+        settings = {"args": config, "train_dataset": Dataset.from_dict(columns), "processing_class": tiny_tokenizer()}
+        trainer = trainer_class(tiny_model(), **settings)
+        inputs = next(iter(trainer.get_train_dataloader()))
+        trainer.model.lm_head.register_forward_hook(lambda module, args, output: heads.append(output.shape[1]))
+        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(17))
+        loss.backward()
+        gradients = {name: weight.grad for name, weight in trainer.model.named_parameters()}
+        found.append((float(loss), gradients))
+    assert heads and max(heads) < inputs["input_ids"].shape[1] - 1  # prompts are five tokens and more
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

@@ -94,11 +94,25 @@ class BaselineArguments(LoraArguments):
         super().__post_init__()
 
 
-class TextTrainer(SFTTrainer):
-    """Cross-entropy of the trained tokens, mean over those of the global batch: TRL's own loss.
+def trained_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):
+    """Applies the head to the positions before trained tokens and to no others: over a large vocabulary it costs as
+    much as many layers. Takes the labels out of `inputs`.
 
-    Without Triton, TRL applies the head to every position, prompts included: with 152k tokens and a long prompt most
-    of a step. Here only positions that some row trains go through it.
+    Returns:
+        The model's outputs, with logits at the C positions before a token that some row trains; the logits before the
+        N trained tokens (N, V), float32, row by row; these tokens (N,); and where they are (B, T - 1).
+    """
+    labels_BT = inputs.pop("labels")[:, 1:]
+    trained_BT = labels_BT != -100
+    columns_C = trained_BT.any(0).nonzero()[:, 0]
+    outputs = model(**inputs, logits_to_keep=columns_C, use_cache=False)
+    return outputs, outputs.logits[trained_BT[:, columns_C]].float(), labels_BT[trained_BT], trained_BT
+
+
+class TextTrainer(SFTTrainer):
+    """TRL's own loss, the mean cross-entropy of the trained tokens.
+
+    Without Triton, TRL applies the head to every position, prompts included; this takes its place where it can.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -106,21 +120,10 @@ class TextTrainer(SFTTrainer):
         is_plain = args.loss_type == "nll" and not args.label_smoothing_factor and args.world_size == 1
         if not is_plain or inputs["input_ids"].device.type == "cuda":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs, trained_BT, labels_BT = trained_logits(model, inputs)
-        losses = (outputs.logits[trained_BT].float(), labels_BT[trained_BT])
-        total = torch.nn.functional.cross_entropy(*losses, reduction="sum")
-        loss = total / (num_items_in_batch if num_items_in_batch is not None else trained_BT.sum())
+        outputs, logits_NV, ids_N, _ = trained_logits(model, inputs)
+        total = torch.nn.functional.cross_entropy(logits_NV, ids_N, reduction="sum")
+        loss = total / (len(ids_N) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
-
-
-def trained_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):
-    """Outputs with logits (B, C, V) at the C positions before a token that some row trains; which of them each row
-    trains (B, C); and these tokens (B, C). Takes the labels out of `inputs`."""
-    labels_BT = inputs.pop("labels")[:, 1:]
-    columns_C = (labels_BT != -100).any(0).nonzero()[:, 0]
-    outputs = model(**inputs, logits_to_keep=columns_C, use_cache=False)
-    labels_BC = labels_BT[:, columns_C]
-    return outputs, labels_BC != -100, labels_BC
 
 
 class DistillationTrainer(SFTTrainer):
@@ -145,17 +148,18 @@ class DistillationTrainer(SFTTrainer):
         self.states = keep_states(self.teacher_model, texts, batch_size)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels_BT = inputs.pop("labels")
-        trained_BT = labels_BT[:, 1:] != -100
-        some_T = trained_BT.any(0).nonzero()[:, 0]  # a head over a large vocabulary costs as much as many layers
-        outputs = model(**inputs, logits_to_keep=some_T, use_cache=False)
+        outputs, student_NV, ids_N, trained_BT = trained_logits(model, inputs)
         with torch.no_grad():
-            teacher_NV = self._teacher_logits(inputs, trained_BT)
-        shared = min(outputs.logits.shape[-1], teacher_NV.shape[-1])
-        student_NV = outputs.logits[..., :shared][trained_BT[:, some_T]].float().log_softmax(-1)
-        teacher_NV = teacher_NV[:, :shared].float().log_softmax(-1).to(student_NV.device)
+            teacher_NV = self._teacher_logits(inputs, trained_BT).to(student_NV.device)
+        shared = min(student_NV.shape[-1], teacher_NV.shape[-1])
+        student_NV = student_NV[:, :shared].log_softmax(-1)
+        teacher_NV = teacher_NV[:, :shared].float().log_softmax(-1)
         total = (teacher_NV.exp() * (teacher_NV - student_NV)).sum()
-        loss = total / (num_items_in_batch if num_items_in_batch is not None else trained_BT.sum())
+        loss = total / (len(ids_N) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = (
+                loss * self.args.world_size
+            )  # the tokens of all processes were counted, whose gradients are averaged
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_logits(self, inputs: dict[str, torch.Tensor], trained_BT: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from transformers_s2t.labeling.points import (
     TrajectoryScores,
     check_num_candidates,
     choose_positions,
-    chunks,
+    in_chunks,
     score_trajectories,
 )
 from transformers_s2t.labeling.rollout import rollout
@@ -212,7 +212,7 @@ def label_problems(
     state = PartialState(cpu=model.device.type == "cpu")  # of one process where nothing else was launched
     state.wait_for_everyone()  # all have looked at the folder before anybody writes
     first_index = 0 if overwrite else next_shard_index(output_dir)
-    chunks = [ids for name in splits for ids in chunks([id for id in todo if split[id] == name], shard_size)]
+    chunks = [ids for name in splits for ids in in_chunks([id for id in todo if split[id] == name], shard_size)]
     order = {id: i for i, id in enumerate(todo)}
     chunks.sort(key=lambda ids: order[ids[0]])
     shards = list(enumerate(chunks, start=first_index))[state.process_index :: state.num_processes]
@@ -298,7 +298,7 @@ class _Worker:
         header = self.header
         wanted = [(id, number) for id in problem_ids for number in range(header.num_rollouts)]
         sequences = {}
-        for batch in chunks(sorted(wanted, key=lambda one: len(self.prompts[one[0]])), self.batch_size):
+        for batch in in_chunks(sorted(wanted, key=lambda one: len(self.prompts[one[0]])), self.batch_size):
             new_ids = rollout(
                 self.model,
                 [self.prompts[id] for id, _ in batch],
@@ -325,7 +325,7 @@ class _Worker:
         self, problem_ids: Sequence[str], sequences: Mapping[tuple[str, int], list[int]]
     ) -> dict[str, list[_Trajectory]]:
         done: dict[tuple[str, int], _Trajectory] = {}
-        for batch in chunks(sorted(sequences, key=lambda one: len(sequences[one])), self.batch_size):
+        for batch in in_chunks(sorted(sequences, key=lambda one: len(sequences[one])), self.batch_size):
             prompt_lengths = [len(self.prompts[id]) for id, _ in batch]
             scores = score_trajectories(
                 self.model,

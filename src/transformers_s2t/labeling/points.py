@@ -196,6 +196,6 @@ def check_num_candidates(num_candidates: int, num_head_rows: int, excluded_ids: 
         raise ValueError(f"`num_candidates` must be at most {offered} for this model, got {num_candidates}.")
 
 
-def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def in_chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
