@@ -4,7 +4,7 @@ See `python recipes/eval.py --help`.
 """
 
 from s2t_recipes.commands import run
-from s2t_recipes.evaluation.evaluate import main
+from s2t_recipes.evaluation.run import main
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from tiny_labels import make_labels, make_uneven_labels, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from s2t_recipes import demo
-from s2t_recipes.evaluation import agreement, evaluate, retention
+from s2t_recipes.evaluation import agreement, retention
+from s2t_recipes.evaluation import run as evaluation
 from s2t_recipes.labeling import label
 from s2t_recipes.training import calibrate, imitate, merge, router, train
 from transformers_s2t import S2TConfig, S2TTrainer, SelectorConfig
@@ -51,7 +52,7 @@ MODULES = {
     "agreement": agreement,
     "calibrate": calibrate,
     "demo": demo,
-    "eval": evaluate,
+    "eval": evaluation,
     "label": label,
     "merge": merge,
     "retention": retention,

@@ -12,6 +12,7 @@ from transformers_s2t.calibration.scored_points import ScoredPoints
 
 
 NUM_POINTS, NUM_CANDIDATES = 60, 5
+PROBLEMS_N = np.arange(NUM_POINTS) // 4
 
 
 def random_points(seed, labels_seed=0):
@@ -59,7 +60,7 @@ def test_figures_are_those_of_a_loop_over_points(part):
     fusions = [FusionWeights(1.5, 0.3, -0.2, 0.4), FusionWeights(0.5, 1.0, 0.1, -0.3)]
     prior = Counter({id: 1 + id % 4 for id in range(20)})
     keep_N = torch.ones(NUM_POINTS, dtype=torch.bool) if part == "all" else runs[0].divergence_N >= 0.5
-    rows = agreement.compare(runs, fusions, prior, keep_N)
+    rows = agreement.compare(runs, fusions, prior, keep_N, PROBLEMS_N)
     first = runs[0]
     scores = {  # of each seed
         "student first": [lambda n, k: float(first.logprobs_NK[n, k])],
@@ -94,14 +95,14 @@ def test_a_perfect_order_and_its_reverse():
     every_N = torch.ones(NUM_POINTS, dtype=torch.bool)
     for sign in (1, -1):
         rows = agreement.compare(
-            [points._replace(scores_NK=sign * points.teacher_NK)], [FusionWeights()], None, every_N
+            [points._replace(scores_NK=sign * points.teacher_NK)], [FusionWeights()], None, every_N, PROBLEMS_N
         )
         assert rows["s2t-local"]["spearman"] == rows["s2t-local, fused"]["spearman"] == sign
         assert rows["s2t-local"]["spearman_ci"] == [sign, sign]
         assert (rows["s2t-local"]["agree_at_1"] == 100) == (sign == 1)
     assert "token prior" not in rows
     level = agreement.compare(
-        [points._replace(scores_NK=torch.zeros_like(points.scores_NK))], [FusionWeights()], None, every_N
+        [points._replace(scores_NK=torch.zeros_like(points.scores_NK))], [FusionWeights()], None, every_N, PROBLEMS_N
     )
     assert level["s2t-local"]["spearman"] == 0
     assert level["s2t-local"]["agree_at_1"] == level["student first"]["agree_at_1"]
@@ -110,18 +111,18 @@ def test_a_perfect_order_and_its_reverse():
 def test_what_is_below_the_floor_changes_nothing():
     points = random_points(0)
     every_N = torch.ones(NUM_POINTS, dtype=torch.bool)
-    expected = agreement.compare([points], [FusionWeights(1.0, 0.5)], Counter({3: 2}), every_N)
+    expected = agreement.compare([points], [FusionWeights(1.0, 0.5)], Counter({3: 2}), every_N, PROBLEMS_N)
     changed = [
         torch.where(points.mask_NK, values_NK, torch.full_like(values_NK, filler))
         for values_NK, filler in ((points.scores_NK, 9.0), (points.teacher_NK, 9.0), (points.candidate_ids_NK, 3))
     ]
     changed = points._replace(scores_NK=changed[0], teacher_NK=changed[1], candidate_ids_NK=changed[2])
-    assert agreement.compare([changed], [FusionWeights(1.0, 0.5)], Counter({3: 2}), every_N) == expected
+    assert agreement.compare([changed], [FusionWeights(1.0, 0.5)], Counter({3: 2}), every_N, PROBLEMS_N) == expected
 
 
 def test_two_candidates_have_no_order_to_speak_of():
     points = random_points(0)
     keep_N = points.mask_NK.sum(-1) == 2
-    rows = agreement.compare([points], [FusionWeights()], Counter(), keep_N)
+    rows = agreement.compare([points], [FusionWeights()], Counter(), keep_N, PROBLEMS_N)
     assert not any("spearman" in row for row in rows.values())
     assert rows["s2t-local"]["agree_at_1"] > 0

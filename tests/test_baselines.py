@@ -11,8 +11,9 @@ from tiny import EOS, RESERVED, disagreeing_pair, tiny_model
 from tiny_labels import tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from s2t_recipes.evaluation import evaluate
+from s2t_recipes.evaluation.run import EvaluateArguments, evaluate
 from s2t_recipes.labeling import label
+from s2t_recipes.records import read_records
 from s2t_recipes.report import html_report
 from s2t_recipes.training import imitate
 from transformers_s2t.labels.folder import read_labels
@@ -200,8 +201,8 @@ def test_what_is_trained_is_not_trained_again_unless_asked(folder, capsys):
 
 def run_evaluation(folder, output, *policies, **settings):
     settings = {"teacher_model": None, "policies": list(policies) or None, "answer_style": "auto"} | settings
-    return evaluate.evaluate(
-        evaluate.EvaluateArguments(
+    return evaluate(
+        EvaluateArguments(
             model=str(folder / "student"),
             dataset=str(folder / "test.jsonl"),
             output_dir=str(output),
@@ -221,7 +222,7 @@ def test_tuned_adapters_are_measured_beside_greedy_seed_by_seed(folder, tmp_path
     runs, notes = html_report.read_runs(tmp_path, report["rows"])
     assert [(run.row["policy"], run.seed) for run in runs] == [("greedy", None), ("sft", 0), ("sft", 1), ("kd", 0)]
     assert notes == []
-    read = evaluate.read_records
+    read = read_records
     (_, first), (_, second), (_, kd) = (read(tmp_path / "records" / f"{name}.jsonl") for name in
                                         ("sft_adapter0", "sft_adapter1", "kd_adapter0"))  # fmt: skip
     assert [one["text"] for one in second] == [one["text"] for one in kd] != [one["text"] for one in first]
@@ -237,8 +238,8 @@ def test_tuned_adapters_are_measured_beside_greedy_seed_by_seed(folder, tmp_path
 
 def test_problems_that_a_tuned_adapter_has_seen_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"`dataset` shares 10 of its 10 problems .*in training \(10\)"):
-        evaluate.evaluate(
-            evaluate.EvaluateArguments(
+        evaluate(
+            EvaluateArguments(
                 model=str(folder / "student"),
                 dataset=str(folder / "train.jsonl"),
                 output_dir=str(tmp_path),

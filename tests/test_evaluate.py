@@ -15,7 +15,14 @@ from tiny import lora_model, tiny_model
 from transformers import AutoTokenizer
 
 from s2t_recipes import demo, row_names, splits
-from s2t_recipes.evaluation import evaluate
+from s2t_recipes.estimates import bootstrap_interval
+from s2t_recipes.evaluation.arguments import EvaluateArguments
+from s2t_recipes.evaluation.bench import Bench, count_tokens, majority_vote
+from s2t_recipes.evaluation.policies import DEFAULT_POLICIES, Policy, choose_policies
+from s2t_recipes.evaluation.rows import format_table, make_example, mcnemar, summarize
+from s2t_recipes.evaluation.run import evaluate
+from s2t_recipes.problems import Problem
+from s2t_recipes.records import read_records
 from s2t_recipes.report import report
 from transformers_s2t import FusionWeights, SelectorConfig
 from transformers_s2t.fusion import fused_scores
@@ -28,15 +35,12 @@ from transformers_s2t.reserved_tokens import find_reserved_token_ids, vocab_hash
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
-Policy = evaluate.Policy
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Policies and votes
 
 
 def test_policies_are_read_and_written_alike():
-    for text in (*evaluate.DEFAULT_POLICIES, "s2t-local-bare:random:0.25", "maj@16"):
+    for text in (*DEFAULT_POLICIES, "s2t-local-bare:random:0.25", "maj@16"):
         assert Policy.parse(text).label == text
     assert Policy.parse("s2t:kl:0.1") == Policy("s2t", "kl", 0.1)
     assert Policy.parse("maj@8").num_votes == 8
@@ -73,15 +77,15 @@ def test_bad_policies_say_what_is_wrong(text, message):
     ],
 )
 def test_majority_vote(answers, winner):
-    assert evaluate.majority_vote(answers) == winner
+    assert majority_vote(answers) == winner
 
 
 def test_equal_answers_vote_together():
     """Three spellings of one number lost against two samples of another: the baseline came out too low."""
     samples = [r"\boxed{3}", r"\boxed{3}", r"\boxed{\sqrt{8}}", r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt2}"]
-    bench = evaluate.Bench.__new__(evaluate.Bench)
-    bench.problems = [evaluate.Problem("a", "How many?", r"\sqrt{8}"), evaluate.Problem("b", "And?", "3")]
-    for bench.args in (SimpleNamespace(answer_style="math"), SimpleNamespace(answer_style="auto")):
+    bench = Bench.__new__(Bench)
+    bench.problems = [Problem("a", "How many?", r"\sqrt{8}"), Problem("b", "And?", "3")]
+    for bench.answer_style in ("math", "auto"):
         texts = [*samples, *(text.replace("3", "4") for text in samples)]
         bench.tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens, texts=texts: texts)
         first, second = bench._grade(Policy.parse("maj@5"), [0, 1], torch.zeros(10, 1), torch.ones(10))
@@ -96,26 +100,26 @@ def test_equal_answers_vote_together():
 
 def test_bootstrap_interval_is_the_binomial_one():
     values_N = np.array([1] * 120 + [0] * 280)
-    low, high = evaluate.bootstrap_interval(values_N, seed=0)
+    low, high = bootstrap_interval(values_N, seed=0)
     half = 1.96 * np.sqrt(0.3 * 0.7 / 400)
     assert low == pytest.approx(0.3 - half, abs=0.006)
     assert high == pytest.approx(0.3 + half, abs=0.006)
-    assert evaluate.bootstrap_interval(values_N, seed=0) == [low, high]
-    assert evaluate.bootstrap_interval(np.ones(5)) == [1.0, 1.0]
+    assert bootstrap_interval(values_N, seed=0) == [low, high]
+    assert bootstrap_interval(np.ones(5)) == [1.0, 1.0]
 
 
 def test_mcnemar_against_the_binomial_distribution():
-    assert evaluate.mcnemar(0, 0) == 1.0
-    assert evaluate.mcnemar(3, 3) == 1.0
-    assert evaluate.mcnemar(5, 0) == pytest.approx(2 / 32)
-    assert evaluate.mcnemar(1, 7) == pytest.approx(2 * 9 / 256)
-    assert evaluate.mcnemar(700, 20) < 1e-100
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(3, 3) == 1.0
+    assert mcnemar(5, 0) == pytest.approx(2 / 32)
+    assert mcnemar(1, 7) == pytest.approx(2 * 9 / 256)
+    assert mcnemar(700, 20) < 1e-100
 
 
 def test_summary_of_two_seeds():
     greedy_N = [True, True, False, False]
     correct_PN = [[True, False, True, True], [True, True, True, False]]
-    summary = evaluate.summarize(correct_PN, greedy_N)
+    summary = summarize(correct_PN, greedy_N)
     assert summary["accuracy"] == 75.0
     assert summary["accuracy_by_seed"] == [75.0, 75.0]
     assert (summary["helped"], summary["hurt"]) == (1.5, 0.5)
@@ -126,8 +130,8 @@ def test_summary_of_two_seeds():
 
 def test_tokens_are_counted_up_to_the_first_end():
     new_ids_BS = torch.tensor([[5, 1, 1, 1], [5, 6, 7, 8], [5, 6, 3, 1], [1, 1, 1, 1]])
-    assert evaluate.count_tokens(new_ids_BS, 1).tolist() == [2, 4, 4, 1]
-    assert evaluate.count_tokens(new_ids_BS, [1, 3]).tolist() == [2, 4, 3, 1]
+    assert count_tokens(new_ids_BS, 1).tolist() == [2, 4, 4, 1]
+    assert count_tokens(new_ids_BS, [1, 3]).tolist() == [2, 4, 3, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +174,7 @@ def arguments(bed, out, **changes):
     settings = {"model": str(bed / "student"), "teacher_model": str(bed / "teacher"), "dataset": "test.jsonl"}
     settings |= {"dataset": str(bed / "test.jsonl"), "adapters": [str(bed / "adapter")], "output_dir": str(out)}
     settings |= {"max_new_tokens": 10, "batch_size": 4, "answer_style": "hash"}
-    return evaluate.EvaluateArguments(**(settings | changes))
+    return EvaluateArguments(**(settings | changes))
 
 
 POLICIES = ["greedy", "maj@2", "teacher", "takeover:kl:0.1", "s2t:always", "second:always", "random:entropy:0.1"]
@@ -181,19 +185,19 @@ def test_problems_of_like_greedy_texts_share_a_batch(bed, tmp_path, monkeypatch)
     """The order of problems changes no text; greedy itself, which tells the lengths, and votes stay as they are."""
     policies = ["greedy", "maj@2", "s2t:always", "teacher"]
     args = {"policies": policies, "batch_size": 2}
-    usual = evaluate.evaluate(arguments(bed, tmp_path / "usual", **args))
-    batches, grade = [], evaluate.Bench._grade
+    usual = evaluate(arguments(bed, tmp_path / "usual", **args))
+    batches, grade = [], Bench._grade
 
     def seen(self, policy, rows, *rest):
         batches.append((policy.name, rows))
         return grade(self, policy, rows, *rest)
 
-    monkeypatch.setattr(evaluate.Bench, "_grade", seen)
-    result = evaluate.evaluate(arguments(bed, tmp_path / "sorted", batch_by="greedy_length", **args))
+    monkeypatch.setattr(Bench, "_grade", seen)
+    result = evaluate(arguments(bed, tmp_path / "sorted", batch_by="greedy_length", **args))
     for row, other in zip(result["rows"], usual["rows"], strict=True):
         assert [row["accuracy"], row["helped"], row["hurt"]] == [other["accuracy"], other["helped"], other["hurt"]]
-    lengths = [record["num_tokens"] for record in evaluate.read_records(tmp_path / "sorted/records/greedy.jsonl")[1]]
-    kept = {name: evaluate.read_records(tmp_path / f"sorted/records/{name}.jsonl")[0] for name in ("greedy", "maj@2")}
+    lengths = [record["num_tokens"] for record in read_records(tmp_path / "sorted/records/greedy.jsonl")[1]]
+    kept = {name: read_records(tmp_path / f"sorted/records/{name}.jsonl")[0] for name in ("greedy", "maj@2")}
     assert kept["maj@2"]["settings"]["batch_by"] == "greedy_length"  # rows that leave change what others sample
     assert "batch_by" not in kept["greedy"]["settings"]
     assert len(set(lengths)) > 1
@@ -202,7 +206,7 @@ def test_problems_of_like_greedy_texts_share_a_batch(bed, tmp_path, monkeypatch)
         assert order == sorted(lengths, reverse=True)
     assert [rows for name, rows in batches if name == "greedy"] != [rows for name, rows in batches if name == "s2t"]
     batches.clear()
-    evaluate.evaluate(arguments(bed, tmp_path / "alone", policies=["teacher"], batch_by="greedy_length"))
+    evaluate(arguments(bed, tmp_path / "alone", policies=["teacher"], batch_by="greedy_length"))
     assert [i for _, rows in batches for i in rows] == list(range(len(lengths)))  # nothing tells the lengths
 
 
@@ -210,7 +214,7 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
     args = arguments(
         bed, tmp_path, policies=POLICIES + LOCAL, label_dirs=[str(bed / "labels")], eval_labels=str(bed / "labels")
     )
-    result = evaluate.evaluate(args)
+    result = evaluate(args)
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
     rows = {row["label"]: row for row in result["rows"]}
     assert list(rows) == ["greedy", "maj@2", "best@2", *POLICIES[2:], *LOCAL]
@@ -219,7 +223,7 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
         if label != "greedy":
             assert row["gain"] == pytest.approx(row["accuracy"] - rows["greedy"]["accuracy"])
             assert row["gain_ci"][0] <= row["gain"] <= row["gain_ci"][1]
-    prompt_tokens = len(evaluate.AutoTokenizer.from_pretrained(bed / "student")("Tom has 20 nuts.\n")["input_ids"])
+    prompt_tokens = len(AutoTokenizer.from_pretrained(bed / "student")("Tom has 20 nuts.\n")["input_ids"])
     greedy = rows["greedy"]
     assert greedy["student_tokens"] == prompt_tokens + greedy["tokens_per_problem"] and greedy["teacher_tokens"] == 0
     assert rows["maj@2"]["student_tokens"] == 2 * (prompt_tokens + rows["maj@2"]["tokens_per_problem"])
@@ -238,11 +242,11 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
     fidelity = result["fidelity"]
     assert (fidelity["num_points"], fidelity["num_seeds"], fidelity["num_candidates"]) == (6, 1, 8)
     assert fidelity["agree_at_1"]["kl"]["student_first"]["value"] == 0.0
-    table = evaluate.format_table(result).splitlines()
+    table = format_table(result).splitlines()
     assert len({len(line) for line in table[: 2 + len(rows)]}) == 1
     assert table[-2].startswith("Agree@1 in per cent at the points of top divergence (4 points): S2T-Local ")
 
-    header, records = evaluate.read_records(tmp_path / "records" / "s2t_always.jsonl")
+    header, records = read_records(tmp_path / "records" / "s2t_always.jsonl")
     prompts = [f"Tom has {20 + i} nuts.\n".encode() for i in range(10)]
     assert [record["id"] for record in records] == [sha256(prompt).hexdigest()[:16] for prompt in prompts]
     for record in records:
@@ -261,20 +265,18 @@ def test_end_to_end_and_resume(bed, tmp_path, monkeypatch):
 
     # again: nothing is run, the same report; with one more policy only that one runs
     ran = []
-    run = evaluate.Bench.run
-    monkeypatch.setattr(
-        evaluate.Bench, "run", lambda self, policy, *rest: ran.append(policy.label) or run(self, policy, *rest)
-    )
-    monkeypatch.setattr(fidelity, "score_points", None)
-    again = evaluate.evaluate(args)
+    run = Bench.run
+    monkeypatch.setattr(Bench, "run", lambda self, policy, *rest: ran.append(policy.label) or run(self, policy, *rest))
+    monkeypatch.setattr("s2t_recipes.evaluation.fidelity.score_points", None)
+    again = evaluate(args)
     assert (again["rows"], again["fidelity"]) == (result["rows"], fidelity)
     assert ran == []
     args.policies = [*POLICIES, "s2t:random:0.5"]
-    evaluate.evaluate(args)
+    evaluate(args)
     assert ran == ["s2t:random:0.5"]
     args.max_new_tokens = 9
     args.policies = ["greedy"]
-    evaluate.evaluate(args)
+    evaluate(args)
     assert ran == ["s2t:random:0.5", "greedy"]
 
 
@@ -300,14 +302,12 @@ def test_prior_and_zero_shot_are_controls_that_know_what_they_were_made_with(bed
         bed, tmp_path / "out", policies=["greedy", "prior:always", "zero-shot:entropy:0.1"], prior_labels=labels
     )
     ran = []
-    run = evaluate.Bench.run
-    monkeypatch.setattr(
-        evaluate.Bench, "run", lambda self, policy, *rest: ran.append(policy.name) or run(self, policy, *rest)
-    )
+    run = Bench.run
+    monkeypatch.setattr(Bench, "run", lambda self, policy, *rest: ran.append(policy.name) or run(self, policy, *rest))
 
     def evaluate_with(**changes):
         ran.clear()
-        return evaluate.evaluate(replace(args, **changes))
+        return evaluate(replace(args, **changes))
 
     rows = evaluate_with()["rows"]
     assert ran == ["greedy", "prior", "zero-shot"]
@@ -320,7 +320,7 @@ def test_prior_and_zero_shot_are_controls_that_know_what_they_were_made_with(bed
     assert rows[1]["extra_forwards"] == {} and rows[2]["extra_forwards"]["scorer"] > 0
     asked = [
         (record["tokens"][int(step)], candidates)
-        for record in evaluate.read_records(tmp_path / "out" / "records" / "prior_always.jsonl")[1]
+        for record in read_records(tmp_path / "out" / "records" / "prior_always.jsonl")[1]
         for step, (_, candidates) in record["asked"].items()
     ]
     for token, candidates in asked:
@@ -333,11 +333,11 @@ def test_prior_and_zero_shot_are_controls_that_know_what_they_were_made_with(bed
     assert ran == []
     evaluate_with(prior_labels=other)
     assert ran == ["prior"]
-    scored = {None: evaluate.read_records(tmp_path / "out" / "records" / rows[2]["records"][0])[1]}
+    scored = {None: read_records(tmp_path / "out" / "records" / rows[2]["records"][0])[1]}
     for text in ("?", "+"):
         evaluate_with(prior_labels=other, zero_shot_text=text)
         assert ran == ["zero-shot"]
-        scored[text] = evaluate.read_records(tmp_path / "out" / "records" / rows[2]["records"][0])[1]
+        scored[text] = read_records(tmp_path / "out" / "records" / rows[2]["records"][0])[1]
         evaluate_with(prior_labels=other, zero_shot_text=text)
         assert ran == []
     assert scored[None] != scored["?"] != scored["+"]
@@ -367,8 +367,8 @@ def test_a_margin_is_run_anew_and_flips_by_it_alone(bed, tmp_path):
     policies = ["s2t-local-bare:always", "s2t-local:always"]
 
     def measure(margin):
-        rows = evaluate.evaluate(arguments(bed, tmp_path, policies=policies, bare_margin=margin))["rows"]
-        _, records = evaluate.read_records(tmp_path / "records" / rows[0]["records"][0])
+        rows = evaluate(arguments(bed, tmp_path, policies=policies, bare_margin=margin))["rows"]
+        _, records = read_records(tmp_path / "records" / rows[0]["records"][0])
         flips = 0
         for record in records:
             for step, (_, candidates) in record["asked"].items():
@@ -393,14 +393,14 @@ def test_labels_of_another_tokenizer_are_no_prior(bed, tmp_path):
     labels = make_labels(bed, tmp_path / "labels", ["a"], [40])
     write_header(tmp_path / "labels", replace(read_header(labels), vocab_hash="0" * 16))
     with pytest.raises(ValueError, match="`prior_labels`: .* was made with another tokenizer"):
-        evaluate.evaluate(arguments(bed, tmp_path / "out", policies=["prior:always"], prior_labels=labels))
+        evaluate(arguments(bed, tmp_path / "out", policies=["prior:always"], prior_labels=labels))
 
 
 def test_greedy_inherits_nothing_from_the_checkpoint(bed, tmp_path):
     """The authors' greedy baseline took the checkpoint's repetition penalty and their own loop did not."""
-    evaluate.evaluate(arguments(bed, tmp_path, policies=["greedy", "s2t:random:0.001"]))
-    _, greedy = evaluate.read_records(tmp_path / "records" / "greedy.jsonl")
-    _, selected = evaluate.read_records(tmp_path / "records" / "s2t_random_0.001.jsonl")
+    evaluate(arguments(bed, tmp_path, policies=["greedy", "s2t:random:0.001"]))
+    _, greedy = read_records(tmp_path / "records" / "greedy.jsonl")
+    _, selected = read_records(tmp_path / "records" / "s2t_random_0.001.jsonl")
     untouched = [i for i, record in enumerate(selected) if "f" not in record["kinds"]]
     assert untouched
     assert [greedy[i]["text"] for i in untouched] == [selected[i]["text"] for i in untouched]
@@ -409,9 +409,9 @@ def test_greedy_inherits_nothing_from_the_checkpoint(bed, tmp_path):
 def test_examples_say_what_the_student_would_have_written(bed):
     tokenizer = AutoTokenizer.from_pretrained(bed / "student")
     a, b, c = tokenizer("27+", add_special_tokens=False)["input_ids"]
-    problem = evaluate.Problem("x", "How many?\n", "so #### 27")
+    problem = Problem("x", "How many?\n", "so #### 27")
     record = {"tokens": [a, b, 1], "kinds": "k.f", "student_tokens": {"2": c}}
-    example = evaluate.make_example(tokenizer, problem, {"text": "26"}, record, Policy.parse("s2t-local:always"))
+    example = make_example(tokenizer, problem, {"text": "26"}, record, Policy.parse("s2t-local:always"))
     assert example["gold"] == "27"
     assert example["tokens"] == [
         {"text": "2", "kind": "kept"},
@@ -425,15 +425,15 @@ def test_labelled_problems_are_refused(bed, tmp_path):
     (tmp_path / "leak.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     args = arguments(bed, tmp_path, dataset=str(tmp_path / "leak.jsonl"), label_dirs=[str(bed / "labels")])
     with pytest.raises(ValueError, match="holds 1 of the 1 problems to evaluate .ids [0-9a-f]{16}.*another split"):
-        evaluate.evaluate(args)
+        evaluate(args)
     assert not (tmp_path / "records").exists()
     prior = arguments(bed, tmp_path, dataset=str(tmp_path / "leak.jsonl"), prior_labels=str(bed / "labels"))
     with pytest.raises(ValueError, match="`prior_labels`: .*labels' holds 1 of the 1 problems to evaluate"):
-        evaluate.evaluate(prior)
+        evaluate(prior)
     args.allow_leaks, args.policies = True, ["greedy"]
-    report = evaluate.evaluate(args)
+    report = evaluate(args)
     assert len(report["meta"]["leaks"]) == 1 and "holds 1 of the 1 problems" in report["meta"]["leaks"][0]
-    assert "LEAK, these figures are not held out" in evaluate.format_table(report)
+    assert "LEAK, these figures are not held out" in format_table(report)
 
 
 def test_prompts_are_put_as_in_the_labels(bed, tmp_path):
@@ -451,7 +451,7 @@ def test_prompts_are_put_as_in_the_labels(bed, tmp_path):
     settings = {"model": str(model), "policies": ["greedy"], "adapters": [], "teacher_model": None, "limit": 2}
 
     def evaluate_with(**changes):
-        return evaluate.evaluate(arguments(bed, tmp_path / "out", **settings | changes))
+        return evaluate(arguments(bed, tmp_path / "out", **settings | changes))
 
     for source, given, name in (
         (thinking, {}, "chat_template"),
@@ -486,7 +486,7 @@ def test_labels_that_an_adapter_has_seen_are_refused(bed, tmp_path):
     labels = str(bed / "labels")
     args = arguments(bed, tmp_path / "out", adapters=[str(adapter)], policies=["greedy"], eval_labels=labels)
     with pytest.raises(ValueError, match=r"`eval_labels` shares 1 of its 2 problems .*in tuning \(1\).*allow_leaks"):
-        evaluate.evaluate(args)
+        evaluate(args)
     assert not (tmp_path / "out").exists()
 
 
@@ -511,7 +511,7 @@ def test_labels_that_an_adapter_has_seen_are_refused(bed, tmp_path):
 )
 def test_bad_arguments_fail_before_anything_is_written(bed, tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        evaluate.evaluate(arguments(bed, tmp_path, **changes))
+        evaluate(arguments(bed, tmp_path, **changes))
     assert not any(tmp_path.iterdir())
 
 
@@ -536,12 +536,12 @@ def test_bad_values(bed, tmp_path, changes, message):
 
 def test_default_policies_are_those_that_can_run(bed, tmp_path):
     def labels_of(has_thresholds=False, has_router=False, **changes):
-        policies = evaluate.choose_policies(arguments(bed, tmp_path, **changes), has_thresholds, has_router)
+        policies = choose_policies(arguments(bed, tmp_path, **changes), has_thresholds, has_router)
         return [policy.label for policy in policies]
 
     alone = ["greedy", "maj@8", "second:always", "zero-shot:always"]
     assert labels_of(teacher_model=None, adapters=[]) == alone
-    every = list(evaluate.DEFAULT_POLICIES)
+    every = list(DEFAULT_POLICIES)
     assert labels_of(True, True, prior_labels="labels") == every
     assert labels_of(True, True) == [label for label in every if label != "prior:always"]
     without = [label for label in every if "router" not in label]

@@ -10,7 +10,7 @@ from tiny_labels import make_uneven_labels, tiny_tokenizer
 
 from s2t_recipes import estimates
 from s2t_recipes import records as records_module
-from s2t_recipes.evaluation import fidelity
+from s2t_recipes.evaluation import agreement, fidelity
 from s2t_recipes.report import charts
 from transformers_s2t import FusionWeights, SelectorConfig
 from transformers_s2t.calibration.scored_points import score_labels
@@ -70,7 +70,7 @@ def test_weights_of_an_interval_are_those_of_the_mean():
     low, high = estimates.bootstrap_interval(np.repeat(values, 40))
     assert low < 0.5 < high and high < 6 / 8
     hits_SN, groups_N = np.array([[1.0, 0, 0, 0], [1.0, 1, 0, 0]]), np.array([0, 0, 1, 1])
-    assert fidelity.interval(hits_SN, groups_N) == [0.0, 0.75]  # both groups, or one of them twice
+    assert estimates.mean_over_points(hits_SN, groups_N)["ci"] == [0.0, 0.75]  # both groups, or one of them twice
 
 
 def test_records_against_a_loop_over_points(tmp_path):
@@ -201,6 +201,29 @@ def test_what_was_scored_with_the_same_settings_is_not_scored_again(bed, tmp_pat
     assert measure(num_candidates=2) != first and len(scored) == 5
     measure(num_candidates=2, settings="other")
     assert len(scored) == 7
+
+
+def test_recipes_agreement_prints_these_figures_and_their_intervals(bed, tmp_path):
+    """It resampled blocks of twenty points, so that one quantity had two intervals."""
+    folder, config = bed
+    rows = [row | {"problem_id": f"p{n // 3}", "rollout": n % 3} for n, row in enumerate(random_rows())]
+    labels = fidelity.open_labels(str(write_labels(tmp_path / "labels", rows)), [config])
+    adapters = [str(folder / "adapter")] * 2
+    settings = (config.num_candidates, config.min_prob_ratio, {})
+    expected = fidelity.measure_fidelity(tmp_path, adapters, labels, tiny_model, *settings)
+    tiny_model().save_pretrained(tmp_path / "model")
+    arguments = ["--labels", labels.name, "--model", str(tmp_path / "model"), "--output", str(tmp_path / "a.json")]
+    agreement.main([*arguments, "--adapters", *adapters])
+    found = json.loads((tmp_path / "a.json").read_text())["agree_at_1"]
+    names = {"student first": "student_first", "second candidate": "second_candidate", "s2t-local, fused": "selector"}
+    for part in ("choice", "kl"):
+        for name, own in names.items():
+            figures = expected["agree_at_1"][part][own]
+            assert found[part][name]["agree_at_1"] == round(100 * figures["value"], 1)
+            assert found[part][name]["ci"] == [round(100 * edge, 1) for edge in figures["ci"]]
+    correlation = found["choice"]["s2t-local"]  # points without a choice have no order
+    assert correlation["spearman"] == round(expected["spearman"]["value"], 3)
+    assert correlation["spearman_ci"] == [round(edge, 3) for edge in expected["spearman"]["ci"]]
 
 
 def test_labels_that_are_made_again_have_another_fingerprint(tmp_path):

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from s2t_recipes import splits
-from s2t_recipes.evaluation import agreement, evaluate, retention
+from s2t_recipes.evaluation import agreement, retention
+from s2t_recipes.evaluation import run as evaluation
 from s2t_recipes.labeling import label
 from s2t_recipes.paper import jobs as jobs_module
 from s2t_recipes.paper import pipeline as pipeline_module
@@ -746,7 +747,7 @@ def test_options_of_a_part_reach_the_bed(tmp_path, monkeypatch, capsys):
 MODULES = {
     "agreement": agreement,
     "calibrate": calibrate,
-    "eval": evaluate,
+    "eval": evaluation,
     "label": label,
     "merge": merge,
     "retention": retention,

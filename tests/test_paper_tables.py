@@ -12,7 +12,9 @@ from tiny_labels import make_labels
 from transformers import AutoTokenizer
 
 from s2t_recipes import records
-from s2t_recipes.evaluation import evaluate, retention
+from s2t_recipes.evaluation import retention
+from s2t_recipes.evaluation.policies import Policy
+from s2t_recipes.evaluation.rows import make_rows
 from s2t_recipes.paper import jobs as jobs_module
 from s2t_recipes.paper import results, tables
 from s2t_recipes.paper.pipeline import JUDGED_BY, MAX_FURTHER_RATES, Pair, Pipeline
@@ -61,11 +63,10 @@ def write_json(file, content):
 
 def write_report(job, correct, ids=None):
     """A report.json and its records, as eval.py writes them, of label -> right or wrong (seeds, problems)."""
-    args = SimpleNamespace(output_dir=str(job.output.parent), seed=0)
     ids = [f"q{n}" for n in range(NUM_PROBLEMS)] if ids is None else ids
     rows, greedy = [], None
     for place, (label, right_SN) in enumerate(correct.items()):
-        policy = evaluate.Policy.parse(label, ("sft", "kd", "sft-second", "kd-second"))
+        policy = Policy.parse(label, ("sft", "kd", "sft-second", "kd-second"))
         is_seeded = policy.is_local or policy.is_tuned
         runs = []
         for seed, right_N in enumerate(right_SN):
@@ -80,11 +81,12 @@ def write_report(job, correct, ids=None):
             lines = [{"id": id, "answer": "1", "correct": bool(right)} for id, right in zip(ids, right_N)]
             if policy.num_votes:
                 lines = [line | {"any_correct": True} for line in lines]
-            records.write_records(evaluate.record_file(args, policy, seed if is_seeded else None), header, lines)
+            file = job.output.parent / "records" / policy.record_name(seed if is_seeded else None)
+            records.write_records(file, header, lines)
             runs.append((header, lines))
         greedy = runs[0] if label == "greedy" else greedy
         configs = [SimpleNamespace(adapter_scope="candidate")]
-        rows += evaluate.make_rows(policy, runs, greedy, args, configs)
+        rows += make_rows(policy, runs, greedy, configs)
     write_json(job.output, {"meta": {"num_problems": len(ids)}, "rows": rows})
 
 

@@ -8,11 +8,14 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from test_evaluate import RECIPES, evaluate
+from test_evaluate import RECIPES
 from transformers import AutoTokenizer
 
 from s2t_recipes import texts as texts_module
 from s2t_recipes.commands import run
+from s2t_recipes.evaluation.bench import asked_points
+from s2t_recipes.problems import load_problems
+from s2t_recipes.records import read_records, write_records
 from s2t_recipes.report import canvas, charts, html_report, report
 from transformers_s2t.labels.folder import write_header, write_shard
 from transformers_s2t.labels.schema import TrajectoryHeader
@@ -74,7 +77,7 @@ def folder(tmp_path):
                 records.append(record)
             name = label.replace(":", "_") + (f"_adapter{seed}" if "local" in label else "")
             header = {"settings": {"policy": label, "threshold": 0.3}, "totals": {}}
-            evaluate.write_records(tmp_path / "records" / f"{name}.jsonl", header, records)
+            write_records(tmp_path / "records" / f"{name}.jsonl", header, records)
     rows = [make_row(label, correct_PN) for label, correct_PN in rights.items()]
     meta = {"model": "m", "teacher_model": None, "dataset": "nowhere.jsonl", "num_problems": 4, "num_seeds": 2}
     meta |= {"settings": {"num_candidates": 2}, "eval_labels": "somewhere/else/labels"}
@@ -161,7 +164,7 @@ def test_the_page_holds_the_records_and_needs_nothing_else(folder):
     ]
     for (label, seed), records in held.items():
         name = label.replace(":", "_") + ("" if seed is None else f"_adapter{seed}")
-        assert records == evaluate.read_records(folder / "records" / f"{name}.jsonl")[1]
+        assert records == read_records(folder / "records" / f"{name}.jsonl")[1]
     data = json.loads(page.scripts["data"])
     assert data["problems"] == TEXTS["problems"]
     assert {str(id): data["tokens"][n] for n, id in enumerate(data["ids"])} == TOKENS
@@ -249,15 +252,15 @@ def test_records_without_what_was_asked_and_a_run_without_texts(folder):
     (folder / "data").mkdir()
     lines = "".join(json.dumps(problem) + "\n" for problem in problems)
     (folder / "data" / "test.jsonl").write_text(lines, encoding="utf-8")
-    names = [problem.id for problem in evaluate.load_problems(str(folder / "data" / "test.jsonl"))]
+    names = [problem.id for problem in load_problems(str(folder / "data" / "test.jsonl"))]
     for file in (folder / "records").iterdir():
-        header, records = evaluate.read_records(file)
+        header, records = read_records(file)
         for record, name in zip(records, names):
             record["id"] = name
             if "tokens" in record:
                 record |= {"tokens": ids, "kinds": "." * len(ids), "student_tokens": {}, "text": "So 2"}
                 del record["asked"]
-        evaluate.write_records(file, header, records)
+        write_records(file, header, records)
     (folder / "texts.json").unlink()
     content = read(folder / "report.json")
     content["meta"] |= {"model": str(student), "dataset": "moved/since/data/test.jsonl"}
@@ -391,13 +394,13 @@ def test_asked_points_hold_the_candidates_above_the_floor():
         "mask_AK": torch.tensor([[True, True, False], [True, True, True]]),
     }
     scores_AK = step["scores_AK"].masked_fill(~step["mask_AK"], -math.inf)
-    plain = evaluate.asked_points(step | {"fused_AK": scores_AK})
+    plain = asked_points(step | {"fused_AK": scores_AK})
     assert plain[0] == [0.1235, [[5, 0.25, -0.5], [6, 0.5, -1.0]]]
     assert plain[1] == [None, [[8, 1.0, -0.25], [9, 2.0, -1.5], [5, 3.0, -2.0]]]
-    fused = evaluate.asked_points(step | {"fused_AK": 2 * scores_AK})
+    fused = asked_points(step | {"fused_AK": 2 * scores_AK})
     assert fused[0][1] == [[5, 0.25, -0.5, 0.5], [6, 0.5, -1.0, 1.0]]
     takeover = {name: step[name] for name in ("value_B", "asked_B")}
-    assert evaluate.asked_points(takeover) == {0: [0.1235, []], 1: [None, []]}
+    assert asked_points(takeover) == {0: [0.1235, []], 1: [None, []]}
 
 
 def test_texts_of_tokens_that_share_a_character():

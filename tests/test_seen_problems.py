@@ -8,12 +8,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import EntryNotFoundError
-from test_evaluate import evaluate
 from test_s2t_trainer import make_trainer
 from tiny import RESERVED, tiny_model
 from tiny_labels import make_labels, tiny_tokenizer
 
 from s2t_recipes.evaluation import agreement
+from s2t_recipes.evaluation import run as evaluation
 from s2t_recipes.training import calibrate
 from transformers_s2t import SelectorConfig
 from transformers_s2t.labels.folder import write_header, write_shard
@@ -154,7 +154,7 @@ def no_model(*args, **kwargs):
 
 @pytest.fixture(scope="module")
 def recipes():
-    return {"agreement": agreement, "calibrate": calibrate, "evaluate": evaluate}
+    return {"agreement": agreement, "calibrate": calibrate, "evaluate": evaluation}
 
 
 @pytest.fixture

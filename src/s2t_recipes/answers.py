@@ -106,9 +106,14 @@ def is_correct(prediction: str, gold: str, style: str = "auto") -> bool:
         gold: the data set's answer, bare ("42"), marked ("... #### 42") or boxed in a solution.
         style: "hash", "math" or "auto".
     """
+    return grade(prediction, gold, style)[1]
+
+
+def grade(prediction: str, gold: str, style: str = "auto") -> tuple[str | None, bool]:
+    """The answer of a text and whether it is right, as `extract_answer` and `is_correct` say, read once."""
     check_style(style)
     answer = _read(prediction, style)
-    return answer is not None and _is_right(answer, _read_gold(gold, style), style)
+    return (None, False) if answer is None else (answer.spelling, _is_right(answer, _read_gold(gold, style), style))
 
 
 def stand_ins(texts: Sequence[str], style: str = "auto") -> list[int | None]:

@@ -53,7 +53,7 @@ COMMANDS = {
         "s2t calibrate --adapter selector --labels labels/calibration",
     ),
     "eval": Command(
-        "s2t_recipes.evaluation.evaluate",
+        "s2t_recipes.evaluation.run",
         "Compare ways of decoding on the same problems with the same settings, in one table with intervals.",
         "s2t eval --model recipes/embedded/student --teacher_model recipes/embedded/teacher --adapters selector "
         "--dataset data/test.jsonl --output_dir evaluation",

@@ -1,6 +1,6 @@
 """Means with intervals, and shares by divergence. Numbers in, numbers out.
 
-Legend: N problems, documents or points.
+Legend: N problems, documents or points, S seeds.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def bootstrap_interval(
     """95 % percentile interval of the mean over problems, from resampled problems.
 
     Args:
-        values_N: of each problem.
-        seed: of the resampling.
+        values_N: each problem's value.
+        seed: seed of the resampling.
         num_resamples: how often all of them are drawn.
-        weights_N: of each problem in the mean, its number of tokens for example; all alike where not given.
+        weights_N: each problem's weight in the mean, its number of tokens for example; all alike where not given.
     """
     random = np.random.default_rng(seed)
     values_N = np.asarray(values_N, dtype=np.float64)
@@ -37,13 +37,38 @@ def bootstrap_interval(
     return [float(low), float(high)]
 
 
+def mean_over_points(values_SN: np.ndarray, groups_N: np.ndarray, seed: int = 0) -> dict:
+    """The mean over seeds and decision points, with its 95 % interval.
+
+    Points of one problem are not independent, so whole problems with all their points are resampled.
+
+    Args:
+        values_SN: the value of each seed at each point.
+        groups_N: the problem that each point belongs to.
+        seed: seed of the resampling.
+
+    Returns:
+        `value`, `ci` and, for several seeds, `by_seed`.
+    """
+    values_SN = np.asarray(values_SN, dtype=np.float64)
+    _, group_N = np.unique(groups_N, return_inverse=True)
+    sizes = np.bincount(group_N)
+    means = np.bincount(group_N, weights=values_SN.mean(0)) / sizes
+    by_seed = [float(value) for value in values_SN.mean(1)]
+    return {
+        "value": float(values_SN.mean()),
+        "ci": bootstrap_interval(means, seed, weights_N=sizes),
+        **({"by_seed": by_seed} if len(by_seed) > 1 else {}),
+    }
+
+
 def divergence_buckets(
     divergence_N: Sequence[float], hits: Mapping[str, Sequence[float]], num_buckets: int = NUM_BUCKETS
 ) -> dict | None:
     """Shares of hits by divergence, in buckets with about as many points each.
 
     Args:
-        divergence_N: of each point.
+        divergence_N: each point's divergence, nats.
         hits: name -> whether it holds at each point (or how often, a mean over seeds).
         num_buckets: how many.
 

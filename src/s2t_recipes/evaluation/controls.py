@@ -79,7 +79,7 @@ class PriorSelector(Selector):
     A tie, as between tokens that it never chose, goes to the candidate that the student ranks higher.
 
     Args:
-        prior: of [`token_prior`].
+        prior: counts of [`token_prior`].
         thresholds: trigger -> {target rate: threshold}, as calibrated for another selector.
     """
 
@@ -105,7 +105,7 @@ class ZeroShotSelector(Selector):
 
     Args:
         model: the small model that generates.
-        token_id: of the token that the choice is to make unlikely, `None` for the most certain candidate.
+        token_id: the token that the choice is to make unlikely; `None` for the most certain candidate.
         thresholds: trigger -> {target rate: threshold}, as calibrated for another selector.
     """
 

@@ -9,7 +9,6 @@ Legend: S seeds (adapters), N decision points, K candidates.
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from s2t_recipes.adapters import check_same_tokenizer
-from s2t_recipes.estimates import bootstrap_interval, divergence_buckets
+from s2t_recipes.estimates import divergence_buckets, mean_over_points
+from s2t_recipes.metrics import load_metric
+from s2t_recipes.models import free_memory
 from s2t_recipes.records import fingerprint, hash_of, read_records, write_records
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig, __version__
 from transformers_s2t.calibration.scored_points import score_labels
@@ -79,27 +80,38 @@ def measure_hits(labels: Labels, num_candidates: int) -> tuple[dict[str, float],
     """
     threshold = labels.header.divergence_threshold
     columns = ["prompt_length", "divergence", "positions", "candidate_ids", "teacher_logprobs", "teacher_top_id"]
-    hits, agrees, total, depth = Counter(), Counter(), 0, 0
+    hits, best, depth = Counter(), [], 0
     for length, divergence, positions, candidates, logprobs, top_ids in zip(*(labels.rows[name] for name in columns)):
         for position, ids_K, logprobs_K, top_id in zip(positions, candidates, logprobs, top_ids):
             if divergence[position - length] < threshold:
                 continue
-            total += 1
             depth = max(depth, len(ids_K))
             hits[ids_K.index(top_id) if top_id in ids_K else None] += 1
-            agrees[int(np.argmax(logprobs_K[:num_candidates]))] += 1
-    if total == 0:
+            best.append(int(np.argmax(logprobs_K[:num_candidates])))
+    if not best:
         raise ValueError(f"`eval_labels`: {labels.name!r} holds no position with a divergence of {threshold} or more.")
     hit_at_k = {
-        str(size): sum(count for rank, count in hits.items() if rank is not None and rank < size) / total
+        str(size): sum(count for rank, count in hits.items() if rank is not None and rank < size) / len(best)
         for size in HIT_SIZES
         if size <= depth
     }
-    return hit_at_k, {"student": agrees[0] / total, "second": agrees[1] / total, "num_points": total}
+    student, second = find_agreement([np.zeros(len(best)), np.ones(len(best))], best).mean(1).tolist()
+    return hit_at_k, {"student": student, "second": second, "num_points": len(best)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scoring
+
+
+def rows_with_points(labels: Dataset) -> Dataset:
+    """The trajectories that hold decision points, the shortest first: the order in which these are scored."""
+    lengths = [len(ids) for ids in labels["input_ids"]]
+    return labels.select(sorted((i for i, at in enumerate(labels["positions"]) if at), key=lambda i: lengths[i]))
+
+
+def problems_of_points(ids: Sequence[str], points: Sequence[Sequence]) -> np.ndarray:
+    """The problem of each decision point, from each trajectory's problem and points."""
+    return np.repeat(ids, [len(own) for own in points])
 
 
 def score_points(
@@ -111,9 +123,7 @@ def score_points(
     the teacher's own token among the candidates offered, from 0, or -1; `target`, the teacher's best above the floor;
     `choice`; `spearman`.
     """
-    lengths = [len(ids) for ids in labels["input_ids"]]
-    # in the order in which they are scored, so that the points come row by row
-    rows = labels.select(sorted((i for i, at in enumerate(labels["positions"]) if at), key=lambda i: lengths[i]))
+    rows = rows_with_points(labels)
     points = score_labels(selector, rows, batch_size, num_candidates, min_prob_ratio)
     is_top_NK = (points.candidate_ids_NK == points.teacher_top_N[:, None]) & (points.logprobs_NK > -1e3)
     columns = {
@@ -147,11 +157,11 @@ def measure_fidelity(
     Args:
         folder: OUTPUT_DIR.
         adapters: one per seed.
-        labels: of [`open_labels`].
+        labels: from [`open_labels`].
         load: gives a new base model; every adapter gets its own.
         num_candidates, min_prob_ratio: as the evaluation offers candidates.
-        settings: of the evaluation, as far as they change scores.
-        seed: of the intervals.
+        settings: what else in the evaluation changes scores.
+        seed: seed of the intervals.
     """
     settings = settings | {
         "version": __version__,
@@ -171,9 +181,7 @@ def measure_fidelity(
             write_records(file, {"settings_hash": hash_of(mine), "settings": mine}, records)
             found = read_records(file)
             del model, selector
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
         runs.append(found[1])
     figures = summarize_points(runs, labels.header.divergence_threshold, seed)
     return {"num_candidates": num_candidates, "min_prob_ratio": min_prob_ratio, **figures}
@@ -183,19 +191,10 @@ def measure_fidelity(
 # Figures
 
 
-def interval(values_SN: np.ndarray, groups_N: np.ndarray, seed: int = 0) -> list[float]:
-    """95 % bootstrap interval of the mean over seeds and points.
-
-    Points of one trajectory are not independent, so whole groups of points are resampled instead of points.
-
-    Args:
-        values_SN: of each point.
-        groups_N: which group each point belongs to.
-        seed: of the resampling.
-    """
-    _, group_N = np.unique(groups_N, return_inverse=True)
-    sizes = np.bincount(group_N)
-    return bootstrap_interval(np.bincount(group_N, weights=values_SN.mean(0)) / sizes, seed, weights_N=sizes)
+def find_agreement(choices_SN: Sequence[np.ndarray], target_N: np.ndarray) -> np.ndarray:
+    """Whether each seed's choice at each point is the teacher's best candidate, (S, N)."""
+    metric = load_metric("selection_agreement")
+    return np.array([metric.compute(predictions=choice_N, references=target_N)["agrees"] for choice_N in choices_SN])
 
 
 def summarize_points(runs: list[list[dict]], threshold: float, seed: int = 0) -> dict:
@@ -203,8 +202,8 @@ def summarize_points(runs: list[list[dict]], threshold: float, seed: int = 0) ->
 
     Args:
         runs: for each seed the records of [`score_points`], of the same labels.
-        threshold: of the top divergence.
-        seed: of the resampling.
+        threshold: least divergence of the top-KL points, nats.
+        seed: seed of the resampling.
 
     Returns:
         `num_points`, `num_seeds`, `agree_at_1`, `spearman` and `buckets`, see `DEFINITION`; `None` in place of figures
@@ -218,19 +217,17 @@ def summarize_points(runs: list[list[dict]], threshold: float, seed: int = 0) ->
     divergence_N, above_N, rank_N, target_N = (
         column(name, first) for name in ("divergence", "num_above", "rank", "target")
     )
-    groups_N = np.repeat([record["id"] for record in first], [len(record["target"]) for record in first])
-    hits = {
-        "student_first": target_N[None] == 0,
+    problems_N = problems_of_points([record["id"] for record in first], [record["target"] for record in first])
+    choices = {
+        "student_first": [np.zeros_like(target_N)],
         # a point without a choice keeps the first candidate, whoever selects
-        "second_candidate": target_N[None] == np.minimum(above_N, 2) - 1,
-        "selector": np.stack([column("choice", run) for run in runs]) == target_N,
+        "second_candidate": [np.minimum(above_N, 2) - 1],
+        "selector": [column("choice", run) for run in runs],
     }
+    hits = {who: find_agreement(choices_SN, target_N) for who, choices_SN in choices.items()}
 
     def mean(values_SN: np.ndarray, keep_N: np.ndarray) -> dict:
-        kept_SN = values_SN[:, keep_N].astype(np.float64)
-        figures = {"value": float(kept_SN.mean()), "ci": interval(kept_SN, groups_N[keep_N], seed)}
-        by_seed = [float(value) for value in kept_SN.mean(1)]
-        return figures | ({"by_seed": by_seed} if len(by_seed) > 1 else {})
+        return mean_over_points(values_SN[:, keep_N], problems_N[keep_N], seed)
 
     agree_at_1 = {}
     for name, keep_N in (("choice", above_N > 1), ("kl", divergence_N >= threshold)):

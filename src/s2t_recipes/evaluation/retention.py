@@ -21,7 +21,6 @@ Legend: B rows, T tokens, S positions, V vocabulary, D documents, P seeds.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import shlex
 import sys
@@ -38,10 +37,14 @@ from trl import TrlParser
 
 from s2t_recipes.adapters import check_model, check_same_tokenizer, check_tuned, merge_adapter
 from s2t_recipes.estimates import bootstrap_interval
-from s2t_recipes.evaluation.evaluate import align, check_folder, parse_tuned, versions
-from s2t_recipes.models import default_device, load_model
+from s2t_recipes.evaluation.arguments import DTYPES, check_least
+from s2t_recipes.evaluation.plan import check_folder
+from s2t_recipes.evaluation.policies import parse_tuned
+from s2t_recipes.evaluation.rows import align, versions
+from s2t_recipes.models import default_device, free_memory, load_model
 from s2t_recipes.problems import Problem, encode_prompts, load_problems
 from transformers_s2t import LocalSelector, SelectorConfig
+from transformers_s2t.config import check_choice
 from transformers_s2t.files import write_json
 from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
 from transformers_s2t.labels.folder import read_held_out_labels
@@ -55,7 +58,6 @@ from transformers_s2t.triggers import kl_divergence
 
 
 KINDS = ("generated", "prompts", "text")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_LOGITS = 1 << 28  # of both models at once; in float32 a gigabyte
 MAX_FLOAT_LOGITS = 1 << 24  # of one model, in float32, while they are compared
 DEFINITIONS = {
@@ -92,14 +94,11 @@ class RetentionArguments:
     max_length: int = field(default=256, metadata={"help": "Only the first so many tokens of each document."})
     batch_size: int = field(default=32, metadata={"help": "Texts per forward, fewer where they are long."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type; auto: float32 on a CPU."})
-    seed: int = field(default=0, metadata={"help": "Of the intervals."})
+    seed: int = field(default=0, metadata={"help": "Seed of the intervals."})
 
     def __post_init__(self):
-        for name, least in (("text_limit", 1), ("max_length", 2), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)!r}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}.")
+        check_least(self, text_limit=1, max_length=2, batch_size=1)
+        check_choice("dtype", self.dtype, DTYPES)
         if not self.tuned and not self.adapters:
             raise ValueError("`tuned` or `adapters` must name at least one adapter to compare with the base model.")
         if taken := {"base", "s2t-local-adapted"} & set(parse_tuned(self.tuned)):
@@ -114,7 +113,7 @@ class Document:
 
     Attributes:
         id: documents of one id are resampled together.
-        token_ids: of all of it.
+        token_ids: the whole text.
         spans: kind -> first token and the one behind the last.
     """
 
@@ -269,9 +268,9 @@ def summarize(runs: list[Sums], base: Sums | None, seed: int) -> dict[str, dict 
     """Figures of each kind of text, mean over the seeds; `None` for a kind without a token.
 
     Args:
-        runs: of each seed.
-        base: of the base model, for the change of the loss; `None` where it is the base model itself.
-        seed: of the resampling.
+        runs: sums, one entry per seed.
+        base: the base model's sums, for the change of the loss; `None` where it is the base model itself.
+        seed: seed of the resampling.
     """
     figures = {}
     for kind in KINDS:
@@ -302,7 +301,7 @@ def make_rows(args: RetentionArguments, header: TrajectoryHeader, problem_ids: d
 
     Args:
         args: the arguments.
-        header: of the labels.
+        header: the labels' header.
         problem_ids: argument -> ids of its texts, none of which an adapter may have seen.
 
     Raises:
@@ -375,9 +374,7 @@ def measure(args: RetentionArguments) -> dict:
                 model = load_model_of(args, row, source, device)
                 runs[row.name].append(add_up(base, model, documents, excluded, args.batch_size, bar))
                 del model
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                free_memory()
 
     # 3. the report
     (of_base,) = runs["base"]

@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from s2t_recipes.commands import RECIPES
-from s2t_recipes.evaluation.evaluate import versions
+from s2t_recipes.evaluation.rows import versions
 from s2t_recipes.paper import results
 from s2t_recipes.paper.jobs import Jobs
 from s2t_recipes.paper.pipeline import Pair, Pipeline, note_pair

@@ -1,0 +1,149 @@
+"""Arguments of recipes/eval.py: which models, on which problems, with which settings. Checks values, reads no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from s2t_recipes.answers import STYLES
+from s2t_recipes.problems import read_template_kwargs
+from transformers_s2t import S2TDecodingConfig
+from transformers_s2t.config import check_choice
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BATCH_ORDERS = ("prompt_length", "greedy_length")
+
+
+def check_least(args: Any, **least: int) -> None:
+    """Raises a ValueError for the first argument below its least value; `None`, no limit, is not."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"`{name}` must be at least {low}, got {value!r}.")
+
+
+@dataclass
+class EvaluateArguments:
+    """Arguments of recipes/eval.py.
+
+    Raises:
+        ValueError: naming the argument, its legal values and the value given.
+    """
+
+    model: str = field(metadata={"help": "The small model: a Hub id or a local folder."})
+    dataset: str = field(metadata={"help": "Problems to evaluate: a .jsonl/.json file, a local folder or a Hub id."})
+    output_dir: str = field(metadata={"help": "Where report.json and records/ go."})
+    teacher_model: str | None = field(
+        default=None, metadata={"help": "The large model; needed by teacher, takeover, s2t and the kl trigger."}
+    )
+    adapters: list[str] = field(
+        default_factory=list, metadata={"help": "S2T-Local adapters, one folder (or Hub id) per selector seed."}
+    )
+    tuned: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Adapters that decode by themselves (recipes/train_baseline.py), as name=folder; the same name "
+            "again is another seed."
+        },
+    )
+    thresholds_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter whose thresholds and router serve the rows without an adapter (default: the first one)."
+        },
+    )
+    split: str = field(default="test", metadata={"help": "Split of the data set."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt."})
+    answer_column: str = field(default="answer", metadata={"help": "Column with the answer."})
+    answer_style: str = field(
+        default="auto",
+        metadata={
+            "help": "How answers are read: hash (after ####), math (math-verify: the boxed or last expression) or "
+            "auto (hash where a text has ####, else math). An unclosed \\boxed{ is no answer. See answers.py."
+        },
+    )
+    policies: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Policies `name[:trigger[:rate]]`, e.g. greedy maj@8 s2t-local:margin:0.1 s2t-local:always. "
+            "Default: the standard table, as far as teacher, adapters, thresholds and labels are given."
+        },
+    )
+    prior_labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training labels of the adapters, for the control `prior`: the token prior counts the teacher's "
+            "choices in them. Sharing a problem with the evaluated ones is an error."
+        },
+    )
+    zero_shot_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text that the control `zero-shot` makes unlikely, e.g. '?': it takes the candidate after which "
+            "the small model is least likely to write the first token of this text (default: the candidate after "
+            "which it is the most certain of its next token)."
+        },
+    )
+    batch_size: int = field(default=128, metadata={"help": "Sequences per generate call."})
+    batch_by: str = field(
+        default="prompt_length",
+        metadata={
+            "help": "Which problems share a batch: those of like 'prompt_length', or 'greedy_length': whose greedy "
+            "texts are about as long, where greedy is the first of `policies` (the samples of maj@n stay with their "
+            "prompts). With it rows that have ended leave their batch too, where no selector runs."
+        },
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "New tokens at most, for every policy."})
+    temperature: float = field(
+        default=0.7, metadata={"help": "Sampling temperature of maj@n; everything else is greedy."}
+    )
+    num_candidates: int = field(default=8, metadata={"help": "K, the candidates offered at a step."})
+    min_prob_ratio: float = field(
+        default=0.05, metadata={"help": "Candidates below this share of the best one's probability are not offered."}
+    )
+    bare_margin: float = field(
+        default=0.0,
+        metadata={"help": "s2t-local-bare keeps the first candidate unless another's score is higher by this."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of maj@n, the random control and the intervals."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16."},
+    )
+    chat_template: bool = field(default=False, metadata={"help": "Format prompts with the tokenizer's template."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message, with --chat_template."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Variables of the chat template: a JSON object, e.g. '{\"enable_thinking\": false}', in YAML a "
+            "mapping."
+        },
+    )
+    label_dirs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Label folders the selector saw; sharing a problem with the evaluated ones is an error."},
+    )
+    eval_labels: str | None = field(
+        default=None,
+        metadata={"help": "Held-out label folder for Hit@K, and for the selectors' agreement with the teacher."},
+    )
+    allow_leaks: bool = field(
+        default=False,
+        metadata={"help": "Evaluate problems that were seen before; the report then says so, in red."},
+    )
+    num_examples: int = field(
+        default=2, metadata={"help": "Examples in the report that greedy has wrong and S2T-Local right."}
+    )
+
+    def __post_init__(self):
+        self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
+        check_least(self, batch_size=1, max_new_tokens=1, limit=1, num_examples=0)
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be above 0, got {self.temperature!r}.")
+        if not 0 <= self.bare_margin <= 1:
+            raise ValueError(f"`bare_margin` must be in [0, 1], as scores are, got {self.bare_margin!r}.")
+        for name, legal in {"answer_style": STYLES, "dtype": DTYPES, "batch_by": BATCH_ORDERS}.items():
+            check_choice(name, getattr(self, name), legal)
+        S2TDecodingConfig(num_candidates=self.num_candidates, min_prob_ratio=self.min_prob_ratio)
