@@ -186,7 +186,7 @@ def _bits(values_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     is the sign alone. Both limits are powers of two, whose last bit is 0: rounding across them changes nothing.
     """
     raw_N = np.ascontiguousarray(values_N, np.float32).view(np.uint32).astype(np.int64)
-    rest_N = raw_N & 0xFFFF  # behind the last bit of bfloat16
+    rest_N = raw_N & 0xFFFF  # the bits after the last one of bfloat16
     last_N = ((raw_N + 0x7FFF + ((raw_N >> 16) & 1)) >> 16) & 1  # rounded to nearest, ties to even
     size_N = np.abs(values_N)
     fine_N = (size_N >= _LEAST) & (size_N < _MOST)

@@ -111,7 +111,7 @@ def fit_fusion(
     def closure():
         optimizer.zero_grad()
         logits_NK = (features_NKF @ weights_F).masked_fill(~mask_NK, float("-inf"))
-        # the second term keeps the weights finite where the points can be told apart without an error
+        # the second term keeps the weights finite where they can predict every target
         loss = torch.nn.functional.cross_entropy(logits_NK, target_N) + 1e-6 * weights_F.square().sum()
         loss.backward()
         return loss

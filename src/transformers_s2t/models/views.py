@@ -287,7 +287,7 @@ class _OnTokens(nn.Module):
 
 
 class TokensNotInRows(Exception):
-    """A layer's input is not (rows, tokens, features), so that one token cannot be told from another."""
+    """A layer's input is not (rows, tokens, features), so that its tokens cannot be identified."""
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None) -> list[nn.Module]:
