@@ -153,7 +153,7 @@ def label_problems(
 
     Args:
         model: the student; put into eval mode.
-        teacher_model: a model, put into eval mode, or another teacher: `teachers.HTTPTeacher`, or
+        teacher_model: a model, put into eval mode, or another teacher: `http_teacher.HTTPTeacher`, or
             `teachers.CrossTokenizerTeacher`.
         prompts: problem id -> token ids of its prompt, in the order in which they are to be labelled.
         output_dir: folder of the labels.
