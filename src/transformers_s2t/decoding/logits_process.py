@@ -241,9 +241,10 @@ def check_one_s2t(logits_processor: list[LogitsProcessor]) -> None:
 
 
 class S2T(LogitsProcessorList):
-    """What a user passes: `model.generate(**inputs, logits_processor=S2T(selector))`.
+    """What a user passes to `generate`: `model.generate(**inputs, logits_processor=S2T(selector))`.
 
-    A `LogitsProcessorList` that holds one [`S2TLogitsProcessor`] (`generate` takes lists only); arguments as there.
+    A `LogitsProcessorList` that holds one [`S2TLogitsProcessor`], because `generate` takes lists only. It takes that
+    one's arguments.
 
     Example:
         >>> model.generate(**inputs, logits_processor=S2T(teacher_model=teacher))  # the larger model selects
