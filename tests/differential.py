@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import torch
 from test_router import make_router, naive_features, naive_head
-from tiny import BOS, EOS, PAD, ROADS, SCOPES, lora_model, tiny_model
+from tiny import BOS, EOS, PAD, SCOPES, WAYS, lora_model, tiny_model
 from tiny_architectures import FAMILIES, SLIDING, WINDOW, NaiveCausalLM
 from tqdm import tqdm
 from transformers import (
@@ -465,7 +465,7 @@ class Outcome(NamedTuple):
     num_tokens: int = 0
 
 
-def call(road: str, case: Case, built: Built, prompt: Prompt, threshold: float | None) -> Outcome:
+def call(way: str, case: Case, built: Built, prompt: Prompt, threshold: float | None) -> Outcome:
     count, trace = CountTokens(), S2TTrace()
     own = [SuppressTokensLogitsProcessor(list(case.suppressed))] if case.suppressed_by == "user" else []
     settings = settings_of(case) | prompt.arguments | {"stopping_criteria": StoppingCriteriaList([count])}
@@ -481,7 +481,7 @@ def call(road: str, case: Case, built: Built, prompt: Prompt, threshold: float |
             seed=case.seed,
         )
         teacher = built.teacher if case.local else None
-        if road == "processor":
+        if way == "processor":
             pad = case.pad if case.pad_to_s2t else None
             one = S2T(built.selector, teacher_model=teacher, config=config, pad_token_id=pad, trace=trace)
             settings["logits_processor"] = LogitsProcessorList([*own, *one]) if own else one
@@ -489,7 +489,7 @@ def call(road: str, case: Case, built: Built, prompt: Prompt, threshold: float |
             settings |= {"custom_generate": s2t_generate, "selector": built.selector, "teacher_model": teacher}
             settings |= {"decoding_config": config, "trace": trace}
             settings |= {"logits_processor": LogitsProcessorList(own)} if own else {}
-        for _ in range(1 + (case.again and road == "processor")):
+        for _ in range(1 + (case.again and way == "processor")):
             count.num_tokens = 0
             if case.cached:
                 settings["past_key_values"] = prompt.cache(built.model, case.cached)
@@ -871,7 +871,7 @@ class Result(NamedTuple):
         return self.kind in FAILURES
 
     def __str__(self) -> str:
-        told = "; ".join(f"{road} {kind}{': ' if why else ''}{why}" for road, (kind, why) in self.ways.items())
+        told = "; ".join(f"{way} {kind}{': ' if why else ''}{why}" for way, (kind, why) in self.ways.items())
         return f"python tests/differential.py --case {self.case.number}   # {told} | {self.case.describe()}"
 
 
@@ -909,10 +909,10 @@ def run_case(case: Case) -> Result:
     except Unreadable:
         expected = None
     ways, errors = {}, [0.0]
-    for road in ROADS:
-        outcome = call(road, case, built, prompt, threshold)
-        ways[road] = judge(case, expected, outcome, prompt)
-        if ways[road][0] == "exact":
+    for way in WAYS:
+        outcome = call(way, case, built, prompt, threshold)
+        ways[way] = judge(case, expected, outcome, prompt)
+        if ways[way][0] == "exact":
             pairs = (pair for steps in zip(expected.rows, outcome.trace.rows()) for pair in zip(*steps))
             errors += [error_of(*numbers) for pair in pairs for _, *numbers in numbers_of(*pair)]
     kinds = {kind for kind, _ in ways.values()}
@@ -972,10 +972,10 @@ def table(results: list[Result]) -> str:
             lines.append(" ".join(f"{kinds[kind]:8}" for kind in KINDS) + f"  {name} {value}")
     for title, wanted in (("refused by both", ("refused",)), ("refused by one alone", ("differs", *FAILURES))):
         reasons = Counter(
-            f"{road}: {reason(why)}"
+            f"{way}: {reason(why)}"
             for result in results
             if result.kind in wanted
-            for road, (kind, why) in result.ways.items()
+            for way, (kind, why) in result.ways.items()
             if kind in ("refused", "late")
         )
         lines += [f"{title}:"] if reasons else []
@@ -995,8 +995,8 @@ def main(arguments: list[str] | None = None) -> int:
         result = run_number(args.case)
         for f in fields(result.case):
             print(f"{f.name:22} {getattr(result.case, f.name)}")
-        for road, (kind, why) in result.ways.items():
-            print(f"{road:10} {kind} {why}")
+        for way, (kind, why) in result.ways.items():
+            print(f"{way:10} {kind} {why}")
         if result.failed:
             alike = "equals" if plain_is_exact(result.case) else "differs from"
             print(f"generate without S2T {alike} a forward of the whole text")

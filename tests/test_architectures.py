@@ -11,7 +11,7 @@ from functools import lru_cache
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import RESERVED, ROADS, SCOPES, SETUPS, prompts, single
+from tiny import RESERVED, SCOPES, SETUPS, WAYS, prompts, single
 from tiny_architectures import FAMILIES, REFUSED, REPEATED, NaiveCausalLM, make_model
 
 from transformers_s2t import (
@@ -75,8 +75,8 @@ def num_flipped(trace):
     return sum(step["flipped"] for row in trace.rows() for step in row)
 
 
-def generate(road, model, inputs, selector, config, trace=None):
-    if road == "processor":
+def generate(way, model, inputs, selector, config, trace=None):
+    if way == "processor":
         return plain(model, inputs, logits_processor=S2T(selector, config=config, trace=trace))
     settings = {"selector": selector, "decoding_config": config, "trace": trace}
     return plain(model, inputs, custom_generate=s2t_generate, **settings)
@@ -130,12 +130,12 @@ def naive_row(name, setup, row, num_rows):
 
 
 CASES = [
-    pytest.param(name, attn, setup, road, id=f"{name}-{attn}-{name_of(setup)}-{road}")
+    pytest.param(name, attn, setup, way, id=f"{name}-{attn}-{name_of(setup)}-{way}")
     for name, family in FAMILIES.items()
     for attn in family.impls
     for setup in SETUPS
-    for road in ROADS
-    if road == "fast" or attn == family.impls[0]  # both roads score with the same functions
+    for way in WAYS
+    if way == "loop" or attn == family.impls[0]  # both ways score with the same functions
 ]
 
 
@@ -160,8 +160,8 @@ def test_the_naive_decoder_selects_other_tokens_than_the_students_first(name, se
     assert max(batched) > 0 and naive_row(name, setup, 0, 1)[1] + sum(batched) >= 3
 
 
-@pytest.mark.parametrize(("name", "attn", "setup", "road"), CASES)
-def test_s2t_alone_and_in_a_left_padded_batch_equals_a_naive_decoder(name, attn, setup, road):
+@pytest.mark.parametrize(("name", "attn", "setup", "way"), CASES)
+def test_s2t_alone_and_in_a_left_padded_batch_equals_a_naive_decoder(name, attn, setup, way):
     model, selector = set_up(name, attn, setup)
     for num_rows, threshold in THRESHOLDS.items():
         config = S2TDecodingConfig(
@@ -169,17 +169,17 @@ def test_s2t_alone_and_in_a_left_padded_batch_equals_a_naive_decoder(name, attn,
         )
         expected, flipped = zip(*(naive_row(name, setup, row, num_rows) for row in range(num_rows)))
         trace = S2TTrace()
-        got = generate(road, model, batch_of(num_rows), selector, config, trace)[:, -NEW_TOKENS:]
+        got = generate(way, model, batch_of(num_rows), selector, config, trace)[:, -NEW_TOKENS:]
         assert got.tolist() == list(expected)
         assert num_flipped(trace) == sum(flipped)
-        if num_rows == 1 and road == "fast" and setup in SHARE_THE_CACHE:
+        if num_rows == 1 and way == "loop" and setup in SHARE_THE_CACHE:
             # one forward scores and decodes where a tree mask is exact; elsewhere cache rows are repeated
             in_one = name not in REPEATED and not (setup == SCOPES[0] and name in FLATTENED)
             assert set(trace.forwards) == {"tree" if in_one else "scorer"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_fast_road_goes_on_with_the_logits_of_the_model_where_it_scored(name):
+def test_the_cached_loop_continues_with_the_logits_of_the_model_where_it_scored(name):
     """Scaled or soft-capped logits: temperature, floor and triggers of the step after a tree step depend on them."""
     model, selector = set_up(name, FAMILIES[name].impls[0], SCOPES[2])
     config = S2TDecodingConfig(num_candidates=K, min_prob_ratio=0.0, warmup_tokens=0)
@@ -193,10 +193,10 @@ def test_the_fast_road_goes_on_with_the_logits_of_the_model_where_it_scored(name
     torch.testing.assert_close(torch.stack(got), torch.stack(expected), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_model_that_keeps_its_state_outside_of_the_cache_is_refused(name, setup, road):
+def test_a_model_that_keeps_its_state_outside_of_the_cache_is_refused(name, setup, way):
     with pytest.raises(ValueError, match="outside of the cache"):
         model, selector = set_up(name, "sdpa", setup)
-        generate(road, model, single(prompts(), 0), selector, S2TDecodingConfig(num_candidates=K, warmup_tokens=0))
+        generate(way, model, single(prompts(), 0), selector, S2TDecodingConfig(num_candidates=K, warmup_tokens=0))

@@ -1,6 +1,6 @@
-"""What would select wrongly is an error that names the cause, before the first token, on both roads.
+"""What would select wrongly is an error that names the cause, before the first token, in both ways.
 
-Roads: "processor" is `logits_processor=S2T(...)`, "fast" is `custom_generate=s2t_generate`. That no token came first
+Ways: "processor" is `logits_processor=S2T(...)`, "loop" is `custom_generate=s2t_generate`. That no token came first
 is told by a streamer and by the number of forwards: the prompt may have been read, but nothing was decoded.
 """
 
@@ -13,9 +13,9 @@ from tiny import (
     NEVER_FINISHES,
     PAD,
     RESERVED,
-    ROADS,
     SCOPES,
     SETUPS,
+    WAYS,
     lora_model,
     make_selector,
     offer_all,
@@ -48,9 +48,9 @@ def set_up(setup, **config):
     return model, make_selector(model, *setup)
 
 
-def generate(road, model, inputs, selector, config=None, trace=None, teacher=None, processors=(), **kwargs):
+def generate(way, model, inputs, selector, config=None, trace=None, teacher=None, processors=(), **kwargs):
     kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | NEVER_FINISHES | kwargs
-    if road == "processor":
+    if way == "processor":
         select = S2T(selector, teacher_model=teacher, config=config, trace=trace)
         return model.generate(**inputs, logits_processor=LogitsProcessorList([*processors, *select]), **kwargs)
     return model.generate(
@@ -65,10 +65,10 @@ def generate(road, model, inputs, selector, config=None, trace=None, teacher=Non
     )
 
 
-def accepted(road, *args, **kwargs):
+def accepted(way, *args, **kwargs):
     """Generates, and asserts that something was selected."""
     trace = S2TTrace()
-    output = generate(road, *args, trace=trace, **kwargs)
+    output = generate(way, *args, trace=trace, **kwargs)
     assert sum(step["flipped"] for row in trace.rows() for step in row) > 0
     return output
 
@@ -149,11 +149,11 @@ def test_a_selector_of_the_base_model_is_refused_by_a_model_that_it_was_merged_i
     LocalSelector.from_pretrained(tmp_path, tiny_model())
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_selector_of_another_model_is_taken_where_the_user_says_so(road, tmp_path, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_selector_of_another_model_is_taken_where_the_user_says_so(way, tmp_path, batch):
     save_adapter(tmp_path)
     model = tiny_model(seed=3)
-    accepted(road, model, batch, LocalSelector.from_pretrained(tmp_path, model, allow_other_model=True))
+    accepted(way, model, batch, LocalSelector.from_pretrained(tmp_path, model, allow_other_model=True))
 
 
 def test_a_selector_without_a_fingerprint_is_taken(tmp_path):
@@ -213,11 +213,11 @@ def test_a_selector_is_refused_by_a_head_that_lacks_its_tokens_and_more(num_rows
     assert model.lm_head.weight.shape[0] == num_rows
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_selector_whose_training_added_its_rows_is_taken(road, tmp_path, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_selector_whose_training_added_its_rows_is_taken(way, tmp_path, batch):
     save_adapter(tmp_path, model_hash="")
     model = tiny_model(vocab_size=RESERVED[0])
-    accepted(road, model, batch, LocalSelector.from_pretrained(tmp_path, model))
+    accepted(way, model, batch, LocalSelector.from_pretrained(tmp_path, model))
 
 
 SMALL = {"vocab_size": 60}
@@ -238,25 +238,25 @@ def small_prompts():
     return inputs | {"input_ids": inputs["input_ids"].clamp_max(43)}
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("setup", "most", "given"),
     [("teacher", 60, 61), ("teacher", 60, 64)] + [(setup, 44, given) for setup in SCOPES for given in (45, 64)],
     ids=name_of,
 )
-def test_more_candidates_than_tokens_are_refused(setup, most, given, road):
+def test_more_candidates_than_tokens_are_refused(setup, most, given, way):
     model, selector = small_set_up(setup)
     with refused(model, rf"`num_candidates` must be in \[1, {most}\].*got {given}") as streamer:
         inputs = {name: tensor[:1] for name, tensor in small_prompts().items()}
-        generate(road, model, inputs, selector, offer_all(num_candidates=given), streamer=streamer)
-    accepted(road, model, small_prompts(), selector, offer_all(num_candidates=most))
+        generate(way, model, inputs, selector, offer_all(num_candidates=given), streamer=streamer)
+    accepted(way, model, small_prompts(), selector, offer_all(num_candidates=most))
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_more_stored_candidates_than_tokens_are_refused(road):
+@pytest.mark.parametrize("way", WAYS)
+def test_more_stored_candidates_than_tokens_are_refused(way):
     model, selector = small_set_up(("candidate", "base"), num_candidates=64)
     with refused(model, r"`num_candidates` must be in \[1, 44\].*got 64") as streamer:
-        generate(road, model, small_prompts(), selector, streamer=streamer)
+        generate(way, model, small_prompts(), selector, streamer=streamer)
 
 
 def with_tokenizer(folder, model, tokenizer):
@@ -268,15 +268,15 @@ def with_tokenizer(folder, model, tokenizer):
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
 def test_a_teacher_whose_ids_mean_other_tokens_is_found_by_its_name(setup, tmp_path, batch):
-    """The processor road knows the model of a local selector alone; a teacher's text may be any model's."""
+    """The processor path knows the model of a local selector alone; a teacher's text may be any model's."""
     model, selector = set_up(setup)
     teacher = getattr(selector, "teacher_model", None) or tiny_model(seed=9)
     with_tokenizer(tmp_path / "model", model, make_tokenizer())
     with_tokenizer(tmp_path / "teacher", teacher, make_tokenizer(swap=(11, 12)))
     config = offer_all() if setup == "teacher" else offer_all(trigger="kl", threshold=0.1)
-    for road in ROADS if setup != "teacher" else ["fast"]:
+    for way in WAYS if setup != "teacher" else ["loop"]:
         with refused(model, SWAPPED) as streamer:
-            generate(road, model, batch, selector, config, teacher=teacher, streamer=streamer)
+            generate(way, model, batch, selector, config, teacher=teacher, streamer=streamer)
 
 
 @pytest.mark.parametrize("how", ["TeacherSelector", "S2T", "S2T-selector", "S2T-local"])
@@ -297,17 +297,17 @@ def test_a_teacher_whose_ids_mean_other_tokens_is_found_by_the_tokenizer_given(h
 
 
 @pytest.mark.parametrize("num_words", [60, 97, 120])
-@pytest.mark.parametrize("road", ROADS)
-def test_a_teacher_that_knows_more_or_fewer_words_is_taken(road, num_words, tmp_path, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_teacher_that_knows_more_or_fewer_words_is_taken(way, num_words, tmp_path, batch):
     ours, theirs = make_tokenizer(), make_tokenizer(num_words)
     model = with_tokenizer(tmp_path / "model", tiny_model(), ours)
     teacher = with_tokenizer(tmp_path / "teacher", tiny_model(seed=9, vocab_size=120), theirs)
-    accepted(road, model, batch, TeacherSelector(teacher, processing_class=ours), offer_all())
+    accepted(way, model, batch, TeacherSelector(teacher, processing_class=ours), offer_all())
 
 
 @pytest.mark.parametrize("setup", ["teacher", ("candidate", "base")], ids=name_of)
-@pytest.mark.parametrize("road", ROADS)
-def test_a_prompt_with_a_token_that_the_teacher_lacks_is_refused(road, setup):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_prompt_with_a_token_that_the_teacher_lacks_is_refused(way, setup):
     model, selector = set_up(setup)
     teacher = tiny_model(seed=9, vocab_size=60)
     if setup == "teacher":
@@ -317,13 +317,13 @@ def test_a_prompt_with_a_token_that_the_teacher_lacks_is_refused(road, setup):
     inputs["input_ids"] = inputs["input_ids"].clamp_max(59)
     inputs["input_ids"][1, -2] = 60
     with refused(model, "token id 60, but `teacher_model` knows 60 tokens") as streamer:
-        generate(road, model, inputs, selector, config, teacher=teacher, streamer=streamer)
+        generate(way, model, inputs, selector, config, teacher=teacher, streamer=streamer)
     inputs["input_ids"][1, -2] = 59
-    accepted(road, model, inputs, selector, config, teacher=teacher, suppress_tokens=list(range(60, 97)))
+    accepted(way, model, inputs, selector, config, teacher=teacher, suppress_tokens=list(range(60, 97)))
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_tokens_that_the_teacher_lacks_are_not_written(road):
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_that_the_teacher_lacks_are_not_written(way):
     """It could not read on behind them. The end of a text is written all the same: nobody reads on there."""
     model, selector = tiny_model(), TeacherSelector(tiny_model(seed=9, vocab_size=60))
     inputs = prompts()
@@ -331,11 +331,11 @@ def test_tokens_that_the_teacher_lacks_are_not_written(road):
     first_tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, 7:]
     assert int(first_tokens.max()) >= 60
     trace = S2TTrace()
-    got = generate(road, model, inputs, selector, offer_all(warmup_tokens=4), trace, eos_token_id=None)[:, 7:]
+    got = generate(way, model, inputs, selector, offer_all(warmup_tokens=4), trace, eos_token_id=None)[:, 7:]
     assert int(got.max()) < 60 and any(bool(step["asked_B"].any()) for step in trace.steps)
     config = offer_all(warmup_tokens=2, trigger="random", threshold=0.5)
     ends = int(first_tokens[first_tokens >= 60][0])
-    got = generate(road, model, inputs, selector, config, eos_token_id=ends, pad_token_id=70)[:, 7:]
+    got = generate(way, model, inputs, selector, config, eos_token_id=ends, pad_token_id=70)[:, 7:]
     assert set(got[got >= 60].tolist()) == {ends, 70}
 
 
@@ -366,12 +366,12 @@ TRIGGERS = [
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("rows", [[0, 1, 2], [1]], ids=["all-rows", "one-row"])
 @pytest.mark.parametrize("trigger", TRIGGERS, ids=name_of)
-@pytest.mark.parametrize("road", ROADS)
-def test_nan_from_the_first_step_on_is_refused(road, trigger, rows, do_sample, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_nan_from_the_first_step_on_is_refused(way, trigger, rows, do_sample, batch):
     model, selector = set_up("teacher")
     with refused(model, "logits are NaN") as streamer:
         generate(
-            road,
+            way,
             model,
             batch,
             selector,
@@ -382,9 +382,9 @@ def test_nan_from_the_first_step_on_is_refused(road, trigger, rows, do_sample, b
         )
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-def test_a_prompt_that_makes_the_model_yield_nan_is_refused(setup, road, batch):
+def test_a_prompt_that_makes_the_model_yield_nan_is_refused(setup, way, batch):
     """One broken row of the embedding, as a resized model may have: the other rows of the batch are sound."""
     model, selector = set_up(setup)
     token = int(batch["input_ids"][1, -1])
@@ -392,7 +392,7 @@ def test_a_prompt_that_makes_the_model_yield_nan_is_refused(setup, road, batch):
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = math.nan
     with refused(model, "logits are NaN") as streamer:
-        generate(road, model, batch, selector, offer_all(trigger="entropy", threshold=1.0), streamer=streamer)
+        generate(way, model, batch, selector, offer_all(trigger="entropy", threshold=1.0), streamer=streamer)
 
 
 def break_later(model, inputs, **kwargs):
@@ -407,8 +407,8 @@ def break_later(model, inputs, **kwargs):
 
 @pytest.mark.parametrize("trigger", ["entropy", "margin", "kl", "random"])
 @pytest.mark.parametrize("setup", ["teacher", ("candidate", "base")], ids=name_of)
-@pytest.mark.parametrize("road", ROADS)
-def test_nan_at_a_later_step_that_does_not_trigger_is_not_decoded_over(road, setup, trigger):
+@pytest.mark.parametrize("way", WAYS)
+def test_nan_at_a_later_step_that_does_not_trigger_is_not_decoded_over(way, setup, trigger):
     model, selector = set_up(setup)
     teacher = getattr(selector, "teacher_model", None) or tiny_model(seed=9) if trigger == "kl" else None
     inputs = prompts((6,))
@@ -416,35 +416,33 @@ def test_nan_at_a_later_step_that_does_not_trigger_is_not_decoded_over(road, set
     num_good = break_later(model, inputs, **banned)
     config, settings = offer_all(trigger=trigger, threshold=99.0), {"max_new_tokens": num_good}
     trace = S2TTrace()
-    generate(road, model, inputs, selector, config, trace, teacher, **settings)  # up to there all is well
+    generate(way, model, inputs, selector, config, trace, teacher, **settings)  # up to there all is well
     assert not any(step["triggered"] for step in trace.rows()[0])
     with refused(model, "logits are NaN", after=num_good) as streamer:
-        generate(
-            road, model, inputs, selector, config, teacher=teacher, max_new_tokens=num_good + 4, streamer=streamer
-        )
+        generate(way, model, inputs, selector, config, teacher=teacher, max_new_tokens=num_good + 4, streamer=streamer)
 
 
 @pytest.mark.parametrize("takeover", [False, True], ids=["select", "takeover"])
-@pytest.mark.parametrize("road", ROADS)
-def test_a_teacher_that_yields_nan_is_refused_where_it_would_select(road, takeover, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_teacher_that_yields_nan_is_refused_where_it_would_select(way, takeover, batch):
     model, teacher = tiny_model(), tiny_model(seed=9)
     with torch.no_grad():
         teacher.lm_head.weight[:] = math.nan
     selector = TeacherSelector(teacher, takeover=takeover)
     with refused(model, "(?i)nan") as streamer:
-        generate(road, model, batch, selector, offer_all(warmup_tokens=0), streamer=streamer)
+        generate(way, model, batch, selector, offer_all(warmup_tokens=0), streamer=streamer)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SCOPES[:2], ids=name_of)
-def test_an_adapter_that_yields_nan_is_refused_where_it_would_select(setup, road, batch):
+def test_an_adapter_that_yields_nan_is_refused_where_it_would_select(setup, way, batch):
     model, selector = set_up(setup)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter[:] = math.nan
     with pytest.raises(ValueError, match="(?i)nan"):
-        generate(road, model, batch, selector, offer_all(warmup_tokens=0))
+        generate(way, model, batch, selector, offer_all(warmup_tokens=0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,37 +457,37 @@ def padded(lengths, width):
 
 @pytest.mark.parametrize("length", [16, 17])
 @pytest.mark.parametrize(
-    ("setup", "road"),
-    [(setup, road) for setup in SETUPS for road in ROADS if (setup, road) != ("teacher", "processor")],
+    ("setup", "way"),
+    [(setup, way) for setup in SETUPS for way in WAYS if (setup, way) != ("teacher", "processor")],
     ids=name_of,
 )
-def test_a_prompt_that_fills_the_models_context_is_refused(setup, road, length):
-    """With a teacher the processor road knows nothing of the model that writes."""
+def test_a_prompt_that_fills_the_models_context_is_refused(setup, way, length):
+    """With a teacher the processor path knows nothing of the model that writes."""
     model, selector = set_up(setup, max_position_embeddings=16)
     if setup == "teacher":
         selector = TeacherSelector(tiny_model(seed=9))
     inputs = padded((5, length), length + 2)
     with refused(model, f"prompt has {length} tokens, but `model` reads at most 16") as streamer:
-        generate(road, model, inputs, selector, offer_all(), streamer=streamer)
+        generate(way, model, inputs, selector, offer_all(), streamer=streamer)
 
 
 @pytest.mark.parametrize("length", [16, 17])
 @pytest.mark.parametrize("setup", ["teacher", ("candidate", "base")], ids=name_of)
-@pytest.mark.parametrize("road", ROADS)
-def test_a_prompt_that_fills_the_teachers_context_is_refused(road, setup, length):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_prompt_that_fills_the_teachers_context_is_refused(way, setup, length):
     model, selector = set_up(setup)
     teacher = tiny_model(seed=9, max_position_embeddings=16)
     selector = TeacherSelector(teacher) if setup == "teacher" else selector
     config = offer_all() if setup == "teacher" else offer_all(trigger="kl", threshold=0.1)
     with refused(model, f"prompt has {length} tokens, but `teacher_model` reads at most 16") as streamer:
-        generate(road, model, padded((5, length), length), selector, config, teacher=teacher, streamer=streamer)
+        generate(way, model, padded((5, length), length), selector, config, teacher=teacher, streamer=streamer)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-@pytest.mark.parametrize("road", ROADS)
-def test_padding_does_not_count_as_context(road, setup):
+@pytest.mark.parametrize("way", WAYS)
+def test_padding_does_not_count_as_context(way, setup):
     """20 columns, of which no row fills more than 15."""
     model, selector = set_up(setup, max_position_embeddings=16)
     inputs = padded((9, 15), 20)
     assert inputs["input_ids"].shape == (2, 20)
-    accepted(road, model, inputs, selector, offer_all())
+    accepted(way, model, inputs, selector, offer_all())

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
-from tiny import ROADS, prompts, single, tiny_model
+from tiny import WAYS, prompts, single, tiny_model
 from tiny_architectures import NaiveCausalLM, make_model
 
 from s2t_recipes.evaluation import controls
@@ -17,10 +17,10 @@ from transformers_s2t.model_checks import check_reads_in_parts
 NEW_TOKENS = 12
 
 
-def generate(model, inputs, selector, road="fast", **config):
+def generate(model, inputs, selector, way="loop", **config):
     """The new tokens (B, S) and the trace."""
     trace, config = S2TTrace(), S2TDecodingConfig(**config)
-    if road == "processor":
+    if way == "processor":
         how = {"logits_processor": S2T(selector, config=config, trace=trace)}
     else:
         how = {"custom_generate": s2t_generate, "selector": selector, "decoding_config": config, "trace": trace}
@@ -94,20 +94,20 @@ def naive_zero_shot(model, ids, token_id, config):
     return ids[start:], scored
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("token_id", [None, 7], ids=["certain", "unlikely"])
 @pytest.mark.parametrize(
     ("family", "attn", "floor"),
     # a tree; logits with a soft-cap, which leaves them close to each other; repeated rows
     [("llama", "sdpa", 0.2), ("gemma2", "eager", 0.8), ("gpt_neo", "eager", 0.2)],
 )
-def test_zero_shot_equals_whole_texts_without_a_cache(family, attn, floor, token_id, road, monkeypatch):
+def test_zero_shot_equals_whole_texts_without_a_cache(family, attn, floor, token_id, way, monkeypatch):
     monkeypatch.setattr(controls, "HEAD_BATCH", 2)
     model, inputs = make_model(family, attn), prompts()
     assert not inputs["attention_mask"].all()  # padded on the left
     selector = controls.ZeroShotSelector(model, token_id)
     config = {"num_candidates": 5, "min_prob_ratio": floor}
-    tokens_BS, trace = generate(model, inputs, selector, road, **config)
+    tokens_BS, trace = generate(model, inputs, selector, way, **config)
     numbers_asked = {int(step["asked_B"].sum()) for step in trace.steps}
     assert len(numbers_asked - {0}) > 1  # of three rows: some steps leave rows out
     flips = 0
@@ -122,20 +122,20 @@ def test_zero_shot_equals_whole_texts_without_a_cache(family, attn, floor, token
     assert flips >= 3
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_every_token_of_zero_shot_is_counted(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_every_token_of_zero_shot_is_counted(way, batch):
     model, ran = tiny_model(eos_token_id=None), []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: ran.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     check_reads_in_parts("model", model)  # which runs it, once for a model
     ran.clear()
-    _, trace = generate(model, batch, controls.ZeroShotSelector(model), road, min_prob_ratio=0.05)
+    _, trace = generate(model, batch, controls.ZeroShotSelector(model), way, min_prob_ratio=0.05)
     plain = batch["input_ids"].numel() + len(batch["input_ids"]) * (NEW_TOKENS - 1)
     assert trace.tokens.keys() == {"scorer"}
     assert sum(ran) == plain + trace.tokens["scorer"]
     asked = sum(bool(step["asked_B"].any()) for step in trace.steps)
-    assert 0 < asked == trace.forwards["scorer"] if road == "fast" else asked < trace.forwards["scorer"]
+    assert 0 < asked == trace.forwards["scorer"] if way == "loop" else asked < trace.forwards["scorer"]
 
 
 def test_zero_shot_refuses_to_score_with_another_model(batch):

@@ -1,6 +1,6 @@
-"""Decoding as equivalences: both roads, every scope, and a naive decoder without caches give the same tokens.
+"""Decoding as equivalences: both ways, every scope, and a naive decoder without caches give the same tokens.
 
-Roads: "processor" is `logits_processor=S2T(...)`, "fast" is `custom_generate=s2t_generate`. Models are random, so most
+Ways: "processor" is `logits_processor=S2T(...)`, "loop" is `custom_generate=s2t_generate`. Models are random, so most
 tests offer all K candidates (min_prob_ratio=0) and assert that something flipped: otherwise they could not fail.
 """
 
@@ -15,9 +15,9 @@ from tiny import (
     NEVER_FINISHES,
     PAD,
     RESERVED,
-    ROADS,
     SCOPES,
     SETUPS,
+    WAYS,
     NaiveModel,
     lora_model,
     make_selector,
@@ -68,9 +68,9 @@ def set_up(setup, family="llama", attn="sdpa", **config):
     return model, make_selector(model, *setup)
 
 
-def generate(road, model, inputs, selector, config=None, trace=None, teacher=None, **kwargs):
+def generate(way, model, inputs, selector, config=None, trace=None, teacher=None, **kwargs):
     kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | kwargs
-    if road == "processor":
+    if way == "processor":
         processors = S2T(selector, teacher_model=teacher, config=config, trace=trace)
         return model.generate(**inputs, logits_processor=processors, **kwargs)
     return model.generate(
@@ -84,13 +84,13 @@ def generate(road, model, inputs, selector, config=None, trace=None, teacher=Non
     )
 
 
-def both_roads(model, inputs, selector, config=None, **kwargs):
-    """The tokens that both roads agree on, and the fast road's trace."""
+def both_ways(model, inputs, selector, config=None, **kwargs):
+    """The tokens that both ways agree on, and the cached loop's trace."""
     trace = S2TTrace()
     processor = generate("processor", model, inputs, selector, config, **kwargs)
-    fast = generate("fast", model, inputs, selector, config, trace, **kwargs)
-    assert processor.tolist() == fast.tolist()
-    return fast, trace
+    loop = generate("loop", model, inputs, selector, config, trace, **kwargs)
+    assert processor.tolist() == loop.tolist()
+    return loop, trace
 
 
 def num_flipped(trace):
@@ -105,7 +105,7 @@ def middle_threshold(model, inputs, selector, trigger, teacher=None):
     """A threshold that about half of the steps reach, well away from every value that occurs without selection."""
     trace = S2TTrace()
     config = offer_all(trigger=trigger, threshold=-math.inf)
-    generate("fast", model, inputs, selector, config, trace, teacher)
+    generate("loop", model, inputs, selector, config, trace, teacher)
     values = torch.stack([step["value_B"] for step in trace.steps]).flatten().sort().values
     middle = len(values) // 2
     return float(values[middle - 1] + values[middle]) / 2
@@ -186,10 +186,10 @@ def until_end(new_tokens):
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-def test_both_roads_equal_a_naive_decoder_without_caches(setup, family, attn, batch):
+def test_both_ways_equal_a_naive_decoder_without_caches(setup, family, attn, batch):
     model, selector = set_up(setup, family, attn)
     config = offer_all()
-    got, _ = both_roads(model, batch, selector, config)
+    got, _ = both_ways(model, batch, selector, config)
     flips = 0
     for row in range(3):
         ids = single(batch, row)["input_ids"][0].tolist()
@@ -211,7 +211,7 @@ def test_triggered_steps_equal_those_of_the_naive_decoder(setup, trigger, ratio,
     threshold = middle_threshold(model, batch, selector, trigger)
     config = offer_all(trigger=trigger, threshold=threshold, min_prob_ratio=ratio)
     trace = S2TTrace()
-    got = generate("fast", model, batch, selector, config, trace)
+    got = generate("loop", model, batch, selector, config, trace)
     flips = 0
     for row in range(3):
         ids = single(batch, row)["input_ids"][0].tolist()
@@ -228,18 +228,18 @@ def test_triggered_steps_equal_those_of_the_naive_decoder(setup, trigger, ratio,
 
 
 def test_the_two_calls_of_the_design_work_as_they_are_written(batch):
-    """`S2T(teacher_model=t)` and `S2T(selector)` literally, and the fast road with `selector=` alone."""
+    """`S2T(teacher_model=t)` and `S2T(selector)` literally, and the cached loop with `selector=` alone."""
     model, teacher = tiny_model(), tiny_model(seed=9)
     greedy = model.generate(**batch, max_new_tokens=NEW_TOKENS)
     by_teacher = model.generate(**batch, logits_processor=S2T(teacher_model=teacher), max_new_tokens=NEW_TOKENS)
     assert by_teacher.tolist() != greedy.tolist()
-    fast = model.generate(**batch, custom_generate=s2t_generate, teacher_model=teacher, max_new_tokens=NEW_TOKENS)
-    assert fast.tolist() == by_teacher.tolist()
+    loop = model.generate(**batch, custom_generate=s2t_generate, teacher_model=teacher, max_new_tokens=NEW_TOKENS)
+    assert loop.tolist() == by_teacher.tolist()
     selector = make_selector(model)
     by_itself = model.generate(**batch, logits_processor=S2T(selector), max_new_tokens=NEW_TOKENS)
     assert by_itself.tolist() != greedy.tolist()
-    fast = model.generate(**batch, custom_generate=s2t_generate, selector=selector, max_new_tokens=NEW_TOKENS)
-    assert fast.tolist() == by_itself.tolist()
+    loop = model.generate(**batch, custom_generate=s2t_generate, selector=selector, max_new_tokens=NEW_TOKENS)
+    assert loop.tolist() == by_itself.tolist()
 
 
 def test_a_list_of_one_processor_is_what_s2t_is(batch):
@@ -254,68 +254,68 @@ def test_a_list_of_one_processor_is_what_s2t_is(batch):
     [(setup, trigger) for setup in SETUPS for trigger in ("entropy", "margin", "kl", "random")],
     ids=lambda value: name_of(value),
 )
-def test_both_roads_trigger_at_the_same_steps_with_the_same_values(setup, trigger, batch):
+def test_both_ways_trigger_at_the_same_steps_with_the_same_values(setup, trigger, batch):
     model, selector = set_up(setup)
     teacher = getattr(selector, "teacher_model", tiny_model(seed=9)) if trigger == "kl" else None
     threshold = 0.5 if trigger == "random" else middle_threshold(model, batch, selector, trigger, teacher)
     config = offer_all(trigger=trigger, threshold=threshold)
     traces = S2TTrace(), S2TTrace()
     tokens = [
-        generate(road, model, batch, selector, config, trace, teacher, eos_token_id=None)
-        for road, trace in zip(ROADS, traces)
+        generate(way, model, batch, selector, config, trace, teacher, eos_token_id=None)
+        for way, trace in zip(WAYS, traces)
     ]
     assert tokens[0].tolist() == tokens[1].tolist()
     assert num_flipped(traces[0]) == num_flipped(traces[1]) > 0
-    for processor, fast in zip(traces[0].steps, traces[1].steps):
-        assert torch.allclose(processor["value_B"], fast["value_B"], atol=1e-4)
-        assert torch.equal(processor["asked_B"], fast["asked_B"])
+    for processor, loop in zip(traces[0].steps, traces[1].steps):
+        assert torch.allclose(processor["value_B"], loop["value_B"], atol=1e-4)
+        assert torch.equal(processor["asked_B"], loop["asked_B"])
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-@pytest.mark.parametrize("road", ROADS)
-def test_trigger_never_is_greedy_generate(road, setup, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_trigger_never_is_greedy_generate(way, setup, batch):
     model, selector = set_up(setup)
     banned = {} if setup == "teacher" else {"suppress_tokens": list(RESERVED)}
     expected = plain(model, batch, **banned)
-    assert generate(road, model, batch, selector, offer_all(trigger="never")).tolist() == expected.tolist()
+    assert generate(way, model, batch, selector, offer_all(trigger="never")).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("settings", [{"num_candidates": 1}, {"min_prob_ratio": 1.0}], ids=["K=1", "floor=1"])
-def test_one_candidate_is_greedy_generate(road, setup, settings, batch):
+def test_one_candidate_is_greedy_generate(way, setup, settings, batch):
     model, selector = set_up(setup)
     banned = {} if setup == "teacher" else {"suppress_tokens": list(RESERVED)}
     trace = S2TTrace()
-    got = generate(road, model, batch, selector, offer_all(**settings), trace)
+    got = generate(way, model, batch, selector, offer_all(**settings), trace)
     assert got.tolist() == plain(model, batch, **banned).tolist()
     assert any(step["triggered"] for row in trace.rows() for step in row)
     assert not any(step["asked"] for row in trace.rows() for step in row)
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_teacher_equal_to_the_student_changes_nothing(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_teacher_equal_to_the_student_changes_nothing(way, batch):
     model, trace = tiny_model(), S2TTrace()
-    got = generate(road, model, batch, TeacherSelector(tiny_model()), offer_all(warmup_tokens=0), trace)
+    got = generate(way, model, batch, TeacherSelector(tiny_model()), offer_all(warmup_tokens=0), trace)
     assert got.tolist() == plain(model, batch).tolist()
     assert all(step["asked"] for step in trace.rows()[0])
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
 @pytest.mark.parametrize("trigger", ["always", "entropy"])
-@pytest.mark.parametrize("road", ROADS)
-def test_a_left_padded_batch_equals_its_rows_alone(road, trigger, setup, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_left_padded_batch_equals_its_rows_alone(way, trigger, setup, batch):
     """With "entropy" rows trigger at different steps, and rows that are not asked go along in the same forward."""
     model, selector = set_up(setup)
     config = offer_all()
     if trigger == "entropy":
         config = offer_all(trigger=trigger, threshold=middle_threshold(model, batch, selector, trigger))
     trace = S2TTrace()
-    together = generate(road, model, batch, selector, config, trace)[:, batch["input_ids"].shape[1] :]
+    together = generate(way, model, batch, selector, config, trace)[:, batch["input_ids"].shape[1] :]
     assert num_flipped(trace) > 0
     for row in range(3):
         alone = single(batch, row)
-        new = generate(road, model, alone, selector, config)[0, alone["input_ids"].shape[1] :]
+        new = generate(way, model, alone, selector, config)[0, alone["input_ids"].shape[1] :]
         assert together[row, : len(new)].tolist() == new.tolist()
         assert set(together[row, len(new) :].tolist()) <= {PAD}
 
@@ -328,30 +328,30 @@ def test_padding_with_the_end_of_sequence_token_is_still_padding(setup):
     if setup == "teacher":
         selector.teacher_model.generation_config.pad_token_id = selector.teacher_model.config.pad_token_id = EOS
     inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, EOS)
-    _, trace = both_roads(model, inputs, selector, offer_all())
+    _, trace = both_ways(model, inputs, selector, offer_all())
     assert num_flipped(trace) > 0
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
 @pytest.mark.parametrize("ratio", [0.0, 0.05, 0.6, 1.0])
-def test_both_roads_agree_at_every_floor(setup, ratio, batch):
+def test_both_ways_agree_at_every_floor(setup, ratio, batch):
     model, selector = set_up(setup)
-    _, trace = both_roads(model, batch, selector, offer_all(min_prob_ratio=ratio), **NEVER_FINISHES)
+    _, trace = both_ways(model, batch, selector, offer_all(min_prob_ratio=ratio), **NEVER_FINISHES)
     assert (num_flipped(trace) > 0) == (ratio < 1)
     offered = [len(step["candidate_ids"]) for row in trace.rows() for step in row if step["asked"]]
     assert set(offered) == {5} if ratio == 0 else all(2 <= n <= 5 for n in offered)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("warmup", [0, 3, 6])
 @pytest.mark.parametrize("setup", ["teacher", ("sequence", "adapted")], ids=name_of)
-def test_the_first_new_tokens_never_trigger(setup, warmup, road, batch):
+def test_the_first_new_tokens_never_trigger(setup, warmup, way, batch):
     model, selector = set_up(setup)
     trace = S2TTrace()
-    got = generate(road, model, batch, selector, offer_all(warmup_tokens=warmup), trace, **NEVER_FINISHES)
+    got = generate(way, model, batch, selector, offer_all(warmup_tokens=warmup), trace, **NEVER_FINISHES)
     asked = [bool(step["asked_B"].all()) for step in trace.steps]
     assert asked == [False] * warmup + [True] * (NEW_TOKENS - warmup)
-    never = generate(road, model, batch, selector, offer_all(trigger="never"), **NEVER_FINISHES)
+    never = generate(way, model, batch, selector, offer_all(trigger="never"), **NEVER_FINISHES)
     assert got[:, : 7 + warmup].tolist() == never[:, : 7 + warmup].tolist()
     assert got.tolist() != never.tolist()
 
@@ -360,10 +360,10 @@ def test_the_first_new_tokens_never_trigger(setup, warmup, road, batch):
 def test_a_model_that_repeats_cache_rows_decodes_the_same(setup, monkeypatch, batch):
     """The fallback of models without a tree mask, forced upon one that has it."""
     model, selector = set_up(setup)
-    expected = generate("fast", model, batch, selector, offer_all())
+    expected = generate("loop", model, batch, selector, offer_all())
     for module in ("scoring", "selection"):
         monkeypatch.setattr(f"transformers_s2t.{module}.supports_tree", lambda model, cache: False)
-    tokens, trace = both_roads(model, batch, selector, offer_all())
+    tokens, trace = both_ways(model, batch, selector, offer_all())
     assert tokens.tolist() == expected.tolist()
     assert num_flipped(trace) > 0
     assert "tree" not in trace.forwards
@@ -375,10 +375,10 @@ def test_flex_attention_repeats_cache_rows_and_selects_the_same(setup):
     model, selector = set_up(setup, hidden_size=64, head_dim=16)
     inputs, settings = prompts((6,)), {"max_new_tokens": 3, **NEVER_FINISHES}
     config = offer_all(warmup_tokens=0, num_candidates=2)
-    expected = generate("fast", model, inputs, selector, config, **settings)
+    expected = generate("loop", model, inputs, selector, config, **settings)
     model.set_attn_implementation("flex_attention")
     with torch.compiler.set_stance("force_eager"):
-        tokens, trace = both_roads(model, inputs, selector, config, **settings)
+        tokens, trace = both_ways(model, inputs, selector, config, **settings)
     assert tokens.tolist() == expected.tolist()
     assert set(trace.forwards) == {"scorer"}
 
@@ -387,9 +387,9 @@ def test_a_cache_that_keeps_more_than_the_window_is_masked_by_the_window():
     """A user's own DynamicCache holds plain layers, whatever the model's attention looks back at."""
     model, selector = set_up(("candidate", "base"), "mistral", sliding_window=4)
     inputs, config = prompts((9,)), offer_all(warmup_tokens=0)
-    expected = generate("fast", model, inputs, selector, config)
+    expected = generate("loop", model, inputs, selector, config)
     trace = S2TTrace()
-    got = generate("fast", model, inputs, selector, config, trace, past_key_values=DynamicCache())
+    got = generate("loop", model, inputs, selector, config, trace, past_key_values=DynamicCache())
     assert got.tolist() == expected.tolist()
     assert num_flipped(trace) > 0
 
@@ -400,9 +400,9 @@ def test_one_forward_and_two_select_the_same(setup, num_free, monkeypatch, batch
     """Which is cheaper depends on the device and on how many rows ask; the tokens must not."""
     model, selector = set_up(setup)
     config = offer_all(trigger="random", threshold=0.6, warmup_tokens=0)
-    expected = generate("fast", model, batch, selector, config)
+    expected = generate("loop", model, batch, selector, config)
     monkeypatch.setattr("transformers_s2t.scoring.candidates.FREE_TOKENS", {"cpu": num_free})
-    tokens, trace = both_roads(model, batch, selector, config)
+    tokens, trace = both_ways(model, batch, selector, config)
     assert tokens.tolist() == expected.tolist()
     assert num_flipped(trace) > 0
     shares_the_cache = num_free > 0 and setup != ("sequence", "base")
@@ -423,7 +423,7 @@ def test_an_adapter_that_is_not_plain_lora_takes_two_forwards(dora, batch):
     peft_model = get_peft_model(model, peft_config, adapter_name="s2t").eval()
     selector = LocalSelector(peft_model, SelectorConfig(RESERVED, num_candidates=5, min_prob_ratio=0.0), "s2t")
     assert selector.can_split is not dora
-    _, trace = both_roads(model, batch, selector, offer_all())
+    _, trace = both_ways(model, batch, selector, offer_all())
     assert ("tree" in trace.forwards) is not dora
 
 
@@ -443,12 +443,12 @@ def test_ordinary_steps_run_the_base_layers_alone_and_the_model_is_left_as_it_wa
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
     try:
-        generate("fast", model, batch, selector, offer_all(trigger="never"), stopping_criteria=[stop])
+        generate("loop", model, batch, selector, offer_all(trigger="never"), stopping_criteria=[stop])
     except KeyboardInterrupt:
         assert fails
     assert not calls
     assert [(name, id(module)) for name, module in model.named_modules()] == before
-    generate("fast", model, batch, selector, offer_all(warmup_tokens=NEW_TOKENS - 1))
+    generate("loop", model, batch, selector, offer_all(warmup_tokens=NEW_TOKENS - 1))
     assert not calls, "adapted and base tokens share a forward: the base layers' own"
     model.generate(**batch, max_new_tokens=2)
     assert calls
@@ -456,10 +456,10 @@ def test_ordinary_steps_run_the_base_layers_alone_and_the_model_is_left_as_it_wa
 
 def test_a_merged_selector_selects_the_same_without_an_adapter_in_the_way(batch):
     model, selector = set_up(("sequence", "adapted"))
-    expected, _ = both_roads(model, batch, selector, offer_all())
+    expected, _ = both_ways(model, batch, selector, offer_all())
     assert selector.merge() is selector
     assert not any(hasattr(module, "lora_A") for module in model.modules() if module is not model.lm_head)
-    tokens, trace = both_roads(model, batch, selector, offer_all())
+    tokens, trace = both_ways(model, batch, selector, offer_all())
     assert tokens.tolist() == expected.tolist()
     assert num_flipped(trace) > 0 and set(trace.forwards) == {"tree"}
 
@@ -479,27 +479,27 @@ def test_merging_is_exact_or_refused(tmp_path):
 def test_a_layer_that_flattens_its_tokens_takes_two_forwards(batch):
     """Experts see the tokens of all rows in one heap: which of them are the last ones cannot be told."""
     model, selector = set_up(("candidate", "base"))
-    expected = generate("fast", model, batch, selector, offer_all())
+    expected = generate("loop", model, batch, selector, offer_all())
     mlp = model.model.layers[1].mlp
     forward = mlp.forward
     mlp.forward = lambda hidden: forward(hidden.flatten(0, 1)).reshape(hidden.shape)
-    tokens, trace = both_roads(model, batch, selector, offer_all())
+    tokens, trace = both_ways(model, batch, selector, offer_all())
     assert tokens.tolist() == expected.tolist()
     assert not selector.can_split and set(trace.forwards) == {"scorer"}
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-def test_both_roads_agree_on_a_sliding_window_beyond_its_window(setup, batch):
+def test_both_ways_agree_on_a_sliding_window_beyond_its_window(setup, batch):
     model, selector = set_up(setup, "mistral", sliding_window=5)
-    _, trace = both_roads(model, batch, selector, offer_all(), **NEVER_FINISHES)
+    _, trace = both_ways(model, batch, selector, offer_all(), **NEVER_FINISHES)
     assert num_flipped(trace) > 0
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_both_roads_agree_for_tied_and_untied_heads(tied, batch):
+def test_both_ways_agree_for_tied_and_untied_heads(tied, batch):
     model = tiny_model(tie_word_embeddings=tied)
     selector = make_selector(model, "sequence", "adapted")
-    _, trace = both_roads(model, batch, selector, offer_all())
+    _, trace = both_ways(model, batch, selector, offer_all())
     assert num_flipped(trace) > 0
 
 
@@ -531,14 +531,14 @@ def test_a_call_that_goes_on_with_the_last_calls_output_is_a_new_call(setup):
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-def test_the_fast_road_goes_on_from_a_cache_of_the_prompt(setup):
+def test_the_cached_loop_continues_from_a_cache_of_the_prompt(setup):
     model, selector = set_up(setup)
     inputs = prompts((8,))
-    expected = generate("fast", model, inputs, selector, offer_all())
+    expected = generate("loop", model, inputs, selector, offer_all())
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=inputs["input_ids"][:, :5], past_key_values=cache)
-    got = generate("fast", model, inputs, selector, offer_all(), past_key_values=cache)
+    got = generate("loop", model, inputs, selector, offer_all(), past_key_values=cache)
     assert got.tolist() == expected.tolist()
 
 
@@ -549,8 +549,8 @@ def test_a_local_selector_leaves_the_model_in_the_state_that_writes_the_text(set
     adapted = setup[1] == "adapted"
     if not adapted:
         assert before.tolist() == plain(tiny_model(), batch).tolist()
-    for road in ROADS:
-        generate(road, model, batch, selector, offer_all())
+    for way in WAYS:
+        generate(way, model, batch, selector, offer_all())
         assert adapter_is_on(model, selector.adapter_name) is adapted
         assert plain(model, batch).tolist() == before.tolist()
 
@@ -572,15 +572,15 @@ def test_a_local_selector_leaves_the_model_in_the_state_that_writes_the_text(set
     ],
     ids=lambda warpers: "+".join(warpers),
 )
-def test_both_roads_draw_the_same_samples_from_the_same_seed(setup, warpers, batch):
+def test_both_ways_draw_the_same_samples_from_the_same_seed(setup, warpers, batch):
     model, selector = set_up(setup)
     config = offer_all(trigger="random", threshold=0.6)
     settings = {"do_sample": True, "top_k": 0} | warpers | NEVER_FINISHES
     outputs, traces = [], []
-    for road in ROADS:
+    for way in WAYS:
         torch.manual_seed(3)
         traces.append(S2TTrace())
-        outputs.append(generate(road, model, batch, selector, config, traces[-1], **settings))
+        outputs.append(generate(way, model, batch, selector, config, traces[-1], **settings))
     assert outputs[0].tolist() == outputs[1].tolist()
     candidates = [
         [step["candidate_ids_AK"][step["mask_AK"]].tolist() for step in trace.steps if "mask_AK" in step]
@@ -590,13 +590,13 @@ def test_both_roads_draw_the_same_samples_from_the_same_seed(setup, warpers, bat
     assert num_flipped(traces[0]) > 0
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_triggered_step_of_a_sampled_text_emits_the_selected_token(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_triggered_step_of_a_sampled_text_emits_the_selected_token(way, batch):
     model, selector = set_up("teacher")
     trace = S2TTrace()
     config = offer_all(trigger="random", threshold=0.5)
     torch.manual_seed(0)
-    got = generate(road, model, batch, selector, config, trace, do_sample=True, temperature=1.5, **NEVER_FINISHES)
+    got = generate(way, model, batch, selector, config, trace, do_sample=True, temperature=1.5, **NEVER_FINISHES)
     emitted = got[:, 7:].T
     asked = torch.stack([step["asked_B"] for step in trace.steps])
     selected = torch.stack([step["token_B"] for step in trace.steps])
@@ -608,11 +608,11 @@ def test_a_triggered_step_of_a_sampled_text_emits_the_selected_token(road, batch
 def test_each_of_several_return_sequences_decodes_on_its_own(setup):
     model, selector = set_up(setup)
     outputs = []
-    for road in ROADS:
+    for way in WAYS:
         torch.manual_seed(1)
         config = offer_all(trigger="random", threshold=0.7)
         settings = {"do_sample": True, "num_return_sequences": 3} | NEVER_FINISHES
-        outputs.append(generate(road, model, prompts((5, 3)), selector, config, **settings))
+        outputs.append(generate(way, model, prompts((5, 3)), selector, config, **settings))
     assert outputs[0].shape == (6, 5 + NEW_TOKENS)
     assert outputs[0].tolist() == outputs[1].tolist()
     assert len({tuple(row) for row in outputs[0].tolist()}) == 6
@@ -631,8 +631,8 @@ def test_each_of_several_return_sequences_decodes_on_its_own(setup):
 )
 def test_the_users_processors_shape_the_proposals(setup, settings, batch):
     model, selector = set_up(setup)
-    without, _ = both_roads(model, batch, selector, offer_all(), **NEVER_FINISHES)
-    got, trace = both_roads(model, batch, selector, offer_all(), **settings, **NEVER_FINISHES)
+    without, _ = both_ways(model, batch, selector, offer_all(), **NEVER_FINISHES)
+    got, trace = both_ways(model, batch, selector, offer_all(), **settings, **NEVER_FINISHES)
     assert got.tolist() != without.tolist()
     assert num_flipped(trace) > 0
     if "suppress_tokens" in settings:
@@ -642,9 +642,9 @@ def test_the_users_processors_shape_the_proposals(setup, settings, batch):
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
 def test_any_end_of_sequence_token_ends_its_row_alone(setup, batch):
     model, selector = set_up(setup)
-    free, _ = both_roads(model, batch, selector, offer_all(), **NEVER_FINISHES)
+    free, _ = both_ways(model, batch, selector, offer_all(), **NEVER_FINISHES)
     ends = [int(free[0, 7 + 4]), int(free[2, 7 + 6])]  # selected tokens, not only student's firsts
-    got, _ = both_roads(model, batch, selector, offer_all(), eos_token_id=ends)
+    got, _ = both_ways(model, batch, selector, offer_all(), eos_token_id=ends)
     for row in range(3):
         expected = free[row].tolist()
         end = next((i for i in range(7, len(expected)) if expected[i] in ends), len(expected) - 1)
@@ -663,10 +663,10 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-def test_a_stop_string_ends_the_text_on_both_roads(setup, tokenizer):
+def test_a_stop_string_ends_the_text_on_both_ways(setup, tokenizer):
     model, selector = set_up(setup)
     inputs = prompts((6,))
-    free, _ = both_roads(model, inputs, selector, offer_all(), **NEVER_FINISHES)
+    free, _ = both_ways(model, inputs, selector, offer_all(), **NEVER_FINISHES)
     stop = int(free[0, 6 + 5])
     stops = [f"w{stop};"]
     got = generate(
@@ -674,23 +674,23 @@ def test_a_stop_string_ends_the_text_on_both_roads(setup, tokenizer):
     )
     # `generate` drops `tokenizer=` for every custom strategy (test_library_guards.py), so the criterion goes in itself
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stops)])
-    fast = generate("fast", model, inputs, selector, offer_all(), stopping_criteria=criteria, **NEVER_FINISHES)
-    assert fast.tolist() == got.tolist()
+    loop = generate("loop", model, inputs, selector, offer_all(), stopping_criteria=criteria, **NEVER_FINISHES)
+    assert loop.tolist() == got.tolist()
     first = free[0, 6:].tolist().index(stop)
     assert got[0].tolist() == free[0, : 6 + first + 1].tolist()
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_scores_and_logits_are_returned_alike_on_both_roads(setup, do_sample, batch):
+def test_scores_and_logits_are_returned_alike_on_both_ways(setup, do_sample, batch):
     model, selector = set_up(setup)
     outputs, trace = [], S2TTrace()
     config = offer_all(trigger="random", threshold=0.5)
-    for road in ROADS:
+    for way in WAYS:
         torch.manual_seed(4)
         outputs.append(
             generate(
-                road,
+                way,
                 model,
                 batch,
                 selector,
@@ -703,15 +703,15 @@ def test_scores_and_logits_are_returned_alike_on_both_roads(setup, do_sample, ba
                 **NEVER_FINISHES,
             )
         )
-    processor, fast = outputs
-    assert type(processor) is type(fast)
-    assert processor.sequences.tolist() == fast.sequences.tolist()
-    assert len(fast.scores) == len(fast.logits) == NEW_TOKENS
-    assert isinstance(fast.past_key_values, DynamicCache)
-    for ours, theirs in zip(fast.scores + fast.logits, processor.scores + processor.logits):
+    processor, loop = outputs
+    assert type(processor) is type(loop)
+    assert processor.sequences.tolist() == loop.sequences.tolist()
+    assert len(loop.scores) == len(loop.logits) == NEW_TOKENS
+    assert isinstance(loop.past_key_values, DynamicCache)
+    for ours, theirs in zip(loop.scores + loop.logits, processor.scores + processor.logits):
         assert torch.equal(torch.isinf(ours), torch.isinf(theirs))
         assert torch.allclose(ours, theirs, atol=1e-4)
-    for step, scores in zip(trace.steps, fast.scores):
+    for step, scores in zip(trace.steps, loop.scores):
         finite = torch.isfinite(scores).sum(-1)
         assert bool((finite[step["asked_B"]] == 1).all())
         assert bool((finite[~step["asked_B"]] > 1).all())
@@ -720,19 +720,19 @@ def test_scores_and_logits_are_returned_alike_on_both_roads(setup, do_sample, ba
 
 def test_without_a_dict_no_scores_are_kept(batch):
     model, selector = set_up("teacher")
-    assert isinstance(generate("fast", model, batch, selector), torch.Tensor)
-    output = generate("fast", model, batch, selector, return_dict_in_generate=True)
+    assert isinstance(generate("loop", model, batch, selector), torch.Tensor)
+    output = generate("loop", model, batch, selector, return_dict_in_generate=True)
     assert (output.scores, output.logits) == (None, None)
 
 
 @pytest.mark.parametrize("streamer_type", [TextStreamer, TextIteratorStreamer])
 @pytest.mark.parametrize("setup", ["teacher", ("sequence", "adapted")], ids=name_of)
-def test_text_streams_alike_on_both_roads(setup, streamer_type, tokenizer, capsys):
+def test_text_streams_alike_on_both_ways(setup, streamer_type, tokenizer, capsys):
     model, selector = set_up(setup)
     inputs, texts = prompts((6,)), []
-    for road in ROADS:
+    for way in WAYS:
         streamer = streamer_type(tokenizer, skip_prompt=True)
-        got = generate(road, model, inputs, selector, offer_all(), streamer=streamer)
+        got = generate(way, model, inputs, selector, offer_all(), streamer=streamer)
         text = capsys.readouterr().out if streamer_type is TextStreamer else "".join(streamer)
         texts.append(text.strip())
     assert texts[0] == texts[1] == tokenizer.decode(got[0, 6:])
@@ -742,17 +742,17 @@ def test_text_streams_alike_on_both_roads(setup, streamer_type, tokenizer, capsy
 # Teachers
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_takeover_at_every_step_is_the_teachers_own_text(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_takeover_at_every_step_is_the_teachers_own_text(way, batch):
     model, teacher = tiny_model(), tiny_model(seed=9)
     selector, config = TeacherSelector(teacher, takeover=True), offer_all(warmup_tokens=0)
-    assert generate(road, model, batch, selector, config).tolist() == plain(teacher, batch).tolist()
+    assert generate(way, model, batch, selector, config).tolist() == plain(teacher, batch).tolist()
 
 
 def test_takeover_emits_the_teachers_token_at_triggered_steps_only(batch):
     model, teacher = tiny_model(), tiny_model(seed=9)
     config = offer_all(trigger="random", threshold=0.5)
-    got, trace = both_roads(model, batch, TeacherSelector(teacher, takeover=True), config, **NEVER_FINISHES)
+    got, trace = both_ways(model, batch, TeacherSelector(teacher, takeover=True), config, **NEVER_FINISHES)
     student, naive_teacher, outside = NaiveModel(model), NaiveModel(teacher), 0
     for row in range(3):
         ids, width = single(batch, row)["input_ids"][0].tolist(), batch["input_ids"].shape[1]
@@ -764,12 +764,12 @@ def test_takeover_emits_the_teachers_token_at_triggered_steps_only(batch):
     assert outside > 0, "the teacher's token always was a candidate: takeover was not told from selection"
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_takeover_never_emits_what_the_user_forbids(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_takeover_never_emits_what_the_user_forbids(way, batch):
     model, teacher = tiny_model(), tiny_model(seed=9)
     forbidden = sorted(set(plain(teacher, batch)[:, 7:].flatten().tolist()) - {PAD, EOS})
     got = generate(
-        road,
+        way,
         model,
         batch,
         TeacherSelector(teacher, takeover=True),
@@ -790,9 +790,9 @@ def test_a_teacher_with_another_number_of_head_rows_selects_what_it_knows(vocab_
     teacher = TeacherSelector(tiny_model(seed=9, vocab_size=vocab_size))
     config = offer_all() if trigger == "always" else offer_all(trigger="kl", threshold=0.5)
     if vocab_size == 60:
-        _, trace = both_roads(model, inputs, teacher, config, suppress_tokens=list(range(60, 97)), **NEVER_FINISHES)
+        _, trace = both_ways(model, inputs, teacher, config, suppress_tokens=list(range(60, 97)), **NEVER_FINISHES)
     else:
-        _, trace = both_roads(model, inputs, teacher, config, **NEVER_FINISHES)
+        _, trace = both_ways(model, inputs, teacher, config, **NEVER_FINISHES)
     assert num_flipped(trace) > 0
 
 
@@ -809,13 +809,13 @@ def test_a_candidate_that_the_teachers_head_lacks_is_never_preferred():
     assert scores.argsort(descending=True)[0, :2].tolist() == [3, 2]
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_with_a_trigger_of_its_own_the_teacher_runs_at_triggers_only(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_with_a_trigger_of_its_own_the_teacher_runs_at_triggers_only(way, batch):
     model, teacher = tiny_model(), tiny_model(seed=9)
     selector, trace = TeacherSelector(teacher), S2TTrace()
     config = offer_all(trigger="entropy", threshold=middle_threshold(model, batch, selector, "entropy"))
     with CountForwards(teacher) as count:
-        generate(road, model, batch, selector, config, trace, **NEVER_FINISHES)
+        generate(way, model, batch, selector, config, trace, **NEVER_FINISHES)
     asked = [i for i, step in enumerate(trace.steps) if bool(step["asked_B"].any())]
     assert 0 < len(asked) < NEW_TOKENS
     assert trace.forwards == {"teacher": len(asked)}
@@ -833,7 +833,7 @@ def test_no_forward_is_run_beyond_those_that_a_scope_needs(setup):
     model, selector = set_up(setup)
     config, trace = offer_all(trigger="random", threshold=0.5), S2TTrace()
     with CountForwards(model) as count:
-        generate("fast", model, prompts((6,)), selector, config, trace, **NEVER_FINISHES)
+        generate("loop", model, prompts((6,)), selector, config, trace, **NEVER_FINISHES)
     asked = [bool(step["asked_B"][0]) for step in trace.steps]
     assert 0 < sum(asked) < NEW_TOKENS - 3
     greedy = NEW_TOKENS
@@ -852,12 +852,12 @@ def test_no_forward_is_run_beyond_those_that_a_scope_needs(setup):
     assert [sum(step["forwards"].values()) > 0 for step in trace.rows()[0]] == asked
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-def test_the_trace_tells_what_happened(setup, road, batch):
+def test_the_trace_tells_what_happened(setup, way, batch):
     model, selector = set_up(setup)
     trace = S2TTrace()
-    got = generate(road, model, batch, selector, offer_all(), trace, **NEVER_FINISHES)
+    got = generate(way, model, batch, selector, offer_all(), trace, **NEVER_FINISHES)
     assert trace.prompt_length == 7
     assert len(trace.steps) == NEW_TOKENS
     rows = trace.rows()
@@ -877,7 +877,7 @@ def test_the_trace_tells_what_happened(setup, road, batch):
             assert step["flipped"] is (step["first"] != step["token"])
     assert num_flipped(trace) > 0
     kind = "teacher" if setup == "teacher" else "scorer"
-    if road == "fast" and setup in (("candidate", "base"), ("sequence", "adapted")):
+    if way == "loop" and setup in (("candidate", "base"), ("sequence", "adapted")):
         kind = "tree"
     assert set(trace.forwards) == set(trace.tokens) == {kind}
 
@@ -889,8 +889,8 @@ def test_a_trace_that_saw_no_call_has_no_rows():
 def test_a_new_call_clears_the_trace(batch):
     model, selector = set_up("teacher")
     trace = S2TTrace()
-    generate("fast", model, batch, selector, offer_all(), trace, **NEVER_FINISHES)
-    generate("fast", model, prompts((4,)), selector, offer_all(), trace, max_new_tokens=5, **NEVER_FINISHES)
+    generate("loop", model, batch, selector, offer_all(), trace, **NEVER_FINISHES)
+    generate("loop", model, prompts((4,)), selector, offer_all(), trace, max_new_tokens=5, **NEVER_FINISHES)
     assert (trace.prompt_length, len(trace.steps), len(trace.rows())) == (4, 5, 1)
     assert trace.forwards == {"teacher": 2}
 
@@ -898,10 +898,10 @@ def test_a_new_call_clears_the_trace(batch):
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
 def test_a_finished_row_is_asked_no_more(setup, batch):
     model, selector = set_up(setup)
-    free = generate("fast", model, batch, selector, offer_all(), **NEVER_FINISHES)
+    free = generate("loop", model, batch, selector, offer_all(), **NEVER_FINISHES)
     trace = S2TTrace()
     ends = int(free[0, 7 + 4])
-    got = generate("fast", model, batch, selector, offer_all(), trace, eos_token_id=ends)
+    got = generate("loop", model, batch, selector, offer_all(), trace, eos_token_id=ends)
     finished = got[0, 7:].tolist().index(ends)
     assert finished + 1 < len(trace.steps), "all rows ended at once"
     assert not any(step["asked"] for step in trace.rows()[0][finished + 1 :])
@@ -912,17 +912,17 @@ def test_a_finished_row_is_asked_no_more(setup, batch):
 
 
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("trigger", ["always", "never"])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_reserved_tokens_are_never_generated(do_sample, trigger, road, setup, batch):
+def test_reserved_tokens_are_never_generated(do_sample, trigger, way, setup, batch):
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[list(RESERVED)] *= 4
     assert set(plain(model, batch)[:, 7:].flatten().tolist()) & set(RESERVED), "the model wants to say them"
     selector = make_selector(model, *setup)
     trace = S2TTrace()
-    got = generate(road, model, batch, selector, offer_all(trigger=trigger), trace, do_sample=do_sample)
+    got = generate(way, model, batch, selector, offer_all(trigger=trigger), trace, do_sample=do_sample)
     assert not set(got.flatten().tolist()) & set(RESERVED)
     for step in trace.steps:
         if "candidate_ids_AK" in step:
@@ -964,9 +964,9 @@ def test_a_candidate_below_the_floor_is_never_decided_for():
 @pytest.mark.parametrize("weights", [(0, 1, 0), (1e-3, 0, -100)], ids=["logprob", "switch"])
 def test_fusion_can_hold_on_to_the_students_first_token(setup, weights, batch):
     model, selector = set_up(setup)
-    _, trace = both_roads(model, batch, selector, offer_all(), **NEVER_FINISHES)
+    _, trace = both_ways(model, batch, selector, offer_all(), **NEVER_FINISHES)
     assert num_flipped(trace) > 0
-    _, trace = both_roads(model, batch, selector, offer_all(fusion=weights), **NEVER_FINISHES)
+    _, trace = both_ways(model, batch, selector, offer_all(fusion=weights), **NEVER_FINISHES)
     assert num_flipped(trace) == 0
     assert all(step["asked"] for row in trace.rows() for step in row[3:])
 
@@ -974,16 +974,16 @@ def test_fusion_can_hold_on_to_the_students_first_token(setup, weights, batch):
 def test_stored_fusion_weights_are_used_unless_others_are_given(batch):
     model = tiny_model()
     selector = make_selector(model, fusion=(0, 1, 0))
-    _, trace = both_roads(model, batch, selector)
+    _, trace = both_ways(model, batch, selector)
     assert num_flipped(trace) == 0
-    _, trace = both_roads(model, batch, selector, offer_all(fusion=(1, 0, 0)))
+    _, trace = both_ways(model, batch, selector, offer_all(fusion=(1, 0, 0)))
     assert num_flipped(trace) > 0
 
 
 def test_the_stored_number_of_candidates_and_floor_are_the_defaults(batch):
     model = tiny_model()
     selector = make_selector(model, num_candidates=3, min_prob_ratio=0.0)
-    _, trace = both_roads(model, batch, selector, **NEVER_FINISHES)
+    _, trace = both_ways(model, batch, selector, **NEVER_FINISHES)
     assert {len(step["candidate_ids"]) for row in trace.rows() for step in row[3:]} == {3}
 
 
@@ -992,15 +992,15 @@ def test_a_stored_threshold_is_found_for_its_rate(batch):
     selector = make_selector(model, thresholds={"entropy": {0.1: -1.0, 0.05: 99.0}})
     for rate, asked in ((0.1, True), (0.05, False)):
         trace = S2TTrace()
-        generate("fast", model, batch, selector, offer_all(trigger="entropy", target_rate=rate), trace)
+        generate("loop", model, batch, selector, offer_all(trigger="entropy", target_rate=rate), trace)
         assert trace.rows()[0][3]["asked"] is asked
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_the_linear_head_selects_too(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_linear_head_selects_too(way, batch):
     model = tiny_model()
     selector, trace = make_selector(model, score_head="linear"), S2TTrace()
-    generate(road, model, batch, selector, offer_all(), trace)
+    generate(way, model, batch, selector, offer_all(), trace)
     scores = [score for row in trace.rows() for step in row[3:] for score in step.get("scores", [])]
     assert min(scores) < 0 < 1 < max(scores)
     assert num_flipped(trace) > 0
@@ -1023,14 +1023,14 @@ def test_the_linear_head_selects_too(road, batch):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_the_fast_road_refuses_what_it_would_do_wrong(settings, message, batch):
+def test_the_cached_loop_refuses_what_it_would_do_wrong(settings, message, batch):
     model, selector = set_up("teacher", attn="eager")
     with CountForwards(model) as count, pytest.raises(ValueError, match=message):
-        generate("fast", model, batch, selector, **settings)
+        generate("loop", model, batch, selector, **settings)
     assert count.calls == 0
 
 
-def test_the_processor_road_refuses_beams_or_knows_its_prompt(batch):
+def test_the_processor_path_refuses_beams_or_knows_its_prompt(batch):
     """Reordered rows begin a new session, whose prompt is everything so far: nothing ever triggers after warm-up."""
     model, selector = set_up("teacher")
     trace = S2TTrace()
@@ -1045,52 +1045,52 @@ def test_a_selector_of_another_model_object_is_refused(batch):
     model, other = tiny_model(), tiny_model()
     selector = make_selector(other)
     with CountForwards(model) as count, pytest.raises(ValueError, match="another model object"):
-        generate("fast", model, batch, selector)
+        generate("loop", model, batch, selector)
     assert count.calls == 0
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_neither_selector_nor_teacher_is_refused(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_neither_selector_nor_teacher_is_refused(way, batch):
     model = tiny_model()
     with CountForwards(model) as count, pytest.raises(ValueError, match="`selector`.*or `teacher_model`"):
-        generate(road, model, batch, None)
+        generate(way, model, batch, None)
     assert count.calls == 0
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_the_kl_trigger_without_a_teacher_is_refused(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_kl_trigger_without_a_teacher_is_refused(way, batch):
     model, selector = set_up(("candidate", "base"))
     with CountForwards(model) as count, pytest.raises(ValueError, match="needs the teacher.*`teacher_model=`"):
-        generate(road, model, batch, selector, offer_all(trigger="kl", threshold=0.1))
+        generate(way, model, batch, selector, offer_all(trigger="kl", threshold=0.1))
     assert count.calls == 0
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", ["teacher", ("candidate", "base")], ids=name_of)
-def test_an_uncalibrated_threshold_is_refused(setup, road, batch):
+def test_an_uncalibrated_threshold_is_refused(setup, way, batch):
     model, selector = set_up(setup)
     with CountForwards(model) as count, pytest.raises(ValueError, match=r"recipes/calibrate\.py"):
-        generate(road, model, batch, selector, offer_all(trigger="entropy", target_rate=0.1))
+        generate(way, model, batch, selector, offer_all(trigger="entropy", target_rate=0.1))
     assert count.calls == 0
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_model_in_the_selectors_place_is_refused(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_in_the_selectors_place_is_refused(way, batch):
     model = tiny_model()
     with CountForwards(model) as count, pytest.raises(TypeError, match="`selector` must be.*`teacher_model=`"):
-        generate(road, model, batch, tiny_model(seed=9))
+        generate(way, model, batch, tiny_model(seed=9))
     assert count.calls == 0
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_name_in_the_teachers_place_is_refused(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_name_in_the_teachers_place_is_refused(way, batch):
     model = tiny_model()
     with CountForwards(model) as count, pytest.raises(TypeError, match="`teacher_model` must be a loaded"):
-        generate(road, model, batch, None, teacher="Qwen/Qwen2.5-32B")
+        generate(way, model, batch, None, teacher="Qwen/Qwen2.5-32B")
     assert count.calls == 0
 
 
-def test_the_processor_road_refuses_assisted_decoding_or_is_exact():
+def test_the_processor_path_refuses_assisted_decoding_or_is_exact():
     model, selector = set_up("teacher")
     inputs, trace = prompts((7,)), S2TTrace()
     try:
@@ -1100,50 +1100,50 @@ def test_the_processor_road_refuses_assisted_decoding_or_is_exact():
     assert got.tolist() == generate("processor", model, inputs, selector, offer_all()).tolist()
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_prompt_of_embeddings_is_refused_where_a_teacher_cannot_read_it(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_prompt_of_embeddings_is_refused_where_a_teacher_cannot_read_it(way, batch):
     model, selector = set_up("teacher")
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
     with pytest.raises(ValueError, match="inputs_embeds"):
-        generate(road, model, {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}, selector)
+        generate(way, model, {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}, selector)
 
 
 def test_padding_is_never_read_as_text_where_the_teacher_names_no_padding_token(batch):
     """By hand there is no attention mask: the processor asks for `pad_token_id` rather than score wrongly."""
     model, selector = set_up("teacher")
     selector.teacher_model.config.pad_token_id = selector.teacher_model.generation_config.pad_token_id = None
-    expected = generate("fast", model, batch, selector, offer_all()).tolist()
+    expected = generate("loop", model, batch, selector, offer_all()).tolist()
     assert generate("processor", model, batch, selector, offer_all()).tolist() == expected
     with torch.no_grad():
         logits_BV = model(**batch).logits[:, -1]
     with pytest.raises(ValueError, match="pad_token_id="):
         S2T(selector, config=offer_all(warmup_tokens=0))(batch["input_ids"], logits_BV)
     named = S2T(selector, config=offer_all(warmup_tokens=0), pad_token_id=PAD)(batch["input_ids"], logits_BV)
-    first = generate("fast", model, batch, selector, offer_all(warmup_tokens=0), max_new_tokens=1)[:, -1]
+    first = generate("loop", model, batch, selector, offer_all(warmup_tokens=0), max_new_tokens=1)[:, -1]
     assert named.argmax(-1).tolist() == first.tolist()
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_two_different_teachers_are_refused(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_two_different_teachers_are_refused(way, batch):
     model, selector = set_up("teacher")
     with pytest.raises(ValueError, match="teacher"):
-        generate(road, model, batch, selector, offer_all(), teacher=tiny_model(seed=10))
+        generate(way, model, batch, selector, offer_all(), teacher=tiny_model(seed=10))
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_config_of_another_type_is_refused(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_config_of_another_type_is_refused(way, batch):
     model, selector = set_up("teacher")
     with pytest.raises(TypeError, match="config"):
-        generate(road, model, batch, selector, {"trigger": "always"})
+        generate(way, model, batch, selector, {"trigger": "always"})
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_model_that_yields_nan_is_refused(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_that_yields_nan_is_refused(way, batch):
     model, selector = set_up("teacher")
     with torch.no_grad():
         model.lm_head.weight[:] = float("nan")
     with pytest.raises(ValueError, match="(?i)nan"):
-        generate(road, model, batch, selector, offer_all())
+        generate(way, model, batch, selector, offer_all())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1156,9 +1156,9 @@ def test_a_peft_model_generates_like_its_base_model(setup, batch):
     peft_model = lora_model(model)
     config = SelectorConfig(RESERVED, *setup, num_candidates=5, min_prob_ratio=0.0)
     selector = LocalSelector(peft_model, config, "s2t")
-    expected, trace = both_roads(model, batch, selector)
+    expected, trace = both_ways(model, batch, selector)
     assert num_flipped(trace) > 0
-    got, _ = both_roads(peft_model, batch, selector)
+    got, _ = both_ways(peft_model, batch, selector)
     assert got.tolist() == expected.tolist()
     if setup[1] == "base":
         assert plain(peft_model, batch).tolist() == plain(tiny_model(), batch).tolist()
@@ -1181,7 +1181,7 @@ def save_adapter(folder, scope=("candidate", "base"), seed=1, **config):
 @pytest.mark.parametrize("into_peft", [False, True], ids=["base", "peft"])
 def test_a_saved_selector_scores_the_same_in_a_fresh_base_model(into_peft, setup, tied, batch, tmp_path):
     model, selector = save_adapter(tmp_path, setup, tie_word_embeddings=tied)
-    expected, trace = both_roads(model, batch, selector)
+    expected, trace = both_ways(model, batch, selector)
     assert num_flipped(trace) > 0
     fresh = tiny_model(tie_word_embeddings=tied)
     target = fresh
@@ -1190,7 +1190,7 @@ def test_a_saved_selector_scores_the_same_in_a_fresh_base_model(into_peft, setup
         target.base_model.disable_adapter_layers()  # an adapter of the user's own, not in use
     loaded = LocalSelector.from_pretrained(tmp_path, target)
     assert loaded.selector_config == selector.selector_config
-    got, loaded_trace = both_roads(fresh, batch, loaded)
+    got, loaded_trace = both_ways(fresh, batch, loaded)
     assert got.tolist() == expected.tolist()
     assert loaded_trace.rows() == trace.rows()
 
@@ -1244,7 +1244,7 @@ def test_a_model_that_was_loaded_with_its_adapter_is_taken_as_it_is(setup, into_
     selector_config = SelectorConfig(RESERVED, *setup, num_candidates=5, min_prob_ratio=0.0)
     selector_config.save_pretrained(tmp_path / "adapter")
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    expected = generate("fast", fresh, batch, LocalSelector.from_pretrained(tmp_path / "adapter", fresh))
+    expected = generate("loop", fresh, batch, LocalSelector.from_pretrained(tmp_path / "adapter", fresh))
     if into_peft:
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         model = PeftModel.from_pretrained(base, tmp_path / "adapter")
@@ -1252,7 +1252,7 @@ def test_a_model_that_was_loaded_with_its_adapter_is_taken_as_it_is(setup, into_
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     selector = LocalSelector.from_pretrained(tmp_path / "adapter", model)
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14  # once each
-    tokens, trace = both_roads(model, batch, selector)
+    tokens, trace = both_ways(model, batch, selector)
     assert tokens.tolist() == expected.tolist()
     assert num_flipped(trace) > 0
     plain = tiny_model() if setup[1] == "base" else None
@@ -1277,7 +1277,7 @@ def test_two_selectors_in_one_model_keep_their_own_scores(batch, tmp_path):
     one = LocalSelector.from_pretrained(tmp_path / "one", model, adapter_name="one")
     for step in range(2):
         trace = S2TTrace()
-        generate("fast", model, batch, one, trace=trace)
+        generate("loop", model, batch, one, trace=trace)
         rows.append(trace.rows())
         if step == 0:
             LocalSelector.from_pretrained(tmp_path / "two", model, adapter_name="two")

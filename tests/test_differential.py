@@ -8,7 +8,7 @@ import differential
 import pytest
 import torch
 from differential import ARCHITECTURES, SETUPS, TRIGGERS, Case, draw, run_case
-from tiny import EOS, PAD, ROADS
+from tiny import EOS, PAD, WAYS
 from transformers.utils import logging
 
 from transformers_s2t import LocalSelector, S2TDecodingConfig, TeacherSelector, triggers
@@ -53,7 +53,7 @@ def quiet():
 
 
 @pytest.mark.parametrize("number", SHARE)
-def test_a_random_call_is_exact_on_both_roads_or_refused(number):
+def test_a_random_call_is_exact_on_both_ways_or_refused(number):
     result = run_case(draw(number))
     assert not result.failed, str(result)
 
@@ -88,7 +88,7 @@ def test_where_nothing_is_planted_the_reference_is_met_by_choices(case, setup):
 
 
 def shift_scores_of_padded_rows(monkeypatch, by=0.001):
-    """The second candidate's, on both roads."""
+    """The second candidate's, in both ways."""
 
     def shifted(score):
         def score_and_shift(selector, session, rows_A, proposals):
@@ -127,7 +127,7 @@ def test_a_trigger_that_is_a_thousandth_off_is_found(trigger, monkeypatch):
     monkeypatch.setattr(triggers, trigger, lambda *logits: value(*logits) + 1e-3)
     result = run_case(case)
     assert result.kind == "wrong"
-    assert "trigger value" in result.ways["fast"][1]
+    assert "trigger value" in result.ways["loop"][1]
 
 
 def tell(told, **settings):
@@ -148,7 +148,7 @@ def test_a_floor_fusion_or_warm_up_that_is_not_the_documented_one_is_found(monke
     assert run_case(case).kind == "wrong"
 
 
-def test_a_road_that_does_not_say_what_was_selected_is_found_alone(monkeypatch):
+def test_a_way_that_does_not_say_what_was_selected_is_found_alone(monkeypatch):
     monkeypatch.setattr(
         "transformers_s2t.decoding.logits_process.fix_tokens", lambda scores_BV, token_B, asked_B: scores_BV
     )
@@ -184,7 +184,7 @@ def test_errors_are_told_from_each_other_by_what_and_when(error, at, kind, monke
     assert all("planted" in why for _, why in result.ways.values())
 
 
-def test_one_road_that_refuses_what_the_other_does_is_told(monkeypatch):
+def test_one_way_that_refuses_what_the_other_does_is_told(monkeypatch):
     def refuse(*args, **kwargs):
         raise ValueError("planted")
 
@@ -223,7 +223,7 @@ def test_the_command_line_tells_failures_by_number_and_ends_with_a_table(monkeyp
         assert f"python tests/differential.py --case {number} " in told
     assert differential.main(["--case", "7"]) == 1
     told = capsys.readouterr().out
-    assert all(road in told for road in ROADS) and "generate without S2T equals a forward" in told
+    assert all(way in told for way in WAYS) and "generate without S2T equals a forward" in told
 
 
 @pytest.mark.parametrize("trigger", ["kl", "router"])

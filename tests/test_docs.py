@@ -1,4 +1,4 @@
-"""README.md and docs/: their Python runs, their commands exist with every option, their links point to something.
+"""README.md, CONTRIBUTING.md and docs/: their Python runs, their commands exist, their links point to something.
 
 The blocks of a page run in order, as one script, in a folder that looks like a clone after `make demo`: `recipes` and
 `benchmarks`, and `runs/demo` with labels, adapters and problems, all made small. A ```text block behind Python is what
@@ -24,9 +24,9 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Whose links are checked too.
-MORE_PAGES = sorted((ROOT / "recipes").glob("*/README.md"))
+MORE_PAGES = [ROOT / "CHANGELOG.md", *sorted((ROOT / "recipes").glob("*/README.md"))]
 #: What links of the README begin with.
 BASE = "https://github.com/transformers-s2t/transformers-s2t/blob/main/"
 #: Command of `s2t` -> the script of recipes/ with the same options.

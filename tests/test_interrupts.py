@@ -18,7 +18,7 @@ import torch
 from test_decode import generate, name_of, plain, save_adapter, set_up
 from test_router import make_router
 from test_s2t_trainer import make_trainer, randomise
-from tiny import ROADS, SCOPES, SETUPS, offer_all, prompts, tiny_model
+from tiny import SCOPES, SETUPS, WAYS, offer_all, prompts, tiny_model
 from tiny_moments import PACKAGE, act_at, changes, interrupt, logits_of, moments_of, spread, state_of
 
 from transformers_s2t import LocalSelector
@@ -32,8 +32,8 @@ PEFT = str(Path(peft.__file__).parent)
 class Scene:
     """A model that is called again and again, and made anew where an interrupt left it changed."""
 
-    def __init__(self, setup, road, router=False, config=None, settings=SETTINGS):
-        self.setup, self.road, self.router, self.settings = setup, road, router, settings
+    def __init__(self, setup, way, router=False, config=None, settings=SETTINGS):
+        self.setup, self.way, self.router, self.settings = setup, way, router, settings
         self.config = config or (offer_all(trigger="router", threshold=0.0) if router else offer_all())
         self.make()
         self.expected = self.call()
@@ -49,7 +49,7 @@ class Scene:
             self.state = state_of(self.model)
 
     def call(self):
-        return generate(self.road, self.model, INPUTS, self.selector, self.config, **self.settings).tolist()
+        return generate(self.way, self.model, INPUTS, self.selector, self.config, **self.settings).tolist()
 
 
 def fault(scene):
@@ -91,18 +91,16 @@ def interrupted_at(call, moments, index, **how):
     return None
 
 
-CALLS = [pytest.param(setup, road, False, id=f"{name_of(setup)}-{road}") for setup in SETUPS for road in ROADS]
-CALLS += [
-    pytest.param(setup, road, True, id=f"{name_of(setup)}-{road}-router") for setup in SETUPS[:2] for road in ROADS
-]
+CALLS = [pytest.param(setup, way, False, id=f"{name_of(setup)}-{way}") for setup in SETUPS for way in WAYS]
+CALLS += [pytest.param(setup, way, True, id=f"{name_of(setup)}-{way}-router") for setup in SETUPS[:2] for way in WAYS]
 
 
 @pytest.mark.parametrize(
     "opcodes", [pytest.param(False, id="lines"), pytest.param(True, id="bytecodes", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize(("setup", "road", "router"), CALLS)
-def test_an_interrupt_in_front_of_any_line_or_bytecode(setup, road, router, opcodes, tries):
-    scene = Scene(setup, road, router)
+@pytest.mark.parametrize(("setup", "way", "router"), CALLS)
+def test_an_interrupt_in_front_of_any_line_or_bytecode(setup, way, router, opcodes, tries):
+    scene = Scene(setup, way, router)
     moments = moments_of(scene.call, opcodes=opcodes)
     check(
         scene,
@@ -148,9 +146,9 @@ class Signals:
         return self.place
 
 
-@pytest.mark.parametrize(("setup", "road", "router"), CALLS)
-def test_a_real_signal_at_any_moment(setup, road, router, tries):
-    scene = Scene(setup, road, router)
+@pytest.mark.parametrize(("setup", "way", "router"), CALLS)
+def test_a_real_signal_at_any_moment(setup, way, router, tries):
+    scene = Scene(setup, way, router)
     start = time.perf_counter()
     scene.call()
     length = time.perf_counter() - start
@@ -173,7 +171,7 @@ def test_an_interrupted_loading_changes_no_text(setup, files, tmp_path, tries):
         return LocalSelector.from_pretrained(tmp_path, model)
 
     def text(model, selector):
-        return generate("fast", model, INPUTS, selector, offer_all(), **SETTINGS).tolist()
+        return generate("loop", model, INPUTS, selector, offer_all(), **SETTINGS).tolist()
 
     moments = moments_of(partial(load, tiny_model()), files)
     fresh = tiny_model()
@@ -234,7 +232,7 @@ def test_an_interrupted_loss_leaves_the_adapter_as_it_was(scope, opcodes, tmp_pa
 
 def test_a_plain_text_that_is_interrupted_changes_nothing(tries):
     """What the library itself promises: a fault above is none of its own."""
-    scene = Scene("teacher", "fast")
+    scene = Scene("teacher", "loop")
     scene.call = lambda: plain(scene.model, INPUTS, **SETTINGS).tolist()
     scene.expected = scene.call()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Labeling killed by SIGKILL, at chosen file operations and at random moments, and gone on with: the same rows.
+"""Labeling killed by SIGKILL, at chosen file operations and at random moments, and resumed: the same rows.
 
 Runs are children forked from this process, so that imports and models cost nothing; it has one thread, so it may fork.
 """
@@ -101,7 +101,7 @@ def assert_as_if_never_killed(folder, whole):
 
 
 def test_twenty_kills_at_random_moments_change_no_byte(job, tmp_path):
-    """A folder is killed and gone on with until it is complete; then a new one begins, until twenty have struck."""
+    """Labeling is killed and resumed until the folder is complete; then a new one begins, until twenty have struck."""
     began = time.perf_counter()
     label(job, tmp_path / "whole")
     seconds = time.perf_counter() - began

@@ -907,7 +907,7 @@ def test_template_variables_are_noted_and_compared(bench, capsys):
         assert "made with other settings (prompt_source: " in capsys.readouterr().err
     recipe.main(command(bench, chat_template=True, output_dir=bench / "thinking"))
     thinking, header = read_labels(bench / "thinking")
-    assert "chat_template_kwargs" not in header.prompt_source  # older labels can be gone on with
+    assert "chat_template_kwargs" not in header.prompt_source  # older labels can be resumed
     assert all(row["input_ids"][row["prompt_length"] - 1] == 23 for row in thinking)
 
 

@@ -68,7 +68,7 @@ def test_a_custom_strategy_gets_a_dynamic_cache_and_a_pad_token_tensor(batch):
 
 
 def test_the_pad_token_falls_back_to_the_first_end_of_sequence_token():
-    """The processor road guesses the padding by the same rule, from the configs alone."""
+    """The processor path guesses the padding by the same rule, from the configs alone."""
     model = tiny_model()
     model.generation_config.pad_token_id = None
     model.generation_config.eos_token_id = [7, 9]
@@ -76,7 +76,7 @@ def test_the_pad_token_falls_back_to_the_first_end_of_sequence_token():
 
 
 def test_a_tokenizer_never_reaches_stop_strings_of_a_custom_strategy(batch):
-    """So `stop_strings=` works on the processor road alone; the fast road takes `stopping_criteria=`."""
+    """So `stop_strings=` works on the processor path alone; the cached loop takes `stopping_criteria=`."""
     with pytest.raises(ValueError, match="`tokenizer` argument of `generate`"):
         what_a_strategy_gets(tiny_model(), batch, stop_strings=["x"], tokenizer=object())
 
@@ -92,8 +92,8 @@ def test_users_processors_run_before_the_warpers_and_an_s2t_list_is_accepted(bat
     assert processors[0] in list(seen["logits_processor"])
 
 
-def test_every_warper_of_the_library_is_known_to_the_fast_road():
-    """One that is not known runs before the proposals on that road, and after them on the processor road."""
+def test_every_warper_of_the_library_is_known_to_the_cached_loop():
+    """One that is not known runs before the proposals on that way, and after them on the processor path."""
     names = [name for name in dir(transformers.generation) if name.endswith(("LogitsWarper", "Processor"))]
     added_last = {name for name in names if name.endswith("LogitsWarper") or "Watermark" in name} | {
         "LogitNormalization"

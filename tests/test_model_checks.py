@@ -1,6 +1,6 @@
 """Every kind of model is exact against a forward of the whole text at every step, or refused before the first token.
 
-Both as teacher and as student, on both roads into `generate`: "processor" is `logits_processor=S2T(...)`, "fast" is
+Both as teacher and as student, in both ways into `generate`: "processor" is `logits_processor=S2T(...)`, "loop" is
 `custom_generate=s2t_generate`.
 """
 
@@ -24,9 +24,9 @@ from tiny import (
     EOS,
     NEVER_FINISHES,
     PAD,
-    ROADS,
     SETTINGS,
     VOCAB_SIZE,
+    WAYS,
     make_selector,
     offer_all,
     prompts,
@@ -171,10 +171,10 @@ RIGHT = {
 }
 
 
-def generate(road, model, inputs, selector=None, config=None, trace=None, teacher=None, **kwargs):
+def generate(way, model, inputs, selector=None, config=None, trace=None, teacher=None, **kwargs):
     kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | NEVER_FINISHES | kwargs
     config = offer_all(warmup_tokens=0) if config is None else config
-    if road == "processor":
+    if way == "processor":
         select = S2T(selector, teacher_model=teacher, config=config, trace=trace)
         return model.generate(**inputs, logits_processor=select, **kwargs)
     settings = {"selector": selector, "teacher_model": teacher, "decoding_config": config, "trace": trace}
@@ -194,10 +194,10 @@ class FirstToken(BaseStreamer):
         pass
 
 
-def refused(message, road, model, inputs, *args, **kwargs):
+def refused(message, way, model, inputs, *args, **kwargs):
     streamer = FirstToken()
     with pytest.raises(ValueError, match=message):
-        generate(road, model, inputs, *args, streamer=streamer, **kwargs)
+        generate(way, model, inputs, *args, streamer=streamer, **kwargs)
     assert streamer.columns <= 1, "a token came before the error"
 
 
@@ -216,9 +216,9 @@ def naive(student, teacher, ids, num_new=NEW_TOKENS):
     return ids[0, length:].tolist()
 
 
-def assert_exact(road, student, teacher, inputs):
+def assert_exact(way, student, teacher, inputs):
     trace = S2TTrace()
-    output = generate(road, student, inputs, teacher=teacher, trace=trace)
+    output = generate(way, student, inputs, teacher=teacher, trace=trace)
     rows = range(len(inputs["input_ids"]))
     expected = [naive(student, teacher, single(inputs, row)["input_ids"]) for row in rows]
     assert output[:, inputs["input_ids"].shape[1] :].tolist() == expected
@@ -229,39 +229,39 @@ def assert_exact(road, student, teacher, inputs):
 # Teachers
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_teacher_of_a_wrong_kind_is_refused(kind, road):
+def test_a_teacher_of_a_wrong_kind_is_refused(kind, way):
     make, message = WRONG[kind]
     teacher = make()
     training = teacher.training
-    refused(f"(?s)`teacher_model`.*{message}", road, tiny_model(), single(prompts(), 0), teacher=teacher)
+    refused(f"(?s)`teacher_model`.*{message}", way, tiny_model(), single(prompts(), 0), teacher=teacher)
     assert teacher.training is training
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_teacher_of_a_wrong_kind_is_refused_as_an_oracle(road):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_teacher_of_a_wrong_kind_is_refused_as_an_oracle(way):
     """The "kl" trigger's teacher stands beside the selector."""
     model = tiny_model()
     selector = make_selector(model)
     for kind in ("prompt tuning", "BERT", "PaliGemma"):
         make, message = WRONG[kind]
         config = offer_all(trigger="kl", threshold=0.1)
-        refused(f"(?s)`teacher_model`.*{message}", road, model, prompts(), selector, config, teacher=make())
+        refused(f"(?s)`teacher_model`.*{message}", way, model, prompts(), selector, config, teacher=make())
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", RIGHT)
-def test_a_teacher_of_a_right_kind_is_exact(kind, road):
-    assert_exact(road, tiny_model(), RIGHT[kind](), prompts())
+def test_a_teacher_of_a_right_kind_is_exact(kind, way):
+    assert_exact(way, tiny_model(), RIGHT[kind](), prompts())
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_teacher_that_counts_padding_is_refused_beside_padding_only(road):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_teacher_that_counts_padding_is_refused_beside_padding_only(way):
     """RoFormer takes no positions: it counts columns."""
     teacher = causal("roformer", is_decoder=True, embedding_size=32)
-    assert_exact(road, tiny_model(), teacher, single(prompts(), 1))
-    refused("`teacher_model`.*beside padding", road, tiny_model(), prompts(), teacher=teacher)
+    assert_exact(way, tiny_model(), teacher, single(prompts(), 1))
+    refused("`teacher_model`.*beside padding", way, tiny_model(), prompts(), teacher=teacher)
 
 
 def test_a_model_is_tried_once():
@@ -297,11 +297,11 @@ def test_rounding_is_no_fault(dtype, family):
 # Students
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["T5", "BART", "BERT", "dropout"])
-def test_a_student_of_a_wrong_kind_is_refused(kind, road):
+def test_a_student_of_a_wrong_kind_is_refused(kind, way):
     make, message = WRONG[kind]
-    refused(f"(?s)`model`.*{message}", road, make(), single(prompts(), 0), teacher=tiny_model(seed=9))
+    refused(f"(?s)`model`.*{message}", way, make(), single(prompts(), 0), teacher=tiny_model(seed=9))
 
 
 @pytest.mark.parametrize("kind", [*VIRTUAL, "T5", "BART", "BERT", "headless", "classifier", "meta"])
@@ -316,28 +316,28 @@ def test_a_local_selector_in_a_model_of_a_wrong_kind_is_refused(kind, tmp_path):
         LocalSelector.from_pretrained(tmp_path, make())
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("scope", [("candidate", "base"), ("sequence", "base")], ids="-".join)
-def test_a_local_selector_in_a_model_that_was_given_virtual_tokens_later_is_refused(scope, road):
+def test_a_local_selector_in_a_model_that_was_given_virtual_tokens_later_is_refused(scope, way):
     """The selector scores without them, and would not know."""
     model = tiny_model()
     selector = make_selector(model, *scope)
     around = get_peft_model(selector.model, VIRTUAL["prompt tuning"](), adapter_name="prompt").eval()
-    refused("`model` has virtual tokens", road, around, single(prompts(), 0), selector)
+    refused("`model` has virtual tokens", way, around, single(prompts(), 0), selector)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["prompt tuning", "prefix tuning", "p-tuning", "cpt"])
-def test_a_student_with_virtual_tokens_is_exact_under_a_teacher(kind, road):
+def test_a_student_with_virtual_tokens_is_exact_under_a_teacher(kind, way):
     """`generate` puts them before the prompt, once."""
     student = peft_model(VIRTUAL[kind](), tiny_model())
-    assert_exact(road, student, tiny_model(seed=9), single(prompts(), 0))
+    assert_exact(way, student, tiny_model(seed=9), single(prompts(), 0))
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["LLaVA", "CTRL", "LoRA"])
-def test_a_student_of_a_right_kind_is_exact(kind, road):
-    assert_exact(road, RIGHT[kind](), tiny_model(seed=4), prompts())
+def test_a_student_of_a_right_kind_is_exact(kind, way):
+    assert_exact(way, RIGHT[kind](), tiny_model(seed=4), prompts())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,52 +380,52 @@ def test_rows_are_counted_in_the_weights():
     assert position_rows(llava) is None and context_length(llava) == SETTINGS["max_position_embeddings"]
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gptj"])
-def test_a_text_that_passes_the_teachers_table_is_refused(family, road):
+def test_a_text_that_passes_the_teachers_table_is_refused(family, way):
     """In the middle of the text it was an IndexError without a name."""
     teacher = build(AutoModelForCausalLM, family, **TABLES[family])
     model, inputs = tiny_model(), prompts()
     most = ROWS - inputs["input_ids"].shape[1] + 1  # nobody reads the last token
     message = f"`max_new_tokens` must be at most {most}: .*`teacher_model` has position embeddings for {ROWS}"
-    refused(message, road, model, inputs, teacher=teacher, max_new_tokens=most + 1)
-    output = generate(road, model, inputs, teacher=teacher, max_new_tokens=most)
+    refused(message, way, model, inputs, teacher=teacher, max_new_tokens=most + 1)
+    output = generate(way, model, inputs, teacher=teacher, max_new_tokens=most)
     expected = [naive(model, teacher, single(inputs, row)["input_ids"], most) for row in range(3)]
     assert output[:, -most:].tolist() == expected
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_padding_takes_no_row(road):
+@pytest.mark.parametrize("way", WAYS)
+def test_padding_takes_no_row(way):
     """12 columns and 5 new ones, of which no row fills more than 12."""
     teacher = build(AutoModelForCausalLM, "gpt2", **TABLES["gpt2"])
     inputs = {name: tensor[:-1] for name, tensor in prompts((7, 4, ROWS)).items()}
-    assert generate(road, tiny_model(), inputs, teacher=teacher, max_new_tokens=5).shape[1] == ROWS + 5
+    assert generate(way, tiny_model(), inputs, teacher=teacher, max_new_tokens=5).shape[1] == ROWS + 5
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("selects", ["teacher", "local"])
-def test_a_text_that_passes_the_students_table_is_refused(selects, road):
+def test_a_text_that_passes_the_students_table_is_refused(selects, way):
     """A candidate after the last token but one takes a row too, where the student scores it."""
     model, inputs = build(AutoModelForCausalLM, "gpt2", **TABLES["gpt2"]), prompts()
     most = ROWS - inputs["input_ids"].shape[1] + (selects == "teacher")
     selector = TeacherSelector(tiny_model(seed=9)) if selects == "teacher" else make_selector(model)
     message = f"`max_new_tokens` must be at most {most}: .*`model` has position embeddings for {ROWS}"
-    refused(message, road, model, inputs, selector, max_new_tokens=most + 1)
-    assert generate(road, model, inputs, selector, max_new_tokens=most).shape[1] == 7 + most
+    refused(message, way, model, inputs, selector, max_new_tokens=most + 1)
+    assert generate(way, model, inputs, selector, max_new_tokens=most).shape[1] == 7 + most
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_rotary_model_is_warned_of_once(road):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rotary_model_is_warned_of_once(way):
     """It goes on, and the text may end long before."""
     model, teacher = tiny_model(), tiny_model(seed=9, max_position_embeddings=10)
     inputs = prompts()
     with pytest.warns(UserWarning, match="`max_new_tokens` is 8, but `teacher_model` was made for 10"):
-        output = generate(road, model, inputs, teacher=teacher)
+        output = generate(way, model, inputs, teacher=teacher)
     assert output[:, 7:].tolist() == [naive(model, teacher, single(inputs, row)["input_ids"]) for row in range(3)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate(road, model, inputs, teacher=teacher)
-        generate(road, model, inputs, teacher=tiny_model(seed=9, max_position_embeddings=14))
+        generate(way, model, inputs, teacher=teacher)
+        generate(way, model, inputs, teacher=tiny_model(seed=9, max_position_embeddings=14))
 
 
 ROPES = {
@@ -443,29 +443,29 @@ def with_rope(kind):
     return causal("phi3", rope_parameters=ROPES[kind], **lengths)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ROPES)
-def test_a_text_that_changes_a_scorers_rotary_positions_is_refused(kind, road):
+def test_a_text_that_changes_a_scorers_rotary_positions_is_refused(kind, way):
     """Beyond that length, the keys in the cache are rotated otherwise than those of the whole text: by nats."""
     model, teacher, inputs = tiny_model(), with_rope(kind), prompts()
     most = ROWS - 7 + 1
     message = f"at most {most}: .*`teacher_model` gives all tokens other rotary positions beyond {ROWS}.*{kind}"
-    refused(message, road, model, inputs, teacher=teacher, max_new_tokens=most + 1)
-    output = generate(road, model, inputs, teacher=teacher, max_new_tokens=most)
+    refused(message, way, model, inputs, teacher=teacher, max_new_tokens=most + 1)
+    output = generate(way, model, inputs, teacher=teacher, max_new_tokens=most)
     expected = [naive(model, teacher, single(inputs, row)["input_ids"], most) for row in range(3)]
     assert output[:, -most:].tolist() == expected
     local = with_rope(kind)
     message = f"at most {most - 1}: .*`model` gives all tokens other rotary positions"
-    refused(message, road, local, inputs, make_selector(local), max_new_tokens=most)
+    refused(message, way, local, inputs, make_selector(local), max_new_tokens=most)
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_prompt_beyond_the_change_of_rotary_positions_is_exact(road):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_prompt_beyond_the_change_of_rotary_positions_is_exact(way):
     """Where all rows are: a shorter row's cache would be of both kinds."""
     model, teacher = tiny_model(), with_rope("longrope")
-    assert_exact(road, model, teacher, prompts((ROWS + 1, ROWS + 4)))
+    assert_exact(way, model, teacher, prompts((ROWS + 1, ROWS + 4)))
     message = "must be at most 0.*other rotary positions"
-    refused(message, road, model, prompts((ROWS + 1, ROWS)), teacher=teacher)
+    refused(message, way, model, prompts((ROWS + 1, ROWS)), teacher=teacher)
 
 
 def test_a_processor_called_by_hand_says_where_a_table_ends():

@@ -9,8 +9,8 @@ import torch
 from tiny import EOS, PAD, RESERVED, SCOPES, disagreeing_pair, make_selector, tiny_model
 
 from transformers_s2t import FusionWeights, S2TDecodingConfig, S2TTrace, TeacherSelector, s2t_generate
-from transformers_s2t.calibration import thresholds as rates_module
-from transformers_s2t.calibration.thresholds import Deployment, Values, calibrate_rates
+from transformers_s2t.calibration import thresholds as thresholds_module
+from transformers_s2t.calibration.thresholds import Deployment, TriggerRun, calibrate_rates
 
 
 NEW_TOKENS = 24
@@ -87,8 +87,8 @@ def test_calibrated_rates_are_met_on_the_text_that_the_selector_writes(trigger):
         assert again.rate == run.rate  # nothing is returned that was not measured
         runs = [got for target, got in seen if target == rate]
         assert run.rate in runs and abs(run.rate - rate) == min(abs(got - rate) for got in runs)
-        allowed = max(rates_module.TOLERANCE * rate, 1 / int(run.tokens_P.sum()))
-        assert abs(run.rate - rate) <= allowed or len(runs) == rates_module.MAX_RUNS
+        allowed = max(thresholds_module.TOLERANCE * rate, 1 / int(run.tokens_P.sum()))
+        assert abs(run.rate - rate) <= allowed or len(runs) == thresholds_module.MAX_RUNS
 
 
 def test_thresholds_of_the_students_own_text_miss_the_rate_that_the_deployed_selector_reaches():
@@ -97,7 +97,7 @@ def test_thresholds_of_the_students_own_text_miss_the_rate_that_the_deployed_sel
     deployment = Deployment(student, TeacherSelector(teacher), PAD, [EOS], NEW_TOKENS, batch_size=30)
     prompts = make_prompts(30)
     own = torch.cat(deployment.run(prompts, "margin", math.inf).values)
-    naive = deployment.run(prompts, "margin", rates_module.calibrate_threshold(own, 0.3))
+    naive = deployment.run(prompts, "margin", thresholds_module.calibrate_threshold(own, 0.3))
     found = calibrate_rates(deployment, prompts, "margin", [0.3])[0.3]
     assert abs(found.rate - 0.3) < abs(naive.rate - 0.3)
 
@@ -111,13 +111,13 @@ def test_the_kl_trigger_runs_with_its_teacher():
 
 def test_the_interval_is_over_prompts_and_holds_the_rate():
     values = [torch.tensor([-math.inf, 1.0, 0.0, 2.0]), torch.tensor([-math.inf, 0.0]), torch.tensor([3.0])]
-    run = Values(values, threshold=1.0)
+    run = TriggerRun(values, threshold=1.0)
     assert run.fired_P.tolist() == [2, 0, 1] and run.tokens_P.tolist() == [4, 2, 1] and run.rate == 3 / 7
     low, high = run.interval()
     assert 0 <= low < 3 / 7 < high <= 1
-    alike = Values([torch.tensor([1.0, 0.0])] * 40, threshold=1.0)
+    alike = TriggerRun([torch.tensor([1.0, 0.0])] * 40, threshold=1.0)
     assert alike.interval() == (0.5, 0.5)  # every prompt has the same rate
-    spread = Values([torch.tensor([float(i % 2)] * 2) for i in range(40)], threshold=1.0)
+    spread = TriggerRun([torch.tensor([float(i % 2)] * 2) for i in range(40)], threshold=1.0)
     low, high = spread.interval()
     assert np.isclose(high - low, 2 * 1.96 * 0.5 / 40**0.5, rtol=0.2)  # 40 prompts, not 80 tokens
 

@@ -1,6 +1,6 @@
-"""The router in decoding: what it reads, on both roads, against a naive decoder without caches and hooks; its storage.
+"""The router in decoding: what it reads, in both ways, against a naive decoder without caches and hooks; its storage.
 
-Roads: "processor" is `logits_processor=S2T(...)`, "fast" is `custom_generate=s2t_generate`. Heads are random, with
+Ways: "processor" is `logits_processor=S2T(...)`, "loop" is `custom_generate=s2t_generate`. Heads are random, with
 their thresholds in the middle of their own values: a router that read the wrong state would fire at other steps.
 
 Legend: B rows, K candidates, D hidden size, F features, V vocabulary, X inputs of the head.
@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_architectures import make_local
-from tiny import RESERVED, ROADS, SCOPES, SETUPS, lora_model, make_selector, prompts, single, tiny_model
+from tiny import RESERVED, SCOPES, SETUPS, WAYS, lora_model, make_selector, prompts, single, tiny_model
 from tiny_architectures import FAMILIES, NaiveCausalLM, make_model
 from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessor
 
@@ -182,8 +182,8 @@ def plain(model, inputs, **kwargs):
     return model.generate(**inputs, **settings)
 
 
-def generate(road, model, inputs, selector, config, trace=None, **kwargs):
-    if road == "processor":
+def generate(way, model, inputs, selector, config, trace=None, **kwargs):
+    if way == "processor":
         return plain(model, inputs, logits_processor=S2T(selector, config=config, trace=trace), **kwargs)
     settings = {"selector": selector, "decoding_config": config, "trace": trace} | kwargs
     return plain(model, inputs, custom_generate=s2t_generate, **settings)
@@ -192,7 +192,7 @@ def generate(road, model, inputs, selector, config, trace=None, **kwargs):
 def middle_threshold(case, inputs, trigger="router", **config):
     """A threshold that about half of the values reach, in their widest gap near the middle."""
     trace = S2TTrace()
-    generate("fast", case.model, inputs, case.selector, offer_all(trigger=trigger, threshold=-math.inf), trace)
+    generate("loop", case.model, inputs, case.selector, offer_all(trigger=trigger, threshold=-math.inf), trace)
     return middle_of(torch.cat([step["value_B"] for step in trace.steps]))
 
 
@@ -225,14 +225,14 @@ def config_of(case, trigger, inputs, **settings):
     return offer_all(trigger=trigger, threshold=threshold, fusion=fused(case, trigger), **settings)
 
 
-def check_against_naive(case, inputs, config, roads=ROADS, guide=None, **kwargs):
-    """Both roads give the naive decoder's tokens, trigger values and number of flips; returns the traces."""
+def check_against_naive(case, inputs, config, ways=WAYS, guide=None, **kwargs):
+    """Both ways give the naive decoder's tokens, trigger values and number of flips; returns the traces."""
     expected, values, flips, moved = zip(*(case.decode(ids, config, config.fusion, guide) for ids in rows_of(inputs)))
     traces = []
-    for road in roads:
+    for way in ways:
         traces.append(S2TTrace())
-        got = generate(road, case.model, inputs, case.selector, config, traces[-1], **kwargs)
-        assert got[:, inputs["input_ids"].shape[1] :].tolist() == list(expected), road
+        got = generate(way, case.model, inputs, case.selector, config, traces[-1], **kwargs)
+        assert got[:, inputs["input_ids"].shape[1] :].tolist() == list(expected), way
         found = torch.stack([step["value_B"] for step in traces[-1].steps], dim=1)
         torch.testing.assert_close(found, torch.tensor(values), atol=2e-3, rtol=1e-3)
         assert sum(step["flipped"] for row in traces[-1].rows() for step in row) == sum(flips) > 0
@@ -244,13 +244,13 @@ def check_against_naive(case, inputs, config, roads=ROADS, guide=None, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Both roads equal a naive decoder
+# Both ways equal a naive decoder
 
 
 @pytest.mark.parametrize("layer", [1, "last"])
 @pytest.mark.parametrize("trigger", TRIGGERS)
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-def test_both_roads_equal_a_naive_decoder_without_caches_and_hooks(setup, trigger, layer, batch):
+def test_both_ways_equal_a_naive_decoder_without_caches_and_hooks(setup, trigger, layer, batch):
     case = make_case(setup, layer)
     config = config_of(case, trigger, batch)
     traces = check_against_naive(case, batch, config)
@@ -266,13 +266,13 @@ def test_a_floor_and_a_router_in_trigger_and_score_at_once(setup, batch):
     check_against_naive(case, batch, config)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-def test_a_left_padded_batch_equals_its_rows_alone(setup, road, batch):
+def test_a_left_padded_batch_equals_its_rows_alone(setup, way, batch):
     case = make_case(setup, 1)
     config = config_of(case, "router", batch)
-    together = generate(road, case.model, batch, case.selector, config)[:, PROMPT:].tolist()
-    alone = [generate(road, case.model, single(batch, row), case.selector, config)[0] for row in range(3)]
+    together = generate(way, case.model, batch, case.selector, config)[:, PROMPT:].tolist()
+    alone = [generate(way, case.model, single(batch, row), case.selector, config)[0] for row in range(3)]
     assert together == [row[-NEW_TOKENS:].tolist() for row in alone]
 
 
@@ -304,7 +304,7 @@ def test_other_architectures_equal_their_naive_decoders(family, layer, setup, ba
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The processor road where the last forward is not surely the step's own, and where it is
+# The processor path where the last forward is not surely the step's own, and where it is
 
 
 def is_close(trace, other):
@@ -314,9 +314,9 @@ def is_close(trace, other):
 
 
 def fast_tokens(case, inputs, config):
-    """What both roads give where nothing stands in the way, by the tests above; and the trace."""
+    """What both ways give where nothing stands in the way, by the tests above; and the trace."""
     trace = S2TTrace()
-    return generate("fast", case.model, inputs, case.selector, config, trace).tolist(), trace
+    return generate("loop", case.model, inputs, case.selector, config, trace).tolist(), trace
 
 
 def run_on_the_last_token(model, input_ids):
@@ -412,13 +412,13 @@ def guided(case, ids, start, logits_V, writes_with):
     return 1.5 * (logits_V.log_softmax(-1) - guide_V) + guide_V
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-def test_a_guide_that_runs_the_model_at_every_step(setup, road):
+def test_a_guide_that_runs_the_model_at_every_step(setup, way):
     case, inputs = make_case(setup, 1), prompts((6, 6))
     config = offer_all(trigger="router", threshold=naive_middle(case, inputs, guided), fusion=FusionWeights())
-    (trace,) = check_against_naive(case, inputs, config, roads=(road,), guide=guided, guidance_scale=1.5)
-    assert trace.forwards.get("router", 0) == (NEW_TOKENS if road == "processor" else 0)
+    (trace,) = check_against_naive(case, inputs, config, ways=(way,), guide=guided, guidance_scale=1.5)
+    assert trace.forwards.get("router", 0) == (NEW_TOKENS if way == "processor" else 0)
 
 
 def by_hand(model, inputs, processor):
@@ -483,7 +483,7 @@ def test_another_object_of_the_same_model_generates(setup, batch):
         assert is_close(trace, expected_trace)
         assert trace.forwards["router"] == NEW_TOKENS
     with Count(other.model) as count, pytest.raises(ValueError, match="another model object"):
-        generate("fast", other.model, batch, case.selector, config)
+        generate("loop", other.model, batch, case.selector, config)
     assert count.calls == 0
 
 
@@ -500,9 +500,9 @@ def test_the_router_reads_in_the_state_that_writes_whatever_state_its_model_was_
 
 def test_a_router_of_another_model_that_nobody_reads_is_no_error(batch):
     case, other = make_case("teacher", 1), tiny_model(eos_token_id=None)
-    for road in ROADS:
-        got = generate(road, other, batch, case.selector, offer_all())
-        assert got.tolist() == generate(road, case.model, batch, case.selector, offer_all()).tolist()
+    for way in WAYS:
+        got = generate(way, other, batch, case.selector, offer_all())
+        assert got.tolist() == generate(way, case.model, batch, case.selector, offer_all()).tolist()
 
 
 def test_a_router_that_is_exchanged_after_s2t_was_made(batch):
@@ -526,9 +526,9 @@ def test_a_peft_model_generates_like_its_base_model(setup, batch):
         "s2t",
         router=Router(peft_model, case.router.head, case.router.config),
     )
-    for road in ROADS:
+    for way in WAYS:
         trace = S2TTrace()
-        assert generate(road, peft_model, batch, selector, config, trace).tolist() == expected
+        assert generate(way, peft_model, batch, selector, config, trace).tolist() == expected
         assert "router" not in trace.forwards
 
 
@@ -555,9 +555,9 @@ def test_a_users_own_adapter_writes_the_text_that_the_router_reads(setup, batch,
     config = offer_all(trigger="router", threshold=middle_threshold(merged, batch))
     expected, expected_trace = fast_tokens(merged, batch, config)
     assert expected != fast_tokens(set_up(tiny_model(eos_token_id=None)), batch, config)[0]
-    for road, settings in (("fast", {}), ("processor", {}), ("processor", {"prefill_chunk_size": 3})):
+    for way, settings in (("loop", {}), ("processor", {}), ("processor", {"prefill_chunk_size": 3})):
         trace = S2TTrace()
-        assert generate(road, peft.model, batch, peft.selector, config, trace, **settings).tolist() == expected
+        assert generate(way, peft.model, batch, peft.selector, config, trace, **settings).tolist() == expected
         assert is_close(trace, expected_trace)
         assert trace.forwards.get("router", 0) == len(settings)
 
@@ -580,12 +580,12 @@ class Count:
         self.handle.remove()
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-def test_an_ordinary_step_costs_no_forward_beyond_its_own(setup, road, batch):
+def test_an_ordinary_step_costs_no_forward_beyond_its_own(setup, way, batch):
     case, trace = make_case(setup, 1), S2TTrace()
     with Count(case.model) as count:
-        generate(road, case.model, batch, case.selector, offer_all(trigger="router", threshold=math.inf), trace)
+        generate(way, case.model, batch, case.selector, offer_all(trigger="router", threshold=math.inf), trace)
     assert (count.calls, count.tokens) == (NEW_TOKENS, 3 * (PROMPT + NEW_TOKENS - 1))
     assert trace.forwards == {}
     assert all(bool(step["value_B"].isfinite().all()) for step in trace.steps)
@@ -597,7 +597,7 @@ def test_an_asked_step_costs_what_it_costs_without_a_router(setup, trigger):
     case, inputs, trace = make_case(setup, 1), prompts((6,)), S2TTrace()
     config = config_of(case, trigger, inputs)
     with Count(case.model) as count:
-        generate("fast", case.model, inputs, case.selector, config, trace)
+        generate("loop", case.model, inputs, case.selector, config, trace)
     asked = [bool(step["asked_B"].any()) for step in trace.steps]
     assert 0 < sum(asked) < NEW_TOKENS
     if setup == "teacher":
@@ -612,7 +612,7 @@ def test_an_asked_step_costs_what_it_costs_without_a_router(setup, trigger):
 def test_tokens_that_a_user_forbids_are_not_below_the_least_feature(setup, batch):
     """Six tokens are left: the log-probabilities of the seventh and eighth read -20, as those of reserved ones."""
     case = make_case(setup, 1)
-    allowed = generate("fast", case.model, batch, case.selector, offer_all())[:, -6:].unique().tolist()[:6]
+    allowed = generate("loop", case.model, batch, case.selector, offer_all())[:, -6:].unique().tolist()[:6]
     forbidden = [token for token in range(97) if token not in allowed]
 
     def forbid(case, ids, start, logits_V, writes_with):
@@ -632,8 +632,8 @@ def num_hooks(model):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("road", ROADS)
-def test_no_hook_is_left_when_a_call_is_over(road, fails, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_no_hook_is_left_when_a_call_is_over(way, fails, batch):
     case = Case(SCOPES[0], "last")
     before = num_hooks(case.model)
 
@@ -644,7 +644,7 @@ def test_no_hook_is_left_when_a_call_is_over(road, fails, batch):
 
     try:
         config = offer_all(trigger="router", threshold=-math.inf)
-        generate(road, case.model, batch, case.selector, config, stopping_criteria=[stop])
+        generate(way, case.model, batch, case.selector, config, stopping_criteria=[stop])
     except KeyboardInterrupt:
         assert fails
     gc.collect()
@@ -706,7 +706,7 @@ def test_generate_without_s2t_is_what_it_was(batch):
     expected = plain(tiny_model(), batch).tolist()
     one = S2T(case.selector, config=offer_all(trigger="router", threshold=0.0))
     assert plain(case.model, batch).tolist() == expected
-    generate("fast", case.model, batch, case.selector, offer_all(trigger="router", threshold=0.0))
+    generate("loop", case.model, batch, case.selector, offer_all(trigger="router", threshold=0.0))
     assert plain(case.model, batch).tolist() == expected
     del one
     assert plain(case.model, batch).tolist() == expected
@@ -736,9 +736,9 @@ def test_a_copy_of_the_model_is_nobodys_to_watch(copied, batch):
     assert kept == before and kept[0].num_forwards == 1, "a tap behind a hook of the copy keeps what it saw"
     assert plain(model, batch).tolist() == plain(tiny_model(), batch).tolist()
     selector = TeacherSelector(case.selector.teacher_model, router=router)
-    for road in ROADS:
+    for way in WAYS:
         trace = S2TTrace()
-        assert generate(road, model, batch, selector, config, trace).tolist() == expected
+        assert generate(way, model, batch, selector, config, trace).tolist() == expected
         assert "router" not in trace.forwards
     assert plain(case.model, batch, logits_processor=one).tolist() == expected
 
@@ -792,13 +792,13 @@ def test_texts_that_are_written_in_two_threads_at_once(batch):
 
 
 @pytest.mark.parametrize("setup", ["teacher", SCOPES[0], SCOPES[2]], ids=name_of)
-@pytest.mark.parametrize("road", ROADS)
-def test_a_model_in_bfloat16_is_read_as_it_is(road, setup, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_in_bfloat16_is_read_as_it_is(way, setup, batch):
     """Its own hidden states go into the head, which is float32 whatever the model is."""
     case = Case(setup, 1)
     case.model.to(torch.bfloat16)
     trace = S2TTrace()
-    generate(road, case.model, batch, case.selector, offer_all(trigger="router", threshold=0.0), trace)
+    generate(way, case.model, batch, case.selector, offer_all(trigger="router", threshold=0.0), trace)
     with torch.no_grad():
         output = plain(
             case.model,
@@ -820,7 +820,7 @@ def test_a_model_in_bfloat16_is_read_as_it_is(road, setup, batch):
 # Refused before the first token
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
 @pytest.mark.parametrize(
     ("settings", "what"),
@@ -830,7 +830,7 @@ def test_a_model_in_bfloat16_is_read_as_it_is(road, setup, batch):
     ],
     ids=["trigger", "fusion"],
 )
-def test_a_router_that_is_not_there_is_refused(settings, what, setup, road, batch):
+def test_a_router_that_is_not_there_is_refused(settings, what, setup, way, batch):
     case = make_case(setup, 1)
     selector = copy.copy(case.selector)
     selector.router = None
@@ -838,29 +838,29 @@ def test_a_router_that_is_not_there_is_refused(settings, what, setup, road, batc
         Count(case.model) as count,
         pytest.raises(ValueError, match=re.escape(what) + r" needs a router.*train_router"),
     ):
-        generate(road, case.model, batch, selector, offer_all(**settings))
+        generate(way, case.model, batch, selector, offer_all(**settings))
     assert count.calls == 0
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_stored_fusion_weights_need_their_router(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_stored_fusion_weights_need_their_router(way, batch):
     model = tiny_model()
     selector = make_selector(model, fusion=(1, 0, 0, 0.5))
     with Count(model) as count, pytest.raises(ValueError, match="`fusion.router`=0.5 needs a router"):
-        generate(road, model, batch, selector, None)
+        generate(way, model, batch, selector, None)
     assert count.calls == 0
-    generate(road, model, batch, selector, offer_all(fusion=(1, 0, 0)))
+    generate(way, model, batch, selector, offer_all(fusion=(1, 0, 0)))
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_router_without_a_threshold_is_refused_and_a_calibrated_one_is_found(road, batch):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_router_without_a_threshold_is_refused_and_a_calibrated_one_is_found(way, batch):
     case = make_case("teacher", 1)
     with Count(case.model) as count, pytest.raises(ValueError, match=r"recipes/calibrate\.py"):
-        generate(road, case.model, batch, case.selector, offer_all(trigger="router", target_rate=0.1))
+        generate(way, case.model, batch, case.selector, offer_all(trigger="router", target_rate=0.1))
     assert count.calls == 0
     threshold = middle_threshold(case, batch)
     selector = TeacherSelector(case.selector.teacher_model, {"router": {0.1: threshold}}, router=case.router)
-    got = generate(road, case.model, batch, selector, offer_all(trigger="router", target_rate=0.1))
+    got = generate(way, case.model, batch, selector, offer_all(trigger="router", target_rate=0.1))
     assert got.tolist() == fast_tokens(case, batch, offer_all(trigger="router", threshold=threshold))[0]
 
 
@@ -1025,9 +1025,9 @@ def test_a_selector_brings_its_router_where_its_config_names_it(setup, batch, tm
     save_adapter(tmp_path, setup)
     selector = LocalSelector.from_pretrained(tmp_path, tiny_model(eos_token_id=None))
     assert selector.router.model is selector.model
-    for road in ROADS:
+    for way in WAYS:
         trace = S2TTrace()
-        assert generate(road, selector.model, batch, selector, config, trace).tolist() == expected
+        assert generate(way, selector.model, batch, selector, config, trace).tolist() == expected
         assert "router" not in trace.forwards
 
 
@@ -1047,8 +1047,8 @@ def test_a_model_that_was_loaded_with_its_adapter_gets_the_router_too(batch, tmp
     selector = LocalSelector.from_pretrained(tmp_path / "adapter", model)
     case = make_case(SCOPES[0], 1)
     config = config_of(case, "router", batch)
-    for road in ROADS:
-        got = generate(road, model, batch, selector, config)
+    for way in WAYS:
+        got = generate(way, model, batch, selector, config)
         assert got.tolist() == fast_tokens(case, batch, config)[0]
 
 
@@ -1057,5 +1057,5 @@ def test_a_merged_selector_reads_the_router_as_before(batch):
     config = config_of(case, "router", batch)
     expected, _ = fast_tokens(case, batch, config)
     case.selector.merge()
-    for road, settings in (("fast", {}), ("processor", {}), ("processor", {"prefill_chunk_size": 3})):
-        assert generate(road, case.model, batch, case.selector, config, **settings).tolist() == expected
+    for way, settings in (("loop", {}), ("processor", {}), ("processor", {"prefill_chunk_size": 3})):
+        assert generate(way, case.model, batch, case.selector, config, **settings).tolist() == expected

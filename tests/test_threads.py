@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_decode import generate, name_of, plain, save_adapter, set_up
 from test_router import make_router
-from tiny import ROADS, SCOPES, SETUPS, make_selector, offer_all, prompts, tiny_model
+from tiny import SCOPES, SETUPS, WAYS, make_selector, offer_all, prompts, tiny_model
 from tiny_moments import act_at, changes, logits_of, moments_of, spread, state_of
 
 from transformers_s2t import S2T, LocalSelector, TeacherSelector
@@ -36,9 +36,9 @@ class Scene:
     may_refuse: bool = False
 
 
-def text(model, inputs, selector, road, config=None):
+def text(model, inputs, selector, way, config=None):
     """The tokens of a call with S2T."""
-    return lambda: generate(road, model, inputs, selector, config or offer_all(), **SETTINGS).tolist()
+    return lambda: generate(way, model, inputs, selector, config or offer_all(), **SETTINGS).tolist()
 
 
 def plain_text(model, inputs):
@@ -55,19 +55,19 @@ def two_plain_texts(folder):
     return Scene((plain_text(model, HERE), plain_text(model, THERE)), (model,))
 
 
-def plain_and_s2t(folder, setup, road):
+def plain_and_s2t(folder, setup, way):
     model, selector = set_up(setup)
-    return Scene((plain_text(model, HERE), text(model, THERE, selector, road)), (model,))
+    return Scene((plain_text(model, HERE), text(model, THERE, selector, way)), (model,))
 
 
-def forward_and_s2t(folder, setup, road):
+def forward_and_s2t(folder, setup, way):
     model, selector = set_up(setup)
-    return Scene((forwards(model, HERE), text(model, THERE, selector, road)), (model,))
+    return Scene((forwards(model, HERE), text(model, THERE, selector, way)), (model,))
 
 
-def one_selector(folder, setup, road, other_road):
+def one_selector(folder, setup, way, other_way):
     model, selector = set_up(setup)
-    return Scene((text(model, HERE, selector, road), text(model, THERE, selector, other_road)), (model,))
+    return Scene((text(model, HERE, selector, way), text(model, THERE, selector, other_way)), (model,))
 
 
 def one_processor(folder, setup):
@@ -88,44 +88,44 @@ def saved(folder, setup, seed=1):
     return path
 
 
-def two_selectors(folder, setup, other_setup, road):
+def two_selectors(folder, setup, other_setup, way):
     model, texts = tiny_model(), []
     for number, (one, inputs) in enumerate(((setup, HERE), (other_setup, THERE))):
         path = saved(folder, one, seed=1 + number)
         selector = LocalSelector.from_pretrained(path, model, adapter_name=f"s2t{number}")
-        texts.append(text(model, inputs, selector, road))
+        texts.append(text(model, inputs, selector, way))
     return Scene(tuple(texts), (model,))
 
 
-def with_router(folder, setup, road, other_road):
-    """The router reads what one layer put out: that of its own call. Without another road: beside a plain text."""
+def with_router(folder, setup, way, other_way):
+    """The router reads what one layer put out: that of its own call. Without another way: beside a plain text."""
     model, selector = set_up(setup)
     selector.router = make_router(model, 1)
     config = offer_all(trigger="router", threshold=0.0)
-    other = plain_text(model, HERE) if other_road is None else text(model, HERE, selector, other_road, config)
-    return Scene((other, text(model, THERE, selector, road, config)), (model,))
+    other = plain_text(model, HERE) if other_way is None else text(model, HERE, selector, other_way, config)
+    return Scene((other, text(model, THERE, selector, way, config)), (model,))
 
 
-def teacher_is_a_student(folder, setup, road):
+def teacher_is_a_student(folder, setup, way):
     """The teacher of one call is the model that the other call selects in, and writes with."""
     model, teacher = tiny_model(), tiny_model(seed=9)
     selector = TeacherSelector(model) if setup == "teacher" else make_selector(teacher, *setup)
     return Scene(
-        (text(model, HERE, TeacherSelector(teacher), road), text(teacher, THERE, selector, road)), (model, teacher)
+        (text(model, HERE, TeacherSelector(teacher), way), text(teacher, THERE, selector, way)), (model, teacher)
     )
 
 
-def own_adapter(folder, setup, road):
+def own_adapter(folder, setup, way):
     """A plain text of the user's own adapter, beside a selector that was loaded into the same model."""
     torch.manual_seed(7)
     peft_config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(tiny_model(), peft_config, adapter_name="own").eval()
     selector = LocalSelector.from_pretrained(saved(folder, setup), model)
-    return Scene((plain_text(model, HERE), text(model, THERE, selector, road)), (model,))
+    return Scene((plain_text(model, HERE), text(model, THERE, selector, way)), (model,))
 
 
-ONE_ROAD = (("processor", "processor"), ("fast", "fast"))
-ROAD_PAIRS = (*ONE_ROAD, ("processor", "fast"))
+SAME_WAY = (("processor", "processor"), ("loop", "loop"))
+PAIRS_OF_WAYS = (*SAME_WAY, ("processor", "loop"))
 SCOPE_PAIRS = [(one, other) for number, one in enumerate(SCOPES) for other in SCOPES[number + 1 :]]
 #: id -> what makes a scene out of a folder for its adapters
 SCENES = {
@@ -133,15 +133,15 @@ SCENES = {
         lambda make, settings, folder: make(folder, *settings), make, settings
     )
     for title, make, all_settings in (
-        ("plain and s2t", plain_and_s2t, [(setup, road) for setup in SETUPS for road in ROADS]),
-        ("forwards and s2t", forward_and_s2t, [(setup, road) for setup in SCOPES for road in ROADS]),
-        ("one selector", one_selector, [(setup, *roads) for setup in SETUPS for roads in ROAD_PAIRS]),
+        ("plain and s2t", plain_and_s2t, [(setup, way) for setup in SETUPS for way in WAYS]),
+        ("forwards and s2t", forward_and_s2t, [(setup, way) for setup in SCOPES for way in WAYS]),
+        ("one selector", one_selector, [(setup, *ways) for setup in SETUPS for ways in PAIRS_OF_WAYS]),
         ("one processor", one_processor, [(setup,) for setup in SETUPS]),
-        ("two selectors", two_selectors, [(*pair, road) for pair in SCOPE_PAIRS for road in ROADS]),
-        ("router and plain", with_router, [(setup, road, None) for setup in SETUPS for road in ROADS]),
-        ("one router", with_router, [(setup, *roads) for setup in SETUPS for roads in ONE_ROAD]),
-        ("teacher is a student", teacher_is_a_student, [(setup, road) for setup in SETUPS for road in ROADS]),
-        ("own adapter", own_adapter, [(setup, road) for setup in SCOPES for road in ROADS]),
+        ("two selectors", two_selectors, [(*pair, way) for pair in SCOPE_PAIRS for way in WAYS]),
+        ("router and plain", with_router, [(setup, way, None) for setup in SETUPS for way in WAYS]),
+        ("one router", with_router, [(setup, *ways) for setup in SETUPS for ways in SAME_WAY]),
+        ("teacher is a student", teacher_is_a_student, [(setup, way) for setup in SETUPS for way in WAYS]),
+        ("own adapter", own_adapter, [(setup, way) for setup in SCOPES for way in WAYS]),
     )
     for settings in all_settings
 }

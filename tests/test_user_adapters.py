@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_decode import generate, name_of, num_flipped, plain, save_adapter
-from tiny import ROADS, SCOPES, offer_all, prompts, tiny_model
+from tiny import SCOPES, WAYS, offer_all, prompts, tiny_model
 from tiny_moments import changes, logits_of, state_of
 
 from transformers_s2t import LocalSelector, S2TTrace
@@ -67,10 +67,10 @@ def merged(folder, writers):
     return model.eval()
 
 
-def outcome(model, selector, road):
+def outcome(model, selector, way):
     """Tokens of a call, and what it saw at each step."""
     trace = S2TTrace()
-    tokens = generate(road, model, INPUTS, selector, offer_all(), trace, **SETTINGS).tolist()
+    tokens = generate(way, model, INPUTS, selector, offer_all(), trace, **SETTINGS).tolist()
     assert num_flipped(trace) > 0
     return tokens, trace
 
@@ -85,7 +85,7 @@ def reference(folder, writers, setup):
     model = merged(folder, writers)
     text = plain_text(model)
     selector = LocalSelector.from_pretrained(folder / name_of(setup), model)
-    return *outcome(model, selector, "fast"), text
+    return *outcome(model, selector, "loop"), text
 
 
 def check_scores(trace, expected_trace):
@@ -97,7 +97,7 @@ def check_scores(trace, expected_trace):
                 torch.testing.assert_close(step[name], expected_step[name], atol=1e-3, rtol=1e-3)
 
 
-def check_against_reference(folder, writers, setup, road, model, selector, may_refuse=False):
+def check_against_reference(folder, writers, setup, way, model, selector, may_refuse=False):
     """Tokens and scores of one call equal the reference's, and the call changes nothing.
 
     A processor gets the logits of what the user's model does: where that is not what S2T is to write with, because the
@@ -106,7 +106,7 @@ def check_against_reference(folder, writers, setup, road, model, selector, may_r
     expected, expected_trace, _ = reference(folder, writers, setup)
     before, logits = state_of(model), logits_of(model, INPUTS)
     try:
-        tokens, trace = outcome(model, selector, road)
+        tokens, trace = outcome(model, selector, way)
     except ValueError as error:
         assert may_refuse and "adapter" in str(error), error
         tokens, trace = expected, expected_trace
@@ -248,17 +248,17 @@ def test_the_references_differ(folder):
         assert all(one != other for i, one in enumerate(texts) for other in texts[:i])
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
 @pytest.mark.parametrize("action", ACTIONS)
-def test_what_the_user_has_active_now_writes(action, setup, road, folder):
+def test_what_the_user_has_active_now_writes(action, setup, way, folder):
     names, act, writers = ACTIONS[action]
     if act is delete_b and setup[1] == "adapted":
         pytest.skip("PEFT deletes no adapter while two are active in a layer with trained rows")
     model, selector = load(folder, names, setup)
-    may_refuse = road == "processor" and (act is set_to_s2t or setup[1] == "adapted")
+    may_refuse = way == "processor" and (act is set_to_s2t or setup[1] == "adapted")
     with act(model, folder) as model:
-        check_against_reference(folder, writers, setup, road, model, selector, may_refuse)
+        check_against_reference(folder, writers, setup, way, model, selector, may_refuse)
 
 
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
@@ -271,9 +271,9 @@ def test_an_adapter_without_rows_of_the_head_is_loaded_after_the_selector_or_cha
         model.set_adapter("B")
     except KeyError:
         writers = ("A",)
-    for road in ROADS:
-        may_refuse = road == "processor" and setup[1] == "adapted"
-        check_against_reference(folder, writers, setup, road, model, selector, may_refuse)
+    for way in WAYS:
+        may_refuse = way == "processor" and setup[1] == "adapted"
+        check_against_reference(folder, writers, setup, way, model, selector, may_refuse)
 
 
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
@@ -282,12 +282,12 @@ def test_a_switch_between_two_calls_of_one_processor_or_selector(action, setup, 
     """What a call finds is what is active then, not what the selector or S2T has seen before."""
     names, act, writers = ACTIONS[action]
     model, selector = load(folder, names, setup)
-    for road in ROADS:
-        check_against_reference(folder, ("A",), setup, road, model, selector)
+    for way in WAYS:
+        check_against_reference(folder, ("A",), setup, way, model, selector)
     with act(model, folder) as model:
-        for road in ROADS:
-            may_refuse = road == "processor" and setup[1] == "adapted"
-            check_against_reference(folder, writers, setup, road, model, selector, may_refuse)
+        for way in WAYS:
+            may_refuse = way == "processor" and setup[1] == "adapted"
+            check_against_reference(folder, writers, setup, way, model, selector, may_refuse)
 
 
 @pytest.mark.parametrize("action", [name for name in ACTIONS if "of-the-selector" not in name])
@@ -299,8 +299,8 @@ def test_a_plain_text_is_that_of_the_active_adapter(action, setup, folder):
     expected = reference(folder, writers, setup)[2]
     with act(model, folder) as model:
         assert plain_text(model) == expected
-        for road in ROADS:
-            outcome(model, selector, road)
+        for way in WAYS:
+            outcome(model, selector, way)
             assert plain_text(model) == expected
 
 
@@ -335,11 +335,11 @@ def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
 
 
-def check_or_refused(folder, writers, setup, road, model, selector):
+def check_or_refused(folder, writers, setup, way, model, selector):
     """The call gives the reference's tokens or a ValueError that names the adapter; the weights stay as they are."""
     before, logits = weights_of(model), logits_of(model, INPUTS)
     try:
-        tokens, trace = outcome(model, selector, road)
+        tokens, trace = outcome(model, selector, way)
     except ValueError as error:
         assert "adapter" in str(error)
         trace = None
@@ -352,19 +352,19 @@ def check_or_refused(folder, writers, setup, road, model, selector):
         check_scores(trace, expected_trace)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
 @pytest.mark.parametrize("name", ["B", "C"])
-def test_an_adapter_that_is_merged_after_loading_writes_or_is_refused(name, setup, road, folder):
+def test_an_adapter_that_is_merged_after_loading_writes_or_is_refused(name, setup, way, folder):
     model, selector = load(folder, ("A", name), setup)
     model.set_adapter(name)
     model.merge_adapter()
-    check_or_refused(folder, (name,), setup, road, model, selector)
+    check_or_refused(folder, (name,), setup, way, model, selector)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
-def test_an_adapter_that_was_merged_before_loading_writes_or_is_refused(setup, road, folder):
+def test_an_adapter_that_was_merged_before_loading_writes_or_is_refused(setup, way, folder):
     model = with_own(folder, "A", "B")
     model.merge_adapter(["A"])
     try:
@@ -373,18 +373,18 @@ def test_an_adapter_that_was_merged_before_loading_writes_or_is_refused(setup, r
         assert "merge" in str(error)
         assert plain_text(model) == reference(folder, ("A",), setup)[2]
         return
-    check_or_refused(folder, ("A",), setup, road, model, selector)
+    check_or_refused(folder, ("A",), setup, way, model, selector)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
-def test_an_adapter_that_is_merged_and_unmerged_is_as_it_was(setup, road, folder):
+def test_an_adapter_that_is_merged_and_unmerged_is_as_it_was(setup, way, folder):
     model, selector = load(folder, ("A", "B"), setup)
     model.set_adapter("B")
     model.merge_adapter()
     model.unmerge_adapter()
-    may_refuse = road == "processor" and setup[1] == "adapted"
-    check_against_reference(folder, ("B",), setup, road, model, selector, may_refuse)
+    may_refuse = way == "processor" and setup[1] == "adapted"
+    check_against_reference(folder, ("B",), setup, way, model, selector, may_refuse)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,10 +399,10 @@ def load_into_bare(folder, setup):
     return model.eval(), LocalSelector.from_pretrained(folder / name_of(setup), model)
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setup", SCOPES, ids=name_of)
 @pytest.mark.parametrize("action", ["nothing", "set_adapter", "disable_adapters"])
-def test_adapters_that_transformers_itself_loaded(action, setup, road, folder):
+def test_adapters_that_transformers_itself_loaded(action, setup, way, folder):
     model, selector = load_into_bare(folder, setup)
     assert [name for name in model.active_adapters() if name != "s2t" or setup[1] == "base"] == ["A"]
     writers = {"nothing": ("A",), "set_adapter": ("B",), "disable_adapters": ()}[action]
@@ -410,5 +410,5 @@ def test_adapters_that_transformers_itself_loaded(action, setup, road, folder):
         model.set_adapter("B")
     elif action == "disable_adapters":
         model.disable_adapters()
-    may_refuse = road == "processor" and setup[1] == "adapted"
-    check_against_reference(folder, writers, setup, road, model, selector, may_refuse)
+    may_refuse = way == "processor" and setup[1] == "adapted"
+    check_against_reference(folder, writers, setup, way, model, selector, may_refuse)

@@ -19,7 +19,7 @@ SCOPES = (("candidate", "base"), ("sequence", "base"), ("sequence", "adapted"))
 #: Who selects: a teacher, or the model itself.
 SETUPS = ("teacher", *SCOPES)
 #: The two ways into `generate`: the logits processor, and `s2t_generate`.
-ROADS = ("processor", "fast")
+WAYS = ("processor", "loop")
 NEVER_FINISHES = {"eos_token_id": None}
 
 

@@ -1,4 +1,4 @@
-"""What a decoding run and a trained selector are made of: frozen, validated, no I/O beyond `s2t_config.json`.
+"""Settings of a decoding run and of a trained selector: frozen and validated; the only file is `s2t_config.json`.
 
 This file knows nothing of torch or of models; every other file may import it.
 """
@@ -111,13 +111,14 @@ class S2TDecodingConfig:
             or 0.05.
         target_rate (`float`, *optional*): the share of generated tokens that should trigger, in (0, 1]. Looked up in
             the thresholds that `recipes/calibrate.py` stored with the selector.
-        threshold (`float`, *optional*): fires at values at or above it; wins over `target_rate`.
-        trigger_top_k (`int`): over how many tokens the entropy is taken. 64 in the paper.
-        warmup_tokens (`int`, *optional*): the first new tokens never trigger. `None` takes what the thresholds were
-            calibrated with, or 3 as in the paper.
+        threshold (`float`, *optional*): a step triggers where the trigger's value is at or above it. Takes precedence
+            over `target_rate`.
+        trigger_top_k (`int`): number of top tokens that the entropy is taken over. 64 in the paper.
+        warmup_tokens (`int`, *optional*): number of first new tokens that never trigger. `None` takes what the
+            thresholds were calibrated with, or 3 as in the paper.
         fusion ([`FusionWeights`], mapping or numbers, *optional*): `None` takes the weights stored with the selector,
             or (1, 0, 0) where there are none.
-        seed (`int`): of the "random" trigger.
+        seed (`int`): seed of the "random" trigger.
 
     Raises:
         ValueError: naming the argument, its legal values and the value given.
@@ -204,7 +205,7 @@ class S2TDecodingConfig:
 
 @dataclass(frozen=True)
 class SelectorConfig:
-    """What travels with a trained S2T-Local adapter, as `s2t_config.json` beside it.
+    """Settings that belong to a trained S2T-Local adapter, stored beside it as `s2t_config.json`.
 
     Args:
         reserved_token_ids (`tuple[int, ...]`): R token ids whose logits carry the score; never generated.
@@ -217,11 +218,11 @@ class SelectorConfig:
         num_candidates (`int`): default K at inference.
         min_prob_ratio (`float`): default candidate floor at inference.
         thresholds: trigger -> {target rate: threshold}, written by `recipes/calibrate.py`.
-        warmup_tokens (`int`): how many of the first new tokens never triggered there.
-        fusion ([`FusionWeights`], *optional*): fitted by calibration.
+        warmup_tokens (`int`): number of first new tokens that never triggered during calibration.
+        fusion ([`FusionWeights`], *optional*): weights that calibration fitted.
         router (`str`): fingerprint of the router beside the adapter, "" for none.
         base_model (`str`): name or path of the model that the adapter was trained on.
-        teacher_model (`str`): of the labels.
+        teacher_model (`str`): name or path of the teacher that scored the labels.
         vocab_hash (`str`): fingerprint of the tokenizer that the labels were made with.
         model_hash (`str`): fingerprint of the base model's weights.
         metrics (`dict`): held-out figures, for the model card.

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that appear under their name complete, or not at all."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What tells a model's weights from another's, as a string that travels with labels, adapters and routers.
+"""Fingerprints of a model's weights: strings that are stored with labels, adapters and routers.
 
-A checkpoint has one fingerprint whichever type it is loaded in (float32, bfloat16, float16), with or without adapters,
-added rows of its vocabulary, tied or untied. A model whose weights were merged with an adapter, or trained in any
-other way, has another one, although most of its values differ by a thousandth.
+A checkpoint has one fingerprint, whichever type it is loaded in (float32, bfloat16, float16), with or without adapters
+or added vocabulary rows, tied or untied. Merging an adapter into the weights, or any other training, changes it, even
+if most values differ by a thousandth only.
 
-That takes a feature of single weights that is fine, and exact all the same: the last bit of the significand after
-rounding to bfloat16. The types agree on it, but for values that float16 rounds to the middle between two of bfloat16
-(an eighth of them in a float32 checkpoint): there it counts as unknown. Bits of several weights, of different tensors,
-are added up to one.
+It is built from the last bit of single weights' significands after rounding to bfloat16: small updates change that
+bit, and the types agree on it, except for values that float16 rounds to the middle between two of bfloat16 (an eighth
+of a float32 checkpoint). Those count as unknown. Each code is the sum, modulo 2, of the bits of several weights from
+different tensors.
 
 Knows parameters and PEFT's wrappers; knows nothing of selectors.
 
@@ -38,7 +38,7 @@ _WEIGHTS_PER_CODE = 8
 _MOST_PER_MATRIX = 64
 _VECTOR_CODES = 104
 _PER_VECTOR, _PER_TABLE = 8, 32
-_ROW_BLOCKS = 19  # of a vocabulary: row 0, row 1, rows 2 to 3, 4 to 7, ... up to 2**18
+_ROW_BLOCKS = 19  # blocks of vocabulary rows: row 0, row 1, rows 2 to 3, 4 to 7, ... up to 2**18
 _CODES_PER_BLOCK = 4
 _PER_BLOCK = 16
 
@@ -50,12 +50,12 @@ _CODED = (torch.uint8, torch.int8, torch.int16, torch.int32)
 def model_hash(model: PreTrainedModel | PeftModel) -> str:
     """Fingerprint of a model's weights, to be compared by [`same_weights`].
 
-    Three fields behind each other: 16 hex digits as older versions wrote them; a few hundred weights of what is never
-    quantized (embeddings, head, norms); up to 64 weights of each matrix, or tensor of more dimensions, with its bias.
-    The last one is empty where the model is quantized, and a weight that is not in memory tells nothing.
+    It has three fields: 16 hex digits as older versions wrote them; a few hundred weights of what is never quantized
+    (embeddings, head, norms); up to 64 weights of each matrix, or tensor of more dimensions, with its bias. The last
+    field is empty for a quantized model. Weights that are not in memory count as unknown.
 
-    A checkpoint that was written in float16 is another one than the float32 checkpoint it was made of, where that is
-    held in bfloat16: rounded twice, six weights in a hundred differ. Adapters do not count, merged ones do.
+    A float16 copy of a float32 checkpoint does not match that checkpoint loaded in bfloat16: the copy is rounded
+    twice, and six weights in a hundred differ. Adapters do not count; merged ones do.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     vectors, matrices = _Codes(_VECTOR_CODES), _Codes(_MATRIX_CODES)
@@ -90,8 +90,8 @@ def model_hash(model: PreTrainedModel | PeftModel) -> str:
 def same_weights(stored: str, found: str) -> bool:
     """Whether two fingerprints may be those of one checkpoint.
 
-    What one of them does not know cannot differ: an empty one fits any, one of an older version is compared by its
-    rule (signs of some embeddings and of all norms), and of a quantized model only what is never quantized counts.
+    Only what both contain is compared: an empty one matches any, one of an older version is compared by its rule
+    (signs of some embeddings and of all norms), and for a quantized model only what is never quantized counts.
     """
     ours, theirs = _FORMAT.fullmatch(stored), _FORMAT.fullmatch(found)
     if ours is None or theirs is None:
@@ -106,7 +106,7 @@ def same_weights(stored: str, found: str) -> bool:
 
 
 def weights_name(fingerprint: str) -> str:
-    """What messages call it: 16 hex digits of what older versions compare, and 8 of the rest where there is more."""
+    """Short name of a fingerprint for messages: the 16 hex digits of older versions, then 8 for the rest, if any."""
     signs, _, rest = fingerprint.partition(".")
     return f"{signs}-{hashlib.sha256(rest.encode()).hexdigest()[:8]}" if rest else signs
 
@@ -182,11 +182,11 @@ class _Codes:
 def _bits(values_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The bit of each weight, uint8 (N,), and where it is unknown, bool (N,).
 
-    The last bit of the significand in bfloat16, plus the sign; of values that float16 holds no more finely than
-    bfloat16 the sign alone. Both limits are powers of two, whose last bit is 0: rounding across them changes nothing.
+    The bit is the last one of the significand in bfloat16, plus the sign. Where float16 is no finer than bfloat16 it
+    is the sign alone. Both limits are powers of two, whose last bit is 0: rounding across them changes nothing.
     """
     raw_N = np.ascontiguousarray(values_N, np.float32).view(np.uint32).astype(np.int64)
-    rest_N = raw_N & 0xFFFF  # behind the last bit of bfloat16
+    rest_N = raw_N & 0xFFFF  # the bits after the last one of bfloat16
     last_N = ((raw_N + 0x7FFF + ((raw_N >> 16) & 1)) >> 16) & 1  # rounded to nearest, ties to even
     size_N = np.abs(values_N)
     fine_N = (size_N >= _LEAST) & (size_N < _MOST)
@@ -217,7 +217,7 @@ def _spread(start: int, stride: int, number: int, size: int) -> np.ndarray:
 
 
 def _numbers(name: str) -> tuple[int, int, int]:
-    """Three numbers below 2**32 that a name has for good."""
+    """Three numbers below 2**32 that depend on the name alone."""
     digest = hashlib.sha256(name.encode()).digest()
     return tuple(int.from_bytes(digest[i : i + 4], "big") for i in (0, 4, 8))
 
@@ -227,7 +227,7 @@ def _numbers(name: str) -> tuple[int, int, int]:
 
 
 def _own_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a model has without its adapters, under the names that they have then."""
+    """The modules of a model without its adapters, under the names that they have without them."""
     while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
     module = getattr(module, "_orig_mod", module)  # compiled
@@ -242,7 +242,7 @@ def _own_parameters(layer: nn.Module | None) -> dict[str, nn.Parameter]:
 
 
 def _is_plain(parameter: torch.Tensor) -> bool:
-    """Whether its numbers are the weights: not those of a packed one, which may be floats too, or of none at all."""
+    """Whether a parameter's numbers are the weights: packed weights may be floats too, and meta tensors have none."""
     whole = type(parameter) in (nn.Parameter, torch.Tensor)
     return whole and parameter.dtype in _FLOATS and parameter.device.type != "meta"
 
@@ -255,8 +255,8 @@ def _is_quantized(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
 
 
 def _signs_hash(model: PreTrainedModel) -> str:
-    """What versions before this file wrote: 16 hex digits of the SHA-256 over the signs of vectors and of the first 64
-    rows of embeddings. It does not see matrices. Empty where some of these are not in memory."""
+    """The fingerprint of older versions: 16 hex digits of the SHA-256 over the signs of vectors and of the first 64
+    rows of embeddings. It ignores matrices, and is empty where some of these weights are not in memory."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         for part in (".token_adapter", ".base_layer", ".original_module"):  # where PEFT has put the base's own

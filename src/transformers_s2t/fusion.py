@@ -11,7 +11,7 @@ from transformers_s2t.config import FusionWeights
 from transformers_s2t.proposals import Proposals
 
 
-MIN_POINTS = 10  # with a choice, to fit three or four weights on
+MIN_POINTS = 10  # fewest points with a choice that three or four weights are fitted on
 
 
 def fused_scores(
@@ -78,7 +78,7 @@ def fit_fusion(
         scores_NK, logprobs_NK, mask_NK: as in [`fused_scores`].
         target_N: index of the right candidate, above the floor.
         router_N: the router's logits; without them its weight is 0.
-        max_iterations: of L-BFGS.
+        max_iterations: most iterations of L-BFGS.
 
     Raises:
         ValueError: for fewer than ten points with a choice.
@@ -111,7 +111,7 @@ def fit_fusion(
     def closure():
         optimizer.zero_grad()
         logits_NK = (features_NKF @ weights_F).masked_fill(~mask_NK, float("-inf"))
-        # the second term keeps the weights finite where the points can be told apart without an error
+        # the second term keeps the weights finite where they can predict every target
         loss = torch.nn.functional.cross_entropy(logits_NK, target_N) + 1e-6 * weights_F.square().sum()
         loss.backward()
         return loss
@@ -124,9 +124,9 @@ def fit_fusion(
 
 
 def _spread(features_NKF: torch.Tensor, mask_NK: torch.Tensor) -> torch.Tensor:
-    """Standard deviation (F,) of each feature within the points, where alone it can tell candidates apart.
+    """Standard deviation (F,) of each feature within points; differences between points tell no candidates apart.
 
-    1 for a feature that tells nothing: float32 scores of two alike candidates differ by rounding.
+    1 for a feature without information: float32 scores of two equal candidates differ by rounding.
     """
     count_N11 = mask_NK.sum(-1)[:, None, None]
     centred_NKF = features_NKF - features_NKF.sum(1, keepdim=True) / count_N11
@@ -145,9 +145,8 @@ def cross_fit(
 ) -> torch.Tensor:
     """Choice (N,) at every point, by weights that were fitted on other folds than its own.
 
-    What fusion gains on problems that its weights have not seen, without setting any aside. The groups, in the order
-    of their numbers, go to the folds in turn, so that the folds depend on the groups alone, not on the order of the
-    points.
+    Shows what fusion gains on unseen problems without setting any aside. Groups go to the folds in turn, in the order
+    of their numbers, so that the folds do not depend on the order of the points.
 
     Args:
         scores_NK, logprobs_NK, mask_NK, target_N, router_N: as in [`fit_fusion`].

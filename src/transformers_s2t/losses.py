@@ -11,12 +11,12 @@ import torch
 from torch.nn import functional as F
 
 
-#: Logits that [`chunked_text_kl`] holds at one time: 32 MiB in float32, some times that with what is made of them.
+#: Most logits that [`chunked_text_kl`] holds at one time: 32 MiB in float32, several times that with its temporaries.
 MAX_LOGITS = 1 << 23
 
 
 def best_candidate(teacher_logprobs_NK: torch.Tensor, mask_NK: torch.Tensor) -> torch.Tensor:
-    """Index (N,) of the candidate that the teacher likes best among those in the mask: the target."""
+    """Index (N,) of the target: the candidate in the mask that the teacher finds most likely."""
     return teacher_logprobs_NK.masked_fill(~mask_NK, float("-inf")).argmax(-1)
 
 
@@ -81,11 +81,11 @@ def chunked_text_kl(
     its logits are computed once and nothing of size V is kept for the backward pass.
 
     Args:
-        logits_of: the head, hidden states (n, D) -> logits (n, V). It gets no gradient: it is frozen.
+        logits_of: the head, hidden states (n, D) -> logits (n, V). It is frozen: its weights get no gradient.
         base_ND: hidden states of the frozen base; no gradient.
         tuned_ND: hidden states with the adapter.
-        excluded_ids: tokens that are no text.
-        max_logits: the more, the fewer and larger the chunks.
+        excluded_ids: tokens that are not text.
+        max_logits: most logits in one chunk.
     """
     return _ChunkedTextKL.apply(tuned_ND, base_ND.detach(), logits_of, excluded_ids, max_logits)
 
@@ -119,7 +119,7 @@ class _ChunkedTextKL(torch.autograd.Function):
 def spearman(scores_NK: torch.Tensor, teacher_logprobs_NK: torch.Tensor, mask_NK: torch.Tensor) -> torch.Tensor:
     """Rank correlation of two orders of the candidates in the mask, per point (N,): in [-1, 1], ties share a rank.
 
-    0 where one of the two puts all candidates level. Any leading shape.
+    0 where one of the two ranks all candidates equal. Any leading shape.
     """
 
     def centred_ranks(values_NK: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""What a model must be before S2T runs it: a causal language model that reads a text in parts as it reads it whole,
-with room for the text. Everything here is found out before the first token.
+"""Checks of a model before the first token: it must be a causal language model, give the same logits whether a text is
+read in parts or at once, and have room for the text.
 
-Knows models; knows nothing of selectors or sessions. A config says little of this: the checks look at modules and
-weights, and at what the model answers to a few tokens.
+Knows models; knows nothing of selectors or sessions. Configs say little of this, so the checks look at modules and
+weights, and at the model's logits for a few tokens.
 
 Legend: B rows, T tokens, V vocabulary.
 """
@@ -24,12 +24,12 @@ from transformers_s2t.scoring.candidates import PrefixCache
 from transformers_s2t.triggers import kl_divergence
 
 
-#: Nats by which two readings of one text may differ: rounding of float32, and of what is coarser.
+#: Nats by which two readings of one text may differ: rounding in float32, and in coarser types.
 _TOLERANCE = 1e-3
 _COARSE_TOLERANCE = 0.05
 _NUM_TRIED = 5  # tokens of the text that both readings are tried on
 _NUM_PADDING = 2
-#: What a forward raises that lacks an input, and what is raised where there is no cache for a model.
+#: Errors of a forward that lacks an input, or of a model that takes no cache.
 _CANNOT_READ = (TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError)
 
 _FAULTS = {
@@ -43,7 +43,7 @@ _FAULTS = {
 
 _found: WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = WeakKeyDictionary()
 _warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-_causal: WeakSet[nn.Module] = WeakSet()  # found to be so: what a model is made of is looked at once
+_causal: WeakSet[nn.Module] = WeakSet()  # models that passed `check_causal_lm`: their modules are looked at once
 _rows: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
@@ -54,11 +54,11 @@ _rows: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 def check_causal_lm(name: str, model: PreTrainedModel | PeftModel) -> None:
     """Raises a ValueError for a model whose next token S2T cannot read, with the reason.
 
-    Told by what the model is made of, without a forward: encoder-decoders, encoders, models without a language head,
-    models without weights. See [`check_reads_in_parts`] for the rest.
+    Looks at the model's modules and config, without a forward: encoder-decoders, encoders, models without a language
+    head and models without weights are refused. [`check_reads_in_parts`] does the rest.
 
     Args:
-        name: of the argument, for the message.
+        name: name of the argument, for the message.
         model: a loaded model.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -83,11 +83,11 @@ def check_causal_lm(name: str, model: PreTrainedModel | PeftModel) -> None:
 
 
 def check_models(writer: PreTrainedModel | None, scorers: Mapping[str, PreTrainedModel | PeftModel]) -> None:
-    """All that can be wrong with the models of one call and is told without a forward.
+    """Checks the models of one call, as far as that needs no forward.
 
     Args:
-        writer: the small model that generates, where it is at hand.
-        scorers: name of the argument -> a model that is read on a cache of S2T's own; "model" is the writer's.
+        writer: the small model that generates, `None` where it is not known.
+        scorers: name of the argument -> a model that S2T runs on a cache of its own; "model" is the writer's.
 
     Raises:
         ValueError: see [`check_causal_lm`], [`check_evaluates`], [`check_without_virtual_tokens`].
@@ -103,7 +103,7 @@ def check_models(writer: PreTrainedModel | None, scorers: Mapping[str, PreTraine
 
 
 def check_evaluates(name: str, model: PreTrainedModel | PeftModel) -> None:
-    """Raises a ValueError for a model in training mode whose dropout would make every forward another one."""
+    """Raises a ValueError for a model in training mode whose dropout would make every forward random."""
     place = next(random_places(model), None)
     if place is not None:
         raise ValueError(
@@ -112,10 +112,10 @@ def check_evaluates(name: str, model: PreTrainedModel | PeftModel) -> None:
 
 
 def check_without_virtual_tokens(name: str, model: PreTrainedModel | PeftModel) -> None:
-    """Raises a ValueError for a model that S2T would have to read on a cache of its own, and cannot.
+    """Raises a ValueError for a model that cannot be run on a cache of S2T's own.
 
-    PEFT's virtual tokens come anew with every forward of a `PeftModel`, also where a cache holds them already, and are
-    lacking in a forward of the model inside. An activated LoRA looks for its invocation in what it is fed.
+    A `PeftModel` puts its virtual tokens in front of every forward, even if the cache holds them already, and the
+    model inside has none. An activated LoRA looks for its invocation tokens in the input of a single forward.
     """
     method = prompt_learning_of(model)
     if method is not None:
@@ -133,14 +133,14 @@ def check_without_virtual_tokens(name: str, model: PreTrainedModel | PeftModel) 
 
 
 def _is_encoder(base: PreTrainedModel) -> bool:
-    """Whether its own layers say so: some decoders keep the default `is_decoder=False` in their config."""
+    """Whether config and layers both say so: some decoders keep the default `is_decoder=False` in their config."""
     if getattr(base.config.get_text_config(decoder=True), "is_decoder", None) is not False:
         return False
     return any(getattr(module, "is_decoder", None) is False for module in _text_decoder(base).modules())
 
 
 def _lacks_weights(base: PreTrainedModel) -> bool:
-    """Whether weights are on the meta device and nobody brings them from elsewhere, as accelerate's hooks do."""
+    """Whether weights are on the meta device and no hook of accelerate loads them."""
     if not any(parameter.is_meta for parameter in base.parameters()):
         return False
     return not any(hasattr(module, "_hf_hook") for module in base.modules())
@@ -156,24 +156,25 @@ def _text_decoder(base: PreTrainedModel) -> nn.Module:
 
 
 def check_reads_in_parts(name: str, model: PreTrainedModel | PeftModel, is_padded: bool = False) -> None:
-    """Raises a ValueError where a model reads a text in parts, on a cache, otherwise than the whole of it at once.
+    """Raises a ValueError for a model whose logits differ between a text that is read in parts, on a cache, and the
+    same text read at once.
 
-    By trying it on a few tokens, once for a model: there are too many kinds to know them by name. Attention to later
-    tokens (PaliGemma's prompt), virtual tokens, positions that are numbered otherwise than `generate` does (RoBERTa,
-    and RoFormer beside padding), state outside of the cache, inputs beside the text.
+    Each model is tried once, on a few tokens, because there are too many causes to know them by name: attention to
+    later tokens (PaliGemma's prompt), virtual tokens, positions numbered differently from `generate` (RoBERTa, and
+    RoFormer beside padding), state outside of the cache, required inputs other than the text.
 
     Args:
-        name: of the argument, for the message.
-        model: a loaded model, in the state in which it will be read.
-        is_padded: whether texts beside padding are to be read, too.
+        name: name of the argument, for the message.
+        model: a loaded model, with the adapters that will be active.
+        is_padded: whether padded texts will be read too.
     """
-    in_parts, beside_padding = _find_fault(model, "parts"), _find_fault(model, "padded parts")  # both while at it
+    in_parts, beside_padding = _find_fault(model, "parts"), _find_fault(model, "padded parts")  # always try both
     _raise_fault(name, model, beside_padding if in_parts is None and is_padded else in_parts)
 
 
 def check_reads_left_to_right(name: str, model: PreTrainedModel | PeftModel) -> None:
-    """Raises a ValueError where what a model says after a prefix depends on what comes after it, or where it cannot
-    read a text alone. Tried as in [`check_reads_in_parts`], without a cache."""
+    """Raises a ValueError for a model whose logits after a prefix depend on later tokens, or that needs inputs other
+    than a text. Tried as in [`check_reads_in_parts`], without a cache."""
     _raise_fault(name, model, _find_fault(model, "left to right"))
 
 
@@ -185,9 +186,9 @@ def _raise_fault(name: str, model: nn.Module, fault: str | None) -> None:
 
 
 def _find_fault(model: nn.Module, what: str) -> str | None:
-    """What is wrong with one way of reading a text, `None` where nothing is. Tried once for a model."""
+    """The error message for one way of reading a text, `None` where it is sound. Each is tried once for a model."""
     adapters = tuple(model.active_adapters) if isinstance(model, PeftModel) else ()
-    key = (what, adapters, model.config._attn_implementation, model.training)  # what the answer may depend on
+    key = (what, adapters, model.config._attn_implementation, model.training)  # the result may depend on these
     found = _found.setdefault(model, {})
     if key not in found:
         found[key] = _try(model, what)
@@ -209,12 +210,12 @@ def _try(model: nn.Module, what: str) -> str | None:
     except _CANNOT_READ as error:
         return f"cannot be read by text alone, as S2T reads it ({type(error).__name__}: {error})."
     divergence = float(kl_divergence(expected_V[None], found_V[None]))
-    wrong = divergence > _tolerance(model)  # not where it is NaN: that is told where it is met
+    wrong = divergence > _tolerance(model)  # False for NaN, which has an error of its own while decoding
     return _FAULTS[what].format(divergence) if wrong else None
 
 
 def _forward(model: nn.Module, ids_T: list[int]) -> torch.Tensor:
-    """Logits (T, V), or more rows in front where virtual tokens stand there."""
+    """Logits (T, V), after one more row for each virtual token."""
     ids_1T = torch.tensor([ids_T], device=model.device)
     return model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits[0]
 
@@ -235,7 +236,7 @@ def _read_in_parts(model: nn.Module, ids_T: list[int], num_padding: int) -> torc
 
 
 def _text_for(model: nn.Module) -> list[int]:
-    """A few tokens that are not special: no padding, no place of an image."""
+    """A few ordinary tokens: no special ones, no padding, no placeholders of images."""
     configs = (model.config, model.config.get_text_config())
     special = set()
     for config in configs:
@@ -267,11 +268,11 @@ class Reader(NamedTuple):
     """A model that will read a text.
 
     Attributes:
-        name: of the argument, for messages.
+        name: name of the argument, for messages.
         model: the model.
-        is_scorer: whether S2T reads it on a cache of its own; otherwise `generate` does.
-        reads_candidates: whether it also reads every new token before that is chosen, the last one too. Otherwise
-            nobody reads the last one.
+        is_scorer: whether S2T runs it on a cache of its own; otherwise `generate` runs it.
+        reads_candidates: whether it reads every new token as a candidate before it is chosen, the last one included.
+            Otherwise the last one is never read.
     """
 
     name: str
@@ -283,8 +284,8 @@ class Reader(NamedTuple):
         """How many tokens a text may have, `None` for any number.
 
         Args:
-            shortest: tokens of the shortest prompt. One that has passed the length at which rotary positions change
-                (see [`rotary_change`]) changes no more.
+            shortest: tokens of the shortest prompt. Rotary positions that change once ([`rotary_change`]) do not limit
+                prompts that are longer than that already.
         """
         rows, change = position_rows(self.model), rotary_change(self.model)
         if change is not None and self.is_scorer and (change.again or shortest <= change.length):
@@ -293,10 +294,10 @@ class Reader(NamedTuple):
 
 
 def position_rows(model: PreTrainedModel | PeftModel) -> int | None:
-    """How many positions a model has rows for, in a table of weights; `None` where it computes them.
+    """Number of rows in a model's table of position embeddings; `None` where positions are computed.
 
-    A text that is longer is an IndexError (on a GPU: a lost process). By the tables' rows, not by a config: that may
-    name them otherwise, or not count the rows that OPT and BART skip.
+    A longer text would be an IndexError (on a GPU, a lost process). Tables are counted because configs name their
+    lengths differently, and do not count the rows that OPT and BART skip.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if base not in _rows:
@@ -319,7 +320,7 @@ def _position_tables(base: PreTrainedModel) -> list[int]:
 
 
 def context_length(model: PreTrainedModel | PeftModel | PretrainedConfig) -> int | None:
-    """How many tokens a model can read, or was made to read; `None` where nothing is said of it."""
+    """Number of tokens that a model can read, or was made for; `None` where neither is known."""
     if isinstance(model, PretrainedConfig):
         length = getattr(model.get_text_config(), "max_position_embeddings", None)
         return None if length is None or length < 1 else length  # XLNet's is -1
@@ -330,20 +331,21 @@ def context_length(model: PreTrainedModel | PeftModel | PretrainedConfig) -> int
 def check_context(
     readers: Iterable[Reader], length: int, max_new_tokens: int | None = None, shortest: int | None = None
 ) -> None:
-    """What can be known of lengths before the first token.
+    """Checks before the first token that prompt and new tokens fit.
 
     Args:
-        readers: who will read the text.
-        length: of the longest prompt, without padding.
-        max_new_tokens: how many may follow; `None` where that is not known, see [`check_room`].
-        shortest: length of the shortest prompt; `None` where there is one.
+        readers: the models that will read the text.
+        length: tokens of the longest prompt, without padding.
+        max_new_tokens: most new tokens; `None` where that is not known, see [`check_room`].
+        shortest: tokens of the shortest prompt; `None` for `length`.
 
     Raises:
         ValueError: a prompt that fills a context; more tokens than a model has room for, see [`Reader.room`].
 
     Warns:
-        UserWarning: where prompt and new tokens pass the context of a model that computes positions: it goes on, with
-            text and scores that it was not trained for. Once for each model: the text may end before.
+        UserWarning: where prompt and new tokens exceed the context of a model that computes positions. Decoding
+            continues, with text and scores that the model was not trained for. Once for each model, because the text
+            may end earlier.
     """
     for reader in readers:
         name, model = reader.name, reader.model
@@ -386,10 +388,10 @@ def check_room(name: str, room: int | None, mask_BT: torch.Tensor, num_more: int
     For calls that did not say how many tokens would follow.
 
     Args:
-        name: of the argument, for the message.
-        room: of [`Reader.room`].
-        mask_BT: of the text that it is about to read; bool, False at padding.
-        num_more: tokens behind it.
+        name: name of the argument, for the message.
+        room: most tokens, from [`Reader.room`].
+        mask_BT: mask of the text that is about to be read; bool, False at padding.
+        num_more: tokens that follow the text.
     """
     if room is None or mask_BT.shape[1] + num_more <= room:
         return

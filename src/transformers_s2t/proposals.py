@@ -43,7 +43,7 @@ def floor_mask(logprobs_BK: torch.Tensor, min_prob_ratio: float) -> torch.Tensor
 
 
 def exclude(logits_BV: torch.Tensor, excluded_ids: torch.Tensor | None) -> torch.Tensor:
-    """Logits with -inf at `excluded_ids` (R,): reserved tokens are no text, for triggers as for proposals."""
+    """Logits with -inf at `excluded_ids` (R,): neither triggers nor proposals see reserved tokens."""
     if excluded_ids is None or len(excluded_ids) == 0:
         return logits_BV
     return logits_BV.index_fill(-1, excluded_ids.to(logits_BV.device), float("-inf"))
@@ -77,7 +77,7 @@ def stable_topk(values_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     swap_BK = ids_BK == first_B1
     at_B1 = swap_BK.int().argmax(dim=-1, keepdim=True)
     found_B1 = swap_BK.any(dim=-1, keepdim=True)
-    # where argmax sits further down among equals, swap the two; values are equal, so the order stays best first
+    # if argmax's index is further down among equal values, swap the two: the order stays best first
     moved_BK = ids_BK.scatter(-1, at_B1, ids_BK[..., :1])
     moved_BK = torch.cat([first_B1, moved_BK[..., 1:]], dim=-1)
     ids_BK = torch.where(found_B1, moved_BK, torch.cat([first_B1, ids_BK[..., 1:]], dim=-1))

@@ -123,13 +123,13 @@ def _local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
 def check_same_ids(
     processing_class: PreTrainedTokenizerBase | str, teacher_processing_class: PreTrainedTokenizerBase | str
 ) -> None:
-    """Whether ids that two models exchange mean the same to both. One may know more of them than the other.
+    """Checks that a token id means the same token to two models. One of them may have more ids than the other.
 
     Args:
         processing_class: the small model's tokenizer, or its name or folder, looked up on this machine alone.
-        teacher_processing_class: likewise, of the teacher.
+        teacher_processing_class: the teacher's, likewise.
 
-    Nothing is compared where a name has no tokenizer on this machine.
+    Nothing is checked where a name has no tokenizer on this machine.
 
     Raises:
         ValueError: where some id means two different tokens, naming the first.

@@ -32,21 +32,23 @@ from transformers_s2t.models.views import innermost_decoder, tell
 
 
 ROUTER_TARGETS = ("gain", "differs", "kl")
-_LEAST_LOGPROB = -20.0  # of a feature: what a user's processor forbids is at -inf
+_LEAST_LOGPROB = -20.0  # floor of a feature: tokens that a user's processor forbids are at -inf
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """What a router reads and what it was trained for; travels in the metadata of its weights.
+    """What a router reads and what it was trained to predict; stored in the metadata of its weights.
 
     Args:
-        hidden_size (`int`): D, of the small model.
-        layer (`int`): whose output is read, 1 to the number of layers; the last one is read behind the final norm.
-        num_top (`int`): how many of the best log-probabilities are read.
-        width (`int`): of the head's hidden layer.
+        hidden_size (`int`): D of the small model.
+        layer (`int`): the layer whose output is read, 1 to the number of layers; the last one is read after the final
+            norm.
+        num_top (`int`): number of best log-probabilities that are read.
+        width (`int`): size of the head's hidden layer.
         target (`str`): what it predicts. "gain": the teacher's best candidate above the floor gains more than
-            `min_gain` over the first one; "differs": it is another one; "kl": the logarithm of KL(teacher || student).
-        min_gain (`float`): nats.
+            `min_gain` over the first one; "differs": it is not the first one; "kl": the logarithm of
+            KL(teacher || student).
+        min_gain (`float`): least gain of the target "gain", nats.
         model_hash (`str`): fingerprint of the small model's weights.
         metrics (`dict`): held-out figures.
     """
@@ -77,9 +79,9 @@ def proposal_features(logits_BV: torch.Tensor, num_top: int) -> torch.Tensor:
 
     Args:
         logits_BV: as the triggers see them: after the user's processors, with reserved tokens at -inf.
-        num_top: at most so many log-probabilities, nats, best first; -20 where the vocabulary has fewer tokens. Like
-            the entropy they are those of the renormalised 64 best tokens: a sum over a large vocabulary takes longer
-            than all the rest.
+        num_top: number of log-probabilities, nats, best first; -20 where the vocabulary has fewer tokens. Like the
+            entropy they are renormalised over the 64 best tokens: a sum over a large vocabulary would take longer
+            than everything else.
     """
     top_BK = torch.topk(logits_BV.float(), min(max(64, num_top), logits_BV.shape[-1]), dim=-1).values
     logprobs_BK = torch.log_softmax(top_BK, dim=-1)[..., :num_top]
@@ -107,7 +109,7 @@ class RouterHead(nn.Module):
 
 
 class LastHidden:
-    """What one layer put out in the last forward of one call."""
+    """The output of one layer in a call's last forward."""
 
     def __init__(self):
         self.clear()
@@ -120,27 +122,27 @@ class LastHidden:
         self.num_forwards, self._last_BTD = 0, None
 
     def take(self) -> torch.Tensor | None:
-        """Hidden states (B, T, D) of the last forward since the last time, `None` where there was none."""
+        """Hidden states (B, T, D) of the last forward since the previous `take`, `None` without one. Forgets them."""
         last_BTD = self._last_BTD
         self.clear()
         return last_BTD
 
 
 class _Local(threading.local):
-    """One for each thread."""
+    """A [`LastHidden`] for each thread."""
 
     def __init__(self):
         self.hidden = LastHidden()
 
 
 class HiddenTap:
-    """Keeps what a module put out last, while it is open: for each thread what that ran itself.
+    """While open, keeps a module's last output, separately for each thread that runs it.
 
-    For forwards that somebody else runs; S2T's own forwards run views of the model, which are watched apart. A copy of
-    the module is watched by nobody, and a copy of the tap is closed.
+    It serves forwards that S2T does not run itself; S2T's own run views of the model, which have watches of their own
+    (`models.views.make_view`). Copies of the module are not watched, and a copy of the tap is closed.
 
     Args:
-        module: of [`read_module`].
+        module: the module to watch, from [`read_module`].
     """
 
     def __init__(self, module: nn.Module):
@@ -168,12 +170,12 @@ class HiddenTap:
 
     @property
     def hidden(self) -> LastHidden:
-        """Of this thread."""
+        """The last output that this thread computed."""
         return self._local.hidden
 
 
 class _Hook:
-    """A forward hook that tells a tap. What copies and pickles of the model hold in its place does nothing."""
+    """A forward hook that feeds a tap. Copies and pickles of the model hold a [`_NoHook`] in its place."""
 
     skips_views = True
 
@@ -189,7 +191,7 @@ class _Hook:
 
 class _NoHook:
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-        """Nothing: nobody watches."""
+        """Does nothing: nobody watches."""
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -197,7 +199,7 @@ def num_layers(model: PreTrainedModel) -> int:
 
 
 def _find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's list of layers, told by its length: it has many names.
+    """The decoder's list of layers, found by its length, because models name it differently.
 
     Raises:
         ValueError: where it is not found.
@@ -217,10 +219,10 @@ def read_module(model: PreTrainedModel, layer: int) -> nn.Module:
 
     Args:
         model: causal language model.
-        layer: 1 to the number of layers; the last one is read behind the final norm.
+        layer: 1 to the number of layers; the last one is read after the final norm.
 
     Raises:
-        ValueError: for a layer that the model does not have, or whose place is not found.
+        ValueError: for a layer that the model does not have, or that is not found.
     """
     depth = num_layers(model)
     check_range("layer", layer, 1, depth, integer=True)
@@ -259,8 +261,8 @@ class Router:
         """The head's logits (B,), on the device of `logits_BV`.
 
         Args:
-            hidden_BD: of the last token, at the router's layer.
-            logits_BV: of the same forward, after the user's processors, reserved tokens at -inf.
+            hidden_BD: hidden states of the last token at the router's layer.
+            logits_BV: logits of the same forward, after the user's processors, reserved tokens at -inf.
         """
         if self.head.mean.device != hidden_BD.device:
             self.head.to(hidden_BD.device)
@@ -288,15 +290,15 @@ class Router:
         """Loads a router for `model`.
 
         Args:
-            path: folder or Hub repository of the adapter that it lies beside.
+            path: folder or Hub repository of the adapter that the router is stored beside.
             model: the base model that it was trained on.
             expected: fingerprint that the file must have.
             allow_other_model: skip the comparison of the model's weights with those that it was trained on.
             hub_kwargs: `revision`, `token`, `cache_dir` ... as in `from_pretrained` of transformers.
 
         Raises:
-            FileNotFoundError: where there is none.
-            ValueError: where it is another one than expected or none at all, or was trained on another model.
+            FileNotFoundError: where there is no router.
+            ValueError: where the file is not the expected one, not a router, or was trained on another model.
         """
         file = cached_file(str(path), ROUTER_WEIGHTS_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
         if file is None:

@@ -1,6 +1,6 @@
-"""When to ask the selector: values per step, bigger = more in doubt, compared with a calibrated threshold.
+"""When to ask the selector: one value per step, bigger = more in doubt, compared with a calibrated threshold.
 
-Pure functions of logits, one rule for decoding, labeling and calibration. Legend: B rows, V vocabulary.
+Pure functions of logits, the same for decoding, labeling and calibration. Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def margin(logits_BV: torch.Tensor) -> torch.Tensor:
 
 
 def kl_divergence(teacher_logits_BV: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) over the tokens that both have and the student may say, nats, shape (B,).
+    """KL(teacher || student) over the tokens that both have and the student may write, nats, shape (B,).
 
     The heads of one family may be padded to different sizes (Qwen2.5: 151936 and 152064 rows), and a user's processors
     may forbid tokens (-inf), which cannot be chosen: both sides are renormalised over the rest.

@@ -151,7 +151,7 @@ def fit_weights(
     values, seen = None, set()
     if selector.router is not None:
         seen = read_seen_problems(args.adapter).get("router", set()) & set(labels["problem_id"])
-        values = read_router(selector, labels, args.batch_size, is_new=not seen)
+        values = read_router(selector, labels, args.batch_size, unseen=not seen)
     points = score_labels(selector, labels, args.batch_size, router_values=values).with_choice()
     return fit_fusion(points), points, values, bool(seen)
 

@@ -36,7 +36,7 @@ from transformers_s2t.router import (
 
 
 _LEAST_KL = 1e-2  # nats; below that, differences of KL are rounding
-_MAX_LOGITS = 1 << 27  # alive at one time
+_MAX_LOGITS = 1 << 27  # most logits in memory at one time
 
 
 class RouterData(NamedTuple):
@@ -45,8 +45,8 @@ class RouterData(NamedTuple):
     Attributes:
         hidden: layer -> (N, D), float32, on the CPU.
         features_NF: see [`proposal_features`].
-        gain_N: nats by which the teacher likes its best candidate above the floor better than the first one; 0 where
-            the first is the best or the floor leaves no other; nan where the labels do not say.
+        gain_N: the teacher's log-probability of its best candidate above the floor minus that of the first one, nats;
+            0 where the first is the best or the floor leaves no other; nan where the labels do not say.
         divergence_N: KL(teacher || student), nats.
         has_choice_N: two or more candidates above the floor.
         problem_N: index of the problem, in the order of first sight.
@@ -73,7 +73,7 @@ class RouterData(NamedTuple):
 
 
 def default_layers(model: PreTrainedModel, most: int = 5) -> list[int]:
-    """At most so many layers, evenly spread up to the last one: where a router is tried."""
+    """The layers on which a router is tried: at most `most`, evenly spaced, the last one included."""
     depth = num_layers(model)
     return sorted({max(1, round(depth * (i + 1) / most)) for i in range(most)})
 
@@ -106,10 +106,10 @@ def read_trajectories(
     """What a router would read at every generated position, by one forward per batch of trajectories.
 
     Args:
-        model: the small model, in the state in which it writes.
+        model: the small model, or the view of it that writes the text.
         labels: trajectories.
-        layers: whose outputs are read.
-        num_top: log-probabilities among the features.
+        layers: the layers whose outputs are read.
+        num_top: number of log-probabilities among the features.
         excluded_ids: reserved tokens.
         batch_size: trajectories per forward; fewer where their logits would not fit.
 
@@ -159,9 +159,10 @@ def collect(
 
     Args:
         min_prob_ratio: the candidate floor of the deployed selector.
-        warmup_tokens: the first new tokens never trigger, and are left out.
-        max_positions: a random share of each trajectory's positions is kept, so that about so many are left in all
-            (hidden states take `4 * D * len(layers)` bytes each).
+        warmup_tokens: number of first new tokens, which never trigger and are left out.
+        max_positions: about this many positions are kept in all, a random share of each trajectory's (the hidden
+            states of one take `4 * D * len(layers)` bytes).
+        seed: seed of that choice.
         model, labels, layers, num_top, excluded_ids, batch_size: see [`read_trajectories`].
 
     Raises:
@@ -212,11 +213,11 @@ def fit_head(
 
     Args:
         data: positions to learn from, with hidden states of `config.layer`.
-        held_out: of other problems.
+        held_out: positions of other problems.
         config: what the head reads and predicts.
-        seed: of initial weights and order.
-        num_epochs: at most.
-        max_steps: fewer epochs, as many as fit into so many steps, but one at least.
+        seed: seed of the initial weights and of the order.
+        num_epochs: most epochs.
+        max_steps: most steps: fewer epochs are run if they would take more, but one at least.
 
     Returns:
         The head, and its loss on `held_out`.
@@ -302,7 +303,7 @@ def predict(head: RouterHead, data: RouterData, layer: int) -> torch.Tensor:
 def cross_fit(data: RouterData, config: RouterConfig, num_folds: int = 5, **training: Any) -> torch.Tensor:
     """Logits (N,) by heads that have not seen the problem: for each fold, one trained on the others.
 
-    For what is fitted on the router's own problems (fusion weights), where labels are too few to be divided.
+    For fitting fusion weights on the router's own problems, where labels are too few to be divided.
 
     Raises:
         ValueError: for fewer problems than folds.
@@ -321,7 +322,7 @@ def cross_fit(data: RouterData, config: RouterConfig, num_folds: int = 5, **trai
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How good a trigger is, apart from who selects
+# How good a trigger is, whatever the selector
 
 
 def auc(values_N: torch.Tensor, positive_N: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Thresholds and fusion weights from labelled, held-out training trajectories: what `s2t_config.json` carries.
+"""Thresholds and fusion weights from labelled, held-out training trajectories, to be stored in `s2t_config.json`.
 
 Knows labels and a selector; never sees evaluation problems. Legend: N decision points, K candidates.
 """
@@ -38,13 +38,13 @@ def calibrate_thresholds(
 ) -> dict[str, dict[float, float]]:
     """Thresholds of the "kl", "entropy" and "margin" triggers for each target rate, on the labelled text.
 
-    Corrected text is less in doubt: where a selector writes, these fire too rarely (see `rates.calibrate_rates`).
+    Corrected text is less in doubt: where a selector writes, these fire too rarely (see `thresholds.calibrate_rates`).
 
     Args:
         labels: trajectories of held-out training problems, with the trigger values at every generated position.
         target_rates: shares of the generated tokens, in (0, 1].
-        warmup_tokens: the first new tokens never trigger but count as generated.
-        router_values: of [`read_router`], for thresholds of the "router" trigger too.
+        warmup_tokens: number of first new tokens that never trigger but count as generated.
+        router_values: logits from [`read_router`], for thresholds of the "router" trigger too.
 
     Returns:
         trigger -> {target rate: threshold}.
@@ -124,7 +124,7 @@ class ScoredPoints(NamedTuple):
         return float((self.choice(fusion) == self.target_N).float().mean())
 
     def flips(self, fusion: FusionWeights) -> Flips:
-        """How often the fused decision puts the student's first candidate right, wrong, or other than right."""
+        """How often the fused decision replaces the student's first candidate, by whether that helps or hurts."""
         choice_N, target_N = self.choice(fusion), self.target_N
         flipped_N, first_is_right_N, is_right_N = choice_N != 0, target_N == 0, choice_N == target_N
         return Flips(
@@ -150,7 +150,7 @@ def score_labels(
         labels: trajectories.
         batch_size: trajectories per forward.
         num_candidates, min_prob_ratio: `None` for the selector's own.
-        router_values: of [`read_router`]; `None` for those of the selector's router, where it has one.
+        router_values: logits from [`read_router`]; `None` reads the selector's router, where it has one.
 
     Raises:
         ValueError: where the labels hold no point.
@@ -200,16 +200,16 @@ def score_labels(
 
 
 def read_router(
-    selector: LocalSelector, labels: Dataset, batch_size: int = 32, is_new: bool = True
+    selector: LocalSelector, labels: Dataset, batch_size: int = 32, unseen: bool = True
 ) -> list[torch.Tensor]:
     """The logits (S,) of the selector's router at every generated position of each trajectory.
 
     Args:
-        selector: with a router.
+        selector: a selector that has a router.
         labels: trajectories.
         batch_size: trajectories per forward.
-        is_new: whether the router has not seen these problems. Where it has, the logits are those of routers trained
-            like it on four fifths of them each, and never on the problem itself: else it would look better than it is.
+        unseen: whether the router was trained without these problems. Otherwise five routers are trained like it, each
+            without a fifth of the problems, and give the logits of that fifth: the router's own would look too good.
     """
     router, config = selector.router, selector.selector_config
     layer, excluded = router.config.layer, config.reserved_token_ids
@@ -223,14 +223,14 @@ def read_router(
         excluded_ids=excluded,
         batch_size=batch_size,
     )
-    values_N = predict(router.head.cpu(), data, layer) if is_new else cross_fit(data, router.config)
+    values_N = predict(router.head.cpu(), data, layer) if unseen else cross_fit(data, router.config)
     return list(values_N.split([len(row) for row in labels["divergence"]]))
 
 
 def fit_fusion(points: ScoredPoints, max_iterations: int = 200) -> FusionWeights:
     """Weights of the fused score that best predict the teacher's choice, see [`fusion.fit_fusion`].
 
-    With the router's, where the points have its logits.
+    The router gets a weight where the points have its logits.
 
     Raises:
         ValueError: for fewer than ten points with a choice.

@@ -1,7 +1,7 @@
-"""Thresholds for target rates, by running what will be deployed: the text that a selector corrects is less in doubt
-than the text that the student writes alone, so thresholds taken from the latter fire too rarely.
+"""Thresholds for target rates, measured by running a selector as it will be deployed.
 
-Knows a selector, prompts and token ids; knows nothing of labels or text.
+Text that a selector corrects is less in doubt than text that the student writes alone, so thresholds taken from the
+latter fire too rarely. Knows a selector, prompts and token ids; knows nothing of labels or text.
 
 Legend: P prompts, S new tokens of one of them.
 """
@@ -25,16 +25,16 @@ from transformers_s2t.labeling.rollout import rollout
 from transformers_s2t.triggers import calibrate_threshold
 
 
-TOLERANCE = 0.05  # of the target rate: a run that comes as close is not improved upon
+TOLERANCE = 0.05  # share of the target rate: a run that is this close to it is the last
 MAX_RUNS = 4  # per target rate
 
 
-class Values(NamedTuple):
-    """What a trigger saw while a selector decoded.
+class TriggerRun(NamedTuple):
+    """A trigger's values while a selector decoded some prompts.
 
     Attributes:
         values: per prompt the trigger's values (S,) at its new tokens, -inf where the warm-up keeps it from firing.
-        threshold: with which the texts were written.
+        threshold: the threshold that the texts were written with.
     """
 
     values: list[torch.Tensor]
@@ -69,13 +69,13 @@ class Deployment:
 
     Args:
         model: the small model.
-        selector: in it.
-        pad_token_id: of the tokenizer.
-        eos_token_ids: end a text.
-        max_new_tokens: of each text.
+        selector: the selector that was loaded into it, or a [`TeacherSelector`].
+        pad_token_id: the tokenizer's id of padding.
+        eos_token_ids: ids that end a text.
+        max_new_tokens: most new tokens of each text.
         batch_size: prompts per `generate` call.
-        warmup_tokens: the first new tokens never trigger, but count.
-        teacher_model: for the "kl" trigger.
+        warmup_tokens: number of first new tokens that never trigger, but count in the rate.
+        teacher_model: the teacher of the "kl" trigger.
     """
 
     model: PreTrainedModel
@@ -87,13 +87,13 @@ class Deployment:
     warmup_tokens: int = 3
     teacher_model: PreTrainedModel | None = None
 
-    def run(self, prompts: Sequence[Sequence[int]], trigger: str, threshold: float) -> Values:
-        """Decodes the prompts and returns what the trigger saw.
+    def run(self, prompts: Sequence[Sequence[int]], trigger: str, threshold: float) -> TriggerRun:
+        """Decodes the prompts and returns the trigger's values.
 
         Args:
             prompts: token ids, one prompt each.
-            trigger: one with a threshold.
-            threshold: at or above which it fires; `math.inf` for the student's own text.
+            trigger: a trigger that has a threshold.
+            threshold: value at or above which it fires; `math.inf` for the student's own text.
         """
         trace = S2TTrace()
         config = S2TDecodingConfig(trigger=trigger, threshold=threshold, warmup_tokens=self.warmup_tokens)
@@ -102,7 +102,7 @@ class Deployment:
         if self.teacher_model is not None:
             decode_with["teacher_model"] = self.teacher_model
         values: dict[int, torch.Tensor] = {}
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what does not fit fails at once
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: too long fails at once
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             texts = rollout(
@@ -117,7 +117,7 @@ class Deployment:
             values_BS[:, : self.warmup_tokens] = -math.inf
             for b, i in enumerate(rows):
                 values[i] = values_BS[b, : len(texts[b])]
-        return Values([values[i] for i in range(len(prompts))], threshold)
+        return TriggerRun([values[i] for i in range(len(prompts))], threshold)
 
 
 def calibrate_rates(
@@ -125,21 +125,21 @@ def calibrate_rates(
     prompts: Sequence[Sequence[int]],
     trigger: str,
     target_rates: Sequence[float],
-    on_run: Callable[[float, Values], None] | None = None,
-) -> dict[float, Values]:
-    """For each target rate the run whose trigger fired closest to it, and with that its threshold.
+    on_run: Callable[[float, TriggerRun], None] | None = None,
+) -> dict[float, TriggerRun]:
+    """Target rate -> the run whose trigger fired closest to it, which has the threshold.
 
-    The threshold decides what is corrected, so what is written, so which values the next tokens have. From the
-    threshold of the last texts to the texts of the last threshold, until the rate is within 5 % of the target or four
-    runs were made. Starts from the student's own text and goes through the rates from the lowest, each from the texts
-    of the one before.
+    A threshold decides which tokens are corrected, and so which values the later tokens have. So thresholds and texts
+    are computed in turn: a threshold from the last texts, texts with that threshold, until the rate is within 5 % of
+    the target or four runs were made. The first texts are the student's own. The rates are taken from low to high,
+    each of them beginning with the last texts of the one before.
 
     Args:
-        deployment: what runs.
-        prompts: of held-out training problems.
-        trigger: one with a threshold that is calibrated: "entropy", "margin", "router" or "kl".
+        deployment: how prompts are decoded.
+        prompts: token ids of held-out training problems.
+        trigger: a trigger whose threshold is calibrated: "entropy", "margin", "router" or "kl".
         target_rates: shares of new tokens, in (0, 1].
-        on_run: called after every run, with the target rate.
+        on_run: called after every run, with the target rate and the run.
 
     Raises:
         ValueError: for another trigger, a rate out of range, or no prompts.
@@ -152,7 +152,7 @@ def calibrate_rates(
     found = {}
     run = deployment.run(prompts, trigger, math.inf)
     for rate in sorted(target_rates):
-        runs: list[Values] = []
+        runs: list[TriggerRun] = []
         while len(runs) < MAX_RUNS:
             run = deployment.run(prompts, trigger, calibrate_threshold(torch.cat(run.values), rate))
             runs.append(run)

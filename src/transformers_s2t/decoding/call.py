@@ -1,7 +1,7 @@
 """What a running `generate` call knows: its model and mode, the user's own arguments, the text that it was given.
 
-`generate` keeps most of that from logits processors and custom strategies, so it is read where it is: in the call's
-frame. Whatever shapes its forward (mask, positions, embeddings) is used as it is, or refused before the first token.
+`generate` passes little of that on to logits processors and custom strategies, so it is read from the call's stack
+frame. What shapes its forward (mask, positions, embeddings) is used as it is, or refused before the first token.
 
 Legend: B rows, T columns of the prompt.
 """
@@ -38,8 +38,8 @@ class GenerateCall:
     """A `generate` call that this code runs in.
 
     Attributes:
-        model: that generates.
-        mode: of decoding, `None` where it is not decided yet.
+        model: the model that generates.
+        mode: its way of decoding, `None` where that is not decided yet.
         generation_config: the call's own copy, `None` where it is not made yet. No other call has this object.
     """
 
@@ -69,12 +69,12 @@ class GenerateCall:
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What the first forward was given beside `input_ids`, before the first token."""
+        """Before the first token: the inputs of the first forward beside `input_ids`."""
         return self._locals.get("model_kwargs") or {}
 
 
 def running_calls() -> list[GenerateCall]:
-    """The `generate` calls that this code runs in, innermost first; none where it was called by hand."""
+    """The `generate` calls that this code runs in, innermost first; none where a user called it directly."""
     calls, frame = [], sys._getframe(1)
     while frame is not None:
         if frame.f_code is _GENERATE:
@@ -98,14 +98,15 @@ def prompt_mask(
     """Which columns of a prompt are text, bool (B, T), as `generate` itself masks them.
 
     Args:
-        input_ids_BT: of the prompt.
-        model_kwargs: of [`GenerateCall`] before its first token.
-        generation_config: of the call.
-        takes_embeds: whether a prompt may be given as `inputs_embeds`: not to a teacher, whose embeddings are others.
+        input_ids_BT: token ids of the prompt.
+        model_kwargs: `model_kwargs` of [`GenerateCall`] before its first token.
+        generation_config: the call's.
+        takes_embeds: whether a prompt may be given as `inputs_embeds`. A teacher cannot read them: it has other
+            embeddings.
 
     Raises:
-        ValueError: naming the argument that S2T's own forwards could not be given: positions that do not follow from
-            the mask, padding on the right, embeddings, part of a text, inputs of other kinds.
+        ValueError: naming an argument that cannot be passed on to S2T's own forwards: positions that do not follow
+            from the mask, padding on the right, embeddings, part of a text, inputs of other kinds.
     """
     given = {name for name, value in model_kwargs.items() if value is not None and value != {}}
     others = sorted(given - _KNOWN_INPUTS)

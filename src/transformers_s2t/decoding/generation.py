@@ -49,7 +49,7 @@ from transformers_s2t.models.shared_prefix import read_shared
 from transformers_s2t.proposals import exclude
 
 
-# what `generate` puts behind the user's own processors
+# processors that `generate` puts after the user's own
 _WARPERS = (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -88,8 +88,8 @@ def s2t_generate(
             `stopping_criteria`, `generation_config` and `model_kwargs`).
         selector: [`LocalSelector`] (S2T-Local) or [`TeacherSelector`] (S2T).
         teacher_model: without a selector, the teacher selects; with a local one, the oracle of the "kl" trigger.
-        decoding_config: how; `None` for the selector's defaults.
-        trace: filled with what happened in this call.
+        decoding_config: how to select; `None` for the selector's defaults.
+        trace: filled with what happens in this call.
 
     Returns:
         Token ids (B, T + new), or `GenerateDecoderOnlyOutput` with `return_dict_in_generate=True`.
@@ -146,15 +146,15 @@ def s2t_generate(
 def _guard_continuous_batching() -> None:
     """Makes `generate_batch` (and `cache_implementation="paged"`, which leads there) refuse S2T.
 
-    It drops `logits_processor` and `custom_generate` without a word, so the base model's text would come back; nothing
-    of S2T is called there that could say so.
+    It silently drops `logits_processor` and `custom_generate`, so it would return the base model's text, and no code
+    of S2T runs that could raise an error.
     """
     owner = next(kind for kind in GenerationMixin.__mro__ if "generate_batch" in vars(kind))
     generate_batch = owner.generate_batch
 
     @functools.wraps(generate_batch)
     def guarded(self, *args, **kwargs):
-        call = next(iter(running_calls()), None)  # of `generate(cache_implementation="paged")`
+        call = next(iter(running_calls()), None)  # a `generate(cache_implementation="paged")` around this call
         strategies = (kwargs.get("custom_generate"), call.custom_generate if call else None)
         given = kwargs.get("logits_processor") or []
         processors = [*(list.__iter__(given) if isinstance(given, list) else [given])]
@@ -201,7 +201,7 @@ def _decode(
     unfinished_B = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     cache = model_kwargs.get("past_key_values")
     is_new = type(cache) is DynamicCache and not cache.get_seq_length()
-    is_new = is_new and all(type(layer) is DynamicLayer for layer in cache.layers)  # none of the user's own kind
+    is_new = is_new and all(type(layer) is DynamicLayer for layer in cache.layers)  # none of a class of the user's
     if is_new and model_kwargs.get("inputs_embeds") is None:
         shared = read_shared(model, input_ids, mask_BT)
         cache.layers = cache.layers if shared is None else shared.layers
@@ -221,14 +221,14 @@ def _decode(
     while True:
         scores_BV = exclude(processors(input_ids, logits_BV), session.excluded_ids)
 
-        # what rows decode to that are not asked
+        # the tokens of rows that are not asked
         warped_BV = warpers(input_ids, scores_BV)
         if do_sample:
-            check_choosable(scores_BV)  # the error of multinomial does not say so
+            check_choosable(scores_BV)  # multinomial's own error does not say what is wrong
             default_B = torch.multinomial(nn.functional.softmax(warped_BV, dim=-1), num_samples=1).squeeze(1)
         else:
             default_B = warped_BV.argmax(-1)
-        active_B = None  # without an end-of-sequence token, rows that stopped go on until all have
+        active_B = None  # without an end-of-sequence token, rows that stopped continue until all have
         if has_eos:
             active_B = unfinished_B.bool()
             default_B = default_B * unfinished_B + pad_token_id * (1 - unfinished_B)
@@ -271,9 +271,9 @@ def _decode(
 def _split_processors(
     logits_processor: LogitsProcessorList, own_processors: list[LogitsProcessor]
 ) -> tuple[LogitsProcessorList, LogitsProcessorList]:
-    """What shapes the proposals, and what only shapes the steps that are not asked: warpers, watermarks.
+    """The processors that shape the proposals, and those that only shape the steps that are not asked (warpers ...).
 
-    As on the processor road, where S2T stands behind the user's own processors and before what `generate` adds.
+    As on the processor path, where S2T comes after the user's own processors and before those that `generate` adds.
     """
     own = {id(processor) for processor in own_processors}
     start = max((i + 1 for i, processor in enumerate(logits_processor) if id(processor) in own), default=0)
@@ -290,7 +290,7 @@ def _refuse_unsupported(
     model_kwargs: dict,
     assistant_model: PreTrainedModel | None,
 ) -> None:
-    """Errors before the prefill for what this loop would silently do wrong."""
+    """Raises errors, before the prefill, for settings with which the cached loop would silently go wrong."""
     check_causal_lm("model", model)
     mode = generation_config.get_generation_mode(assistant_model)
     if generation_config.num_beams and generation_config.num_beams > 1:

@@ -66,8 +66,8 @@ class LocalSelector(Selector):
     Args:
         model: the small model with the adapter in it (a [`PeftModel`], or its base model after PEFT injected it).
         selector_config: [`SelectorConfig`], stored beside the adapter.
-        adapter_name: of the S2T adapter inside the model.
-        router: trained beside the adapter, where there is one.
+        adapter_name: name of the S2T adapter inside the model.
+        router: the router that is stored beside the adapter, `None` for none.
 
     Raises:
         ValueError: where the model holds no trained rows for the reserved tokens, or cannot be scored on a cache
@@ -76,8 +76,8 @@ class LocalSelector(Selector):
     The adapter is left off: `model.generate` without S2T is the base model, token for token. (With
     `proposals="adapted"`, the paper's form, it is left on, because the adapted model writes the text.) Calls with S2T
     run views of the model that share its weights, and change nothing on the model itself: threads may decode with it
-    side by side, with and without S2T. Adapters of the user's own write and score as they are active when a call
-    begins.
+    side by side, with and without S2T. The user's own adapters that are active when a call begins take part in its
+    writing and scoring.
     """
 
     appends_candidates = True
@@ -125,9 +125,9 @@ class LocalSelector(Selector):
         Args:
             path: local folder or Hub repository.
             model: the base model that the adapter was trained on; PEFT injects the adapter in place. A model that
-                holds this very adapter already, as `AutoModelForCausalLM.from_pretrained(path)` returns it, is taken
-                as it is, and the adapter is switched off for its own text.
-            processing_class: the model's tokenizer, to be compared with the one that the labels were made with.
+                holds this very adapter already, as `AutoModelForCausalLM.from_pretrained(path)` returns it, is used
+                as it is, and the adapter is switched off for the model's own text.
+            processing_class: the model's tokenizer. It is compared with the one that the labels were made with.
             adapter_name: name inside the model. Loading another adapter under the same name is an error.
             allow_other_model: skip the comparison of the model's weights with those that the adapter was trained on.
             hub_kwargs: `revision`, `token`, `cache_dir` ... as in `from_pretrained` of transformers.
@@ -148,7 +148,7 @@ class LocalSelector(Selector):
         if processing_class is not None:
             _check_vocabulary(config, processing_class)
         router = None
-        if config.router:  # of the same base model, which was compared above
+        if config.router:  # trained on the same base model, which was compared above
             router = Router.from_pretrained(path, base, expected=config.router, allow_other_model=True, **hub_kwargs)
         if held := _held_as(base, weights):
             return cls(base, config, held, router)
@@ -168,7 +168,7 @@ class LocalSelector(Selector):
                 model.train(training)
             finally:
                 switch_adapter(base, adapter_name, False, state)
-        except BaseException:  # half loaded, it is off too, and an interrupt may have come to the line above
+        except BaseException:  # off also where it is half loaded; an interrupt may have hit the line above
             switch_adapter(base, adapter_name, False, state)
             raise
         return cls(model, config, adapter_name, router)
@@ -176,8 +176,8 @@ class LocalSelector(Selector):
     def merge(self) -> LocalSelector:
         """Merges the adapter into the model, so that a step costs what it costs without one. Returns the selector.
 
-        For `proposals="adapted"` alone, where every token sees the adapter anyway; the reserved rows stay apart. The
-        base model is gone for good. In 16-bit weights the sum is rounded: scores then differ by that.
+        Only for `proposals="adapted"`, where every token sees the adapter anyway; the reserved rows are not merged. It
+        cannot be undone. In 16-bit weights the sum is rounded, and scores differ by that.
 
         Raises:
             ValueError: where the base model is needed, or merging would not be exact (quantized weights, DoRA, another
@@ -244,10 +244,10 @@ class LocalSelector(Selector):
         return candidate_scores(bin_logits(hidden_AKD, self.rows()), self.selector_config.score_head)
 
     def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> Scores:
-        """One forward where a tree mask is exact and it is the cheaper way, otherwise two; the scores are the same.
+        """Scores in one forward where a tree mask is exact and cheaper, otherwise in two; the scores are the same.
 
-        - the driving call's own cache is the prefix: candidates are scored and decoded in one forward ("tree");
-        - the prefix lies in a cache of its own: it catches up and scores in one forward ("scorer").
+        - The driving call's own cache holds the prefix: one forward ("tree") scores and decodes the candidates.
+        - The prefix has a cache of its own: one forward ("scorer") reads its new tokens and scores the candidates.
         """
         in_sequence = self.selector_config.adapter_scope == "sequence"
         prefix, num_new = session.student_prefix(self)
@@ -304,8 +304,8 @@ class LocalSelector(Selector):
     ) -> Scores:
         """The tree step: one forward scores the candidates and is the next decoding step of the whole batch.
 
-        With "candidate" it runs every candidate twice, as the adapter scores it and as the base model that goes on
-        writing sees it. Rows that were not asked run their own token in every column.
+        With adapter scope "candidate" every candidate is run twice: with the adapter, to score it, and without, as the
+        base model's next token. Rows that were not asked run their own token in every column.
         """
         width = proposals.ids_BK.shape[1]
         ids_BK = session.default_B[:, None].repeat(1, width)
@@ -323,7 +323,7 @@ class LocalSelector(Selector):
         session.count_forward("tree", ids_BM.numel())
         states_BKD = None if session.router is None else session.hidden.take()[:, -width:]
         written_BKD = appended.hidden_BMD[:, -width:]
-        if session.head_is_plain is None:  # then the head need only be applied to what is chosen
+        if session.head_is_plain is None:  # if it is, the head is applied to the chosen candidates alone
             session.head_is_plain = head_is_plain(self.model, written_BKD, appended.logits_BLV)
 
         def advance(choice_A: torch.Tensor) -> NextStep:
@@ -372,7 +372,7 @@ def _check_fits(base: PreTrainedModel, path: str | os.PathLike, weights: str, co
     depths = [int(match.group(1)) for name in names if (match := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))]
     num_rows, hidden_size = base.get_output_embeddings().weight.shape
     depth = getattr(base.config.get_text_config(), "num_hidden_layers", None)
-    beyond = sorted(id for id in config.reserved_token_ids if id >= num_rows)  # all of them: rows that training added
+    beyond = sorted(id for id in config.reserved_token_ids if id >= num_rows)  # all, where training added the rows
     wrong = None
     if sizes and sizes[0] != hidden_size:
         wrong = f"hidden_size={sizes[0]}, but `model` has {hidden_size}"
@@ -394,7 +394,7 @@ def _check_trained_on(
 ) -> None:
     """Raises a ValueError where the adapter was trained on other weights.
 
-    An adapter of another model of the same shapes would load, and score by chance.
+    An adapter of another model with the same shapes would load, and its scores would be random.
     """
     if allow_other_model or not config.model_hash:
         return
@@ -417,7 +417,7 @@ def _check_vocabulary(config: SelectorConfig, processing_class: PreTrainedTokeni
 
 
 def _held_as(base: PreTrainedModel, weights: str) -> str | None:
-    """The name under which a model holds these very weights already, told by their trained rows; else `None`."""
+    """The name under which a model holds this adapter already, recognised by its trained rows; `None` for none."""
     with safe_open(weights, framework="pt") as file:
         stored = [file.get_tensor(name) for name in file.keys() if name.endswith(_TRAINED_ROWS)]
     for module in base.modules():

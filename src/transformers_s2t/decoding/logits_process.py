@@ -1,7 +1,6 @@
 """S2T as a `LogitsProcessor`: works with everything `model.generate` does.
 
-Thin: finds out which `generate` call a step belongs to and what that knows of its text, and lets [`S2TSession.step`]
-decide.
+Thin: finds the `generate` call that a step belongs to and the mask of its text, and lets [`S2TSession.step`] decide.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class _Text:
     """The text of one call so far.
 
     Attributes:
-        owner: the call's own generation config, which tells it from others; `None` outside of `generate`.
-        session: of the call.
+        owner: the call's own generation config, which identifies it; `None` outside of `generate`.
+        session: the call's session.
         prompt_mask_BT: bool, False at padding.
         seen_BT: token ids at the last step.
     """
@@ -50,12 +49,12 @@ class _Text:
 
 
 class _Local(threading.local):
-    """The texts of each thread: of the `generate` calls that run in each other, or of the last steps by hand."""
+    """The texts of each thread: one for each of its nested `generate` calls, or that of its last steps by hand."""
 
     def __init__(self):
         self.texts: list[_Text] = []
 
-    def __reduce__(self) -> tuple:  # copies and pickles begin anew
+    def __reduce__(self) -> tuple:  # copies and pickles start empty
         return _Local, ()
 
 
@@ -70,16 +69,16 @@ class S2TLogitsProcessor(LogitsProcessor):
         selector: who chooses: [`LocalSelector`] or [`TeacherSelector`].
         teacher_model: with `selector=None`, short for `TeacherSelector(teacher_model)`; with a local selector, the
             oracle of the "kl" trigger.
-        config: how; `None` for the selector's defaults.
+        config: how to select; `None` for the selector's defaults.
         pad_token_id: marks left padding where the processor is called by hand, outside of `generate`: a run of this
             token at the start of a row. `None` takes it from the scoring model's generation config.
-        processing_class: with `teacher_model`, the small model's tokenizer, to be compared with the teacher's.
+        processing_class: with `teacher_model`, the small model's tokenizer, which is compared with the teacher's.
         trace: filled during each call.
 
     Raises:
-        ValueError: for a threshold that was never calibrated, or where neither selector nor teacher is given; in the
-            first step of a call for a second S2T beside this one, and for what [`prompt_mask`] and
-            [`S2TSession.check`] find.
+        ValueError: for a threshold that was never calibrated, or where neither selector nor teacher is given. In the
+            first step of a call: for a second S2T beside this one, and for all that `prompt_mask` and
+            `S2TSession.check` refuse.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class S2TLogitsProcessor(LogitsProcessor):
         self._local = _Local()
 
     def start(self) -> None:
-        """Says that a new text begins."""
+        """Announces that a new text begins."""
         self._local.texts = [text for text in self._local.texts if text.owner is not None]
         if self._router is not None:
             self._tap.hidden.clear()
@@ -129,7 +128,7 @@ class S2TLogitsProcessor(LogitsProcessor):
         hidden_BD = self._take_hidden(call, text.session, len(scores))  # before a check runs the model
         if is_new:
             self._check(input_ids, scores, call, text.session, text.prompt_mask_BT)
-            # calls that have ended are forgotten; those around this one go on after it
+            # forget the calls that have ended; those around this one continue after it
             around = [outer.generation_config for outer in calls[1:]]
             self._local.texts = [other for other in self._local.texts if any(other.owner is one for one in around)]
             self._local.texts.append(text)
@@ -171,7 +170,7 @@ class S2TLogitsProcessor(LogitsProcessor):
         session: S2TSession,
         mask_BT: torch.Tensor,
     ) -> None:
-        """All else that can be refused at the first step of a call."""
+        """The remaining checks at the first step of a call."""
         model = call.model if call else None
         config = call.generation_config if call else None
         max_length = getattr(config, "max_length", None)
@@ -188,8 +187,8 @@ class S2TLogitsProcessor(LogitsProcessor):
             self._tap.hidden.clear()
 
     def _take_hidden(self, call: GenerateCall | None, session: S2TSession, batch_size: int) -> torch.Tensor | None:
-        """What the router reads (B, D), where exactly one forward has run since the last step: the one that gave the
-        logits. A prompt that was read in parts, or a guide that runs the model too, leaves that open."""
+        """The hidden states (B, D) that the router reads, if exactly one forward has run since the last step: that is
+        the one that gave the logits. `None` otherwise: a prompt read in parts, or a guide that runs the model too."""
         if self._router is None or self._router is not session.router:  # exchanged since S2T was made
             return None
         if call is None or call.model is not self._router.model:
@@ -199,7 +198,7 @@ class S2TLogitsProcessor(LogitsProcessor):
         return hidden_BTD[:, -1] if is_clear and len(hidden_BTD) == batch_size else None
 
     def _guess_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Which columns are text, where no `generate` call is there to say."""
+        """Which columns are text, outside of a `generate` call."""
         pad_token_id, may_be_text = self._padding
         if pad_token_id is None:
             runs_B = (input_ids == input_ids[:, :1]).long().cumprod(-1).sum(-1)
@@ -219,7 +218,7 @@ class S2TLogitsProcessor(LogitsProcessor):
 
 
 def _goes_on(input_ids: torch.Tensor, seen_BT: torch.Tensor) -> bool:
-    """Whether this is the last step's text and one more column."""
+    """Whether these ids are those of the last step and one more column."""
     return (
         input_ids.shape == (seen_BT.shape[0], seen_BT.shape[1] + 1)
         and input_ids.device == seen_BT.device
@@ -228,23 +227,24 @@ def _goes_on(input_ids: torch.Tensor, seen_BT: torch.Tensor) -> bool:
 
 
 def _is_reordered(input_ids: torch.Tensor, seen_BT: torch.Tensor) -> bool:
-    """Whether every row goes on with some row of the last step: beams."""
+    """Whether every row continues some row of the last step, as beams do."""
     if input_ids.shape != (seen_BT.shape[0], seen_BT.shape[1] + 1):
         return False
     return bool((input_ids[:, None, :-1] == seen_BT[None]).all(-1).any(-1).all())
 
 
 def check_one_s2t(logits_processor: list[LogitsProcessor]) -> None:
-    """Raises a ValueError where two selectors are to decide about one step: the second would find one token left."""
+    """Raises a ValueError for two S2T processors in one call: the first would leave the second one token only."""
     found = {id(processor) for processor in logits_processor if isinstance(processor, S2TLogitsProcessor)}
     if len(found) > 1:
         raise ValueError(f"One call takes one S2T, got {len(found)}: the first would leave nothing to select from.")
 
 
 class S2T(LogitsProcessorList):
-    """What a user passes: `model.generate(**inputs, logits_processor=S2T(selector))`.
+    """What a user passes to `generate`: `model.generate(**inputs, logits_processor=S2T(selector))`.
 
-    A `LogitsProcessorList` that holds one [`S2TLogitsProcessor`] (`generate` takes lists only); arguments as there.
+    A `LogitsProcessorList` that holds one [`S2TLogitsProcessor`], because `generate` takes lists only. It takes that
+    one's arguments.
 
     Example:
         >>> model.generate(**inputs, logits_processor=S2T(teacher_model=teacher))  # the larger model selects
@@ -267,7 +267,7 @@ class S2T(LogitsProcessorList):
         super().__init__([S2TLogitsProcessor(selector, **settings)])
 
     def __iter__(self):
-        # `generate` goes through the list once, when it merges it with its own processors: the start of a new call
+        # `generate` iterates over the list once, to merge it with its own processors: a new call starts
         for processor in super().__iter__():
             processor.start()
         return super().__iter__()
@@ -310,7 +310,7 @@ def fix_tokens(scores_BV: torch.Tensor, token_B: torch.Tensor, asked_B: torch.Te
 
 
 def _padding_token(scorer: PreTrainedModel | None, pad_token_id: int | None) -> tuple[int | None, bool]:
-    """The padding token, and whether a text may begin with it (then only what rows do not share is padding)."""
+    """The padding token, and whether a text may begin with it (then a run that all rows share is text)."""
     configs = (getattr(scorer, "generation_config", None), getattr(scorer, "config", None))
 
     def look_up(name: str) -> set[int]:

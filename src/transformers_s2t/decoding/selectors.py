@@ -1,4 +1,4 @@
-"""Who chooses between the candidates: what every selector offers, and the teacher as one (S2T).
+"""Selectors choose between the candidates: their base class, and the teacher as a selector (S2T).
 
 Legend: B rows, A asked rows, K candidates, V vocabulary.
 """
@@ -39,7 +39,7 @@ _IMPOSSIBLE = -1e4  # a score for candidates that a teacher with a smaller head 
 
 
 class NextStep(NamedTuple):
-    """What a forward leaves for the step after it.
+    """What the next step needs of the last forward.
 
     Attributes:
         logits_BV: the student's next-token logits, float32.
@@ -51,13 +51,13 @@ class NextStep(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a selector says of the candidates of one step.
+    """A selector's scores of the candidates of one step.
 
     Attributes:
         scores_AK: bigger = better.
-        advance: where scoring already was the next decoding step of the whole batch: from the chosen candidates (A,)
-            to what the step's tokens lead to, which also leaves the driving call's cache there. To be called at most
-            once; `None` where the next step is still to run.
+        advance: where scoring has already run the next forward of the whole batch: a function from the chosen
+            candidates (A,) to the [`NextStep`] after them, which also moves the driving call's cache there. To be
+            called at most once. `None` where the next forward is still to run.
     """
 
     scores_AK: torch.Tensor
@@ -65,15 +65,16 @@ class Scores(NamedTuple):
 
 
 class Selector:
-    """What scores candidates. Subclasses implement [`score`]; everything per-call lives in the session.
+    """Base class of what scores candidates. Subclasses implement [`score`]; the state of a call is in its session.
 
     Attributes:
         excluded_ids: token ids that are never generated, `None` for none.
-        takeover: the teacher's own token replaces the student's, candidates or not (the Takeover baseline).
-        appends_candidates: the small model reads each candidate behind the text, and so one position more than it has.
+        takeover: whether the teacher's own token replaces the student's, whatever the candidates are (the Takeover
+            baseline).
+        appends_candidates: whether the small model reads each candidate after the text, which takes one more position.
         thresholds: trigger -> {target rate: threshold}.
         fusion: weights of the fused score, `None` for the selector's score alone.
-        router: what the trigger "router" and the fused score read, `None` for none.
+        router: the router that the trigger "router" and the fused score read, `None` for none.
         config: defaults of a decoding run with this selector.
     """
 
@@ -127,33 +128,34 @@ class Selector:
         """Raises a ValueError where the small model's tokenizer is not the one that this selector was made for."""
 
     def check_model(self, model: PreTrainedModel | None) -> None:
-        """For a logits processor, whose text the model itself writes, whatever adapters it has on by now.
+        """For the processor path, where the model itself writes the text, with the adapters that are active in it.
 
         Args:
-            model: the one that generates, `None` where it is not at hand.
+            model: the model that generates, `None` where it is not known.
 
         Raises:
-            ValueError: where the S2T adapter itself is on or off against what the selector says of its proposals.
+            ValueError: where the S2T adapter is on although the base model is to write the text, or off although the
+                adapted model is.
         """
 
     def views(
         self, model: PreTrainedModel | None, watches: Mapping[int, Callable[[torch.Tensor], None]]
     ) -> ModelViews | None:
-        """How one call runs the small model; `None` where that is not at hand and need not be.
+        """Views through which one call runs the small model; `None` where that is neither known nor needed.
 
         Args:
-            model: the one that generates, `None` where it is not at hand.
+            model: the model that generates, `None` where it is not known.
             watches: see [`ModelViews`].
         """
         model = getattr(self, "model", model)
         return None if model is None else ModelViews(model, watches=watches)
 
     def writer(self, views: ModelViews) -> PreTrainedModel:
-        """What writes the text."""
+        """The view that writes the text."""
         return views.base
 
     def reader(self, views: ModelViews) -> PreTrainedModel:
-        """What reads the prefix of candidates."""
+        """The view that reads the prefix of candidates."""
         return views.base
 
     def score(self, session: S2TSession, rows_A: torch.Tensor, proposals: Proposals) -> torch.Tensor | Scores:
@@ -169,9 +171,9 @@ class TeacherSelector(Selector):
         thresholds: calibrated thresholds, trigger -> {target rate: threshold}; without them `threshold=` of
             [`S2TDecodingConfig`] must be given for triggers that need one.
         takeover: emit the teacher's argmax over the whole vocabulary in place of selecting. The paper's baseline.
-        processing_class: the small model's tokenizer, to be compared with the teacher's own (which is looked up in the
-            teacher's local folder or the Hub's cache).
-        router: of the small model, for trigger="router": `Router.from_pretrained(adapter, model)`.
+        processing_class: the small model's tokenizer. It is compared with the teacher's own, which is looked up in the
+            teacher's local folder or the Hub's cache.
+        router: the small model's router, for trigger="router": `Router.from_pretrained(adapter, model)`.
 
     Raises:
         TypeError: for a teacher that is not a loaded model.
@@ -211,6 +213,7 @@ class TeacherSelector(Selector):
 
 
 def name_of(model: PreTrainedModel | PeftModel) -> str:
+    """The name or path that a model was loaded from, "" where it does not know."""
     return model.config._name_or_path or ""
 
 
@@ -222,7 +225,7 @@ def check_teacher_tokenizer(processing_class: PreTrainedTokenizerBase, teacher_m
 def check_teacher(
     config: S2TDecodingConfig, selector: Selector, teacher_model: PreTrainedModel | None
 ) -> PreTrainedModel | None:
-    """The teacher that a run uses, if any.
+    """The teacher that a call runs, `None` for none.
 
     Raises:
         ValueError: where the "kl" trigger has no teacher.

@@ -43,9 +43,9 @@ class StepResult(NamedTuple):
 
     Attributes:
         token_B: the selected token where `asked_B`, the student's first elsewhere.
-        asked_B: rows whose selector was asked; the others decode as the user asked for.
-        advance: where scoring already was the next decoding step: returns what the step's tokens lead to and leaves
-            the driving call's cache there. Not to be called after the last token.
+        asked_B: rows whose selector was asked; the others decode by the user's own settings.
+        advance: where scoring has already run the next forward: returns its [`NextStep`] and moves the driving call's
+            cache there. Not to be called after the last token. `None` where the next forward is still to run.
     """
 
     token_B: torch.Tensor
@@ -66,10 +66,11 @@ class S2TTrace:
             any row was asked, `rows_A`, `candidate_ids_AK`, `scores_AK` (the selector's), `mask_AK` (above the floor),
             `logprobs_AK` (the student's, nats) and `fused_AK` (what decided; -inf below the floor). A takeover has no
             candidates.
-        forwards: forwards of the whole call by kind. "teacher", "scorer" and "router" (where its hidden states were
-            not at hand) come on top of plain decoding's own; "tree" takes the place of one of them: it scores and
-            decodes (after the last token there is none to take the place of).
-        tokens: tokens run in them, by kind, all rows together.
+        forwards: number of forwards of the whole call, by kind. "teacher", "scorer" and "router" forwards are run in
+            addition to plain decoding's own ("router" only where the call's own forwards do not give its hidden
+            states). A "tree" forward replaces one of plain decoding's, because it both scores and decodes; at the
+            last token there is none to replace.
+        tokens: number of tokens in these forwards, by kind, over all rows.
     """
 
     prompt_length: int = 0
@@ -82,9 +83,9 @@ class S2TTrace:
         self.steps, self.forwards, self.tokens = [], {}, {}
 
     def rows(self) -> list[list[dict]]:
-        """The same by row: for each a list of steps with `value`, `triggered`, `asked`, `flipped`, `first`, `token`,
-        `forwards` (of the step, which all rows share), and, where it was asked, `candidate_ids`, `scores` and
-        `logprobs` (candidates above the floor)."""
+        """The steps of each row: dicts with `value`, `triggered`, `asked`, `flipped`, `first`, `token`, `forwards`
+        (the step's, which all rows share), and, where the row was asked, `candidate_ids`, `scores` and `logprobs` of
+        the candidates above the floor."""
         if not self.steps:
             return []
         out: list[list[dict]] = [[] for _ in range(len(self.steps[0]["asked_B"]))]
@@ -118,11 +119,11 @@ class S2TSession:
         config: `None` for the selector's own defaults.
         prompt_length: columns of the prompt; warm-up counts from there.
         teacher_model: for the "kl" trigger where the selector is local.
-        student_cache: the cache of the `generate` call that drives this session, where it is at hand (then nothing
-            is computed twice); `None` makes the session keep caches of its own.
-        trace: filled as the call goes on.
-        model: the small model, where it is at hand.
-        prompt_embeds_BTD: of a prompt that was given as embeddings.
+        student_cache: the cache of the `generate` call that drives this session, so that nothing is computed twice;
+            `None` makes the session keep caches of its own.
+        trace: filled during the call.
+        model: the small model, `None` where it is not known.
+        prompt_embeds_BTD: embeddings of a prompt that was given as such.
 
     Attributes:
         excluded_ids: token ids that this call never writes, `None` for none.
@@ -168,7 +169,7 @@ class S2TSession:
         self.default_B: torch.Tensor | None = None
         self.head_is_plain: bool | None = None  # known after the first tree
         self._step_forwards: dict[str, int] = {}
-        self._room: dict[str, int | None] = {}  # of the models that read the text, in tokens
+        self._room: dict[str, int | None] = {}  # name of a model -> most tokens that it can read
         if trace is not None:
             trace.clear(prompt_length)
 
@@ -181,15 +182,15 @@ class S2TSession:
         eos_token_ids: Collection[int] = (),
         max_new_tokens: int | None = None,
     ) -> None:
-        """What can be known to go wrong before the first token.
+        """All checks that can be made before the first token.
 
         Args:
-            mask_BT: of the prompt; `None` where nothing is padding.
-            num_head_rows: V, of the small model.
-            model: the small model, where it is at hand.
+            mask_BT: mask of the prompt, bool; `None` where nothing is padding.
+            num_head_rows: V of the small model.
+            model: the small model, `None` where it is not known.
             input_ids: the prompt.
-            eos_token_ids: which end a text.
-            max_new_tokens: how many may follow it, where that is known.
+            eos_token_ids: ids that end a text.
+            max_new_tokens: most new tokens, `None` where that is not known.
 
         Raises:
             ValueError: more candidates than tokens; a model that is no causal language model, or cannot be read on a
@@ -224,7 +225,7 @@ class S2TSession:
             if num_known < num_head_rows:
                 self._leave_out_what_the_teacher_lacks(num_known, num_head_rows, mask_BT, input_ids, eos_token_ids)
         is_padded = mask_BT is not None and not bool(mask_BT.all())
-        for name, scorer in scorers.items():  # last: it runs them
+        for name, scorer in scorers.items():  # last, because it runs the models
             check_reads_in_parts(name, scorer, is_padded)
 
     def _leave_out_what_the_teacher_lacks(
@@ -235,8 +236,8 @@ class S2TSession:
         input_ids: torch.Tensor | None,
         eos_token_ids: Collection[int],
     ) -> None:
-        """Token ids that the teacher's embedding lacks are not written: it could not read on. The end of a text may
-        be one of them, because nobody reads on behind it.
+        """Excludes token ids that the teacher's embedding lacks: it could not read a text that holds them. An id that
+        ends a text may be one of them, because nothing is read after it.
 
         Raises:
             ValueError: where the prompt holds one.
@@ -271,11 +272,11 @@ class S2TSession:
                 with this session's `excluded_ids` at -inf: triggers and proposals must not see reserved tokens.
             active_B: rows that have not finished; `None` for all.
             default_B: the tokens of rows that are not asked, where they are known already (see `StepResult.advance`).
-            hidden_BD: the last token's hidden states at the router's layer, of the forward that gave the logits;
-                where they are needed and not at hand, the prefix is read again, on a cache of its own.
+            hidden_BD: the last token's hidden states at the router's layer, from the forward that gave the logits.
+                With `None`, a router that is needed reads the prefix again, on a cache of its own.
         """
         past_warmup = input_ids_BT.shape[1] - self.prompt_length >= self.config.warmup_tokens
-        if mask_BT.shape[1] > input_ids_BT.shape[1]:  # a prompt of embeddings alone: its ids stand for nothing
+        if mask_BT.shape[1] > input_ids_BT.shape[1]:  # a prompt of embeddings has no ids: fill in any
             input_ids_BT = nn.functional.pad(input_ids_BT, (mask_BT.shape[1] - input_ids_BT.shape[1], 0))
         self.input_ids_BT, self.mask_BT, self._teacher_logits_BV = input_ids_BT, mask_BT, None
         self._hidden_BD, self._router_logits_B = hidden_BD, None
@@ -313,7 +314,7 @@ class S2TSession:
             if self.selector.takeover:
                 token_B[rows_A] = self._takeover(rows_A, logits_BV)
             else:
-                # the floor keeps a prefix of the candidates, so the widest row tells how many are worth a forward
+                # the floor keeps the first candidates of each row: no more are run than the widest row keeps
                 width = int(proposals.mask_BK[rows_A].sum(-1).max())
                 asked = Proposals(*(tensor[rows_A, :width] for tensor in proposals))
                 if self.selector.appends_candidates:
@@ -379,7 +380,7 @@ class S2TSession:
         return self.prompt_embeds_BTD is None and bool(self.mask_BT.all())
 
     def take_hidden(self) -> torch.Tensor | None:
-        """The last token's hidden states (B, D) of the forward that has just run, `None` where no router is read."""
+        """The last token's hidden states (B, D) in the last forward, `None` where no router is read."""
         return None if self.router is None else self.hidden.take()[:, -1]
 
     def _router_logits(self, logits_BV: torch.Tensor) -> torch.Tensor:
@@ -390,7 +391,7 @@ class S2TSession:
         return self._router_logits_B
 
     def _read_hidden(self) -> torch.Tensor:
-        """Hidden states (B, D) at the router's layer, by reading the text since the last time."""
+        """Hidden states (B, D) at the router's layer, by reading the tokens since the last time."""
         if self._writer_prefix is None:
             self._writer_prefix = self._new_prefix(self.selector.writer(self.views))
         num_new = self.input_ids_BT.shape[1] - self._writer_prefix.num_cached
@@ -409,7 +410,7 @@ class S2TSession:
             check_room("teacher_model", self._room.get("teacher_model"), self.mask_BT)
             num_cached = self._teacher_prefix.num_cached
             ids_BT = self.input_ids_BT
-            if self._teacher_rows is not None:  # in padding, or at and behind the end of a text
+            if self._teacher_rows is not None:  # ids that it lacks are padding, or at or after the end of a text
                 ids_BT = ids_BT.masked_fill(ids_BT >= self._teacher_rows, 0)
             self.count_forward("teacher", (ids_BT.shape[1] - num_cached) * len(ids_BT))
             logits_BV = self._teacher_prefix.feed(ids_BT, self.mask_BT, with_logits=True)
@@ -423,7 +424,8 @@ class S2TSession:
     def student_prefix(self, selector: Selector) -> tuple[PrefixCache, int]:
         """A cache of the small model over the prefix, as the selector reads it, and how many tokens it lacks.
 
-        The driving call's own cache serves where it is computed the same way; otherwise one is kept and fed lazily.
+        The driving call's own cache is used where it is computed the same way; otherwise the session keeps one, and
+        feeds it lazily.
         """
         if self.student_cache is not None and selector.shares_the_cache:
             return PrefixCache(selector.reader(self.views), self.student_cache), 0
@@ -440,7 +442,7 @@ class S2TSession:
 
 
 def check_not_nan(values: torch.Tensor, what: str = "model's logits") -> None:
-    """Raises a ValueError where there is nothing to select from or by."""
+    """Raises a ValueError where values are NaN."""
     if bool(values.isnan().any()):
         raise ValueError(f"The {what} are NaN: there is nothing to select from (check its dtype and weights).")
 

@@ -1,4 +1,4 @@
-"""What the tokens of a tokenizer are as bytes."""
+"""The tokens of a tokenizer as bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_NOT_UTF8 = re.compile("[\udc80-\udcff]+")  # what "surrogateescape" makes of bytes that are no text
+_NOT_UTF8 = re.compile("[\udc80-\udcff]+")  # what "surrogateescape" makes of bytes that are not UTF-8
 
 
 @functools.lru_cache(maxsize=1)
@@ -55,7 +55,7 @@ class VocabularyRow(NamedTuple):
 
 
 class ByteVocabulary:
-    """What the tokens of one tokenizer are as bytes, and which of them start with a string."""
+    """The tokens of one tokenizer as bytes, sorted, so that those that start with a string are a range."""
 
     def __init__(self, processing_class: PreTrainedTokenizerBase, name: str):
         backend = getattr(processing_class, "backend_tokenizer", None)
@@ -107,14 +107,14 @@ class ByteVocabulary:
         return backend
 
     def row(self, logits_V: torch.Tensor) -> VocabularyRow:
-        """Its probabilities, on the CPU."""
+        """Probabilities from one row of logits, on the CPU."""
         p_V = torch.softmax(logits_V.double(), dim=-1).cpu().numpy()
         if self.num_rows <= len(p_V):
             return VocabularyRow(p_V, p_V[self.sorted_ids])
         return VocabularyRow(p_V, np.append(p_V, 0.0)[np.minimum(self.sorted_ids, len(p_V))])
 
     def _range(self, start: bytes) -> tuple[int, int]:
-        """Which part of the sorted vocabulary starts with `start`."""
+        """The range of the sorted vocabulary that starts with `start`: first index, and the one after the last."""
         after = start.rstrip(b"\xff")
         after = after[:-1] + bytes([after[-1] + 1]) if after else None
         low = bisect_left(self.sorted_bytes, start)

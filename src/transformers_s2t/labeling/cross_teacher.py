@@ -27,15 +27,15 @@ def score_with_teacher(
     candidate_ids: Sequence[torch.Tensor],
     teacher_prompt_ids: Sequence[Sequence[int]] | None = None,
 ) -> list[CandidateScores]:
-    """Scores some sequences: one forward of the teacher for each, and a few more of the contexts that branch off.
+    """Scores some sequences: one forward of the teacher for each, and a few more for contexts that branch off.
 
     Args:
         cross: the pair of tokenizers.
         teacher_model: in eval mode.
         sequences, prompt_lengths: the student's, as in `score_trajectories`.
-        positions: of each sequence, the decision points (N,).
-        candidate_ids: of each sequence, (N, K).
-        teacher_prompt_ids: of each sequence, the prompt in the teacher's own form.
+        positions: the decision points (N,) of each sequence.
+        candidate_ids: the candidates (N, K) of each sequence.
+        teacher_prompt_ids: each sequence's prompt in the teacher's own form; `None` for the student's.
     """
     scores = []
     for b, ids in enumerate(sequences):
@@ -49,10 +49,10 @@ def score_with_teacher(
 
 
 class _Trajectory:
-    """A trajectory that the teacher has read: its logits from `first` on, and those behind contexts that branch off.
+    """A trajectory that the teacher has read: its logits from `first` on, and those after contexts that branch off.
 
-    Branches ride in one forward on the trajectory's cache, each seeing its own prefix and itself; where a mask cannot
-    say so (windows, recurrent layers, flash attention), every branch is read from its beginning.
+    All branches run in one forward on the trajectory's cache, each seeing its own prefix and itself. Where a mask
+    cannot express that (windows, recurrent layers, flash attention), every branch is read from its beginning.
     """
 
     def __init__(self, model: PreTrainedModel, ids: list[int], first: int):
@@ -65,7 +65,7 @@ class _Trajectory:
         self.cache = cache if plain and supports_tree(model, cache) else None
 
     def next_logits(self, contexts: list[list[int]]) -> torch.Tensor:
-        """Logits (B, V) behind each context."""
+        """Logits (B, V) after each context."""
         if self.cache is not None:
             return self._from_branch(contexts)
         parts = [contexts[start : start + _ROWS_AT_ONCE] for start in range(0, len(contexts), _ROWS_AT_ONCE)]
@@ -116,6 +116,6 @@ class _Trajectory:
 
 
 def _kept(model: PreTrainedModel, index: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Argument for logits at some indices alone, where the model has one."""
+    """The argument that asks for logits at some indices only, where the model has one."""
     named = "logits_to_keep" in signature(model.forward).parameters
     return {"logits_to_keep": index.to(model.device)} if named else {}

@@ -1,14 +1,14 @@
 """A teacher with another tokenizer: the student's candidates are scored by their text, as bytes.
 
-Knows tokenizers and logits; knows nothing of files, and of models only what `score_with_teacher` at the end calls.
+Knows tokenizers and logits; knows nothing of files or models (`cross_teacher` runs the teacher).
 
-The quantity is P(the text goes on with c | prefix text), the teacher's probability of all token sequences whose text
-starts with the bytes of candidate c. What is computed, for a decision point behind prefix text p:
+The quantity is P(the text continues with c | prefix text), the teacher's probability of all token sequences whose text
+starts with the bytes of candidate c. What is computed, for a decision point after prefix text p:
 
 1. *Context.* The teacher reads the canonical tokens of the whole trajectory, once. The *anchor* is the boundary before
-   the last `healed_tokens` of them that start inside p (token healing), r is what of p lies behind the anchor. So a
+   the last `healed_tokens` of them that start inside p (token healing); r is the part of p after the anchor. So a
    teacher's token that spans the decision point, or would with another candidate, is not cut in two.
-2. *Mass of a string s behind the anchor*: the sum, over some teacher token sequences w whose text is a proper prefix
+2. *Mass of a string s after the anchor*: the sum, over some teacher token sequences w whose text is a proper prefix
    of s, of P(w) times P(the next token starts with the rest of s). The last factor is an exact sum over a contiguous
    range of the sorted vocabulary. The w are: the trajectory's own tokens (no extra forward), the canonical tokens of
    s, and all that have at least `min_mass` of r's probability.
@@ -57,9 +57,9 @@ class TeacherSequence(NamedTuple):
 
     Attributes:
         ids: the teacher's tokens.
-        ends: offset behind each of them.
-        offsets: of each student's position, and of the end: where its token begins.
-        fences: offset behind the last special token before each offset in `offsets`: healing goes back no further.
+        ends: the offset after each of them.
+        offsets: for each of the student's positions, the offset at which its token begins, and then that of the end.
+        fences: the offset after the last special token before each of `offsets`. Healing goes back no further.
         data: the bytes, 0 for a special token.
     """
 
@@ -74,12 +74,13 @@ class CandidateScores(NamedTuple):
     """What the teacher says of the candidates of some decision points; nats.
 
     Attributes:
-        teacher_logprobs_NK: of each candidate's text; -inf where it has none or the teacher cannot write it.
+        teacher_logprobs_NK: log-probability of each candidate's text; -inf where it has none or the teacher cannot
+            write it.
         lower_NK, upper_NK: bounds given the anchor; equal to the estimate where nothing was left out.
         partition_NP: log-probabilities (N, K + 1) of disjoint events, see `partition`.
         teacher_top_id_N: the student's token with the longest text that the teacher's likeliest next token (beyond the
             prefix) starts with; -1 where there is none.
-        num_forwards: contexts besides the trajectory's own that were asked for.
+        num_forwards: number of contexts that were run besides the trajectory's own.
     """
 
     teacher_logprobs_NK: torch.Tensor
@@ -91,7 +92,7 @@ class CandidateScores(NamedTuple):
 
 
 class CandidateBounds(NamedTuple):
-    """What the teacher's logits along a trajectory say of the candidates of some of its positions.
+    """What the teacher's logits along a trajectory imply for the candidates at some of its positions.
 
     Attributes:
         lower_NP, upper_NP: bounds of the probabilities (not their logarithms) of the events of `partition`.
@@ -128,8 +129,9 @@ class CrossTokenizer:
     Args:
         processing_class: the student's tokenizer.
         teacher_processing_class: the teacher's.
-        eos_token_ids: the student's end tokens; the tokenizer's own by default. Each is worth all of the teacher's.
-        teacher_eos_token_ids: likewise, of the teacher.
+        eos_token_ids: the student's end tokens; the tokenizer's own by default. Each of them counts as the sum of all
+            of the teacher's.
+        teacher_eos_token_ids: the teacher's end tokens, likewise.
         healed_tokens: how many teacher tokens to go back over.
         min_mass: follow every tokenization that has at least this part of r's probability; `None`: the canonical ones
             alone; 0: all, which is exact, and exponential in the length of r and the candidate.
@@ -217,8 +219,8 @@ class CrossTokenizer:
             ids: the student's sequence.
             prompt_length: where the rollout begins.
             teacher_prompt_ids: the prompt as the teacher is to read it (its own chat template), in place of the
-                student's; the rollout's text then begins a token of its own. So it does where a token that begins
-                in the prompt would be the first one, for nothing would decide it.
+                student's. The rollout's text then begins with a new token. It also does where the teacher's first
+                token would span prompt and rollout, because no logits come before that token.
 
         Raises:
             ValueError: for a special token of the student that the teacher has none for.
@@ -263,7 +265,7 @@ class CrossTokenizer:
     def count_tokens(
         self, ids: Sequence[int], prompt_length: int, teacher_prompt_ids: Sequence[int] | None = None
     ) -> int:
-        """How many tokens the sequence is to the teacher.
+        """How many of the teacher's tokens the sequence takes.
 
         Raises:
             ValueError: where it cannot be read, or nothing stands before the rollout.
@@ -273,7 +275,8 @@ class CrossTokenizer:
         return len(sequence.ids)
 
     def _special(self, id: int) -> tuple[int, ...]:
-        """The teacher's token for a special one of the student; none for a beginning that the teacher does without."""
+        """The teacher's token for a special one of the student; none for a beginning-of-sequence token that the
+        teacher does not use."""
         special = self.special_of_id.get(id, ())[:1]
         if not special and id != self.bos_token_id:
             raise ValueError(
@@ -330,8 +333,7 @@ class CrossTokenizer:
     def _read(
         self, point: _Point, path: tuple[int, ...], mass: float, row: VocabularyRow
     ) -> dict[tuple[int, ...], tuple[float, list[int]]]:
-        """Adds what the logits behind `path` say; returns the paths that could be gone on with, their masses and for
-        which targets."""
+        """Adds the masses that the logits after `path` give; returns longer paths with their masses and targets."""
         vocabulary, p_V = self.teacher, row.p_V
         text = b"".join(vocabulary.bytes_of_id[id] for id in path)
         children: dict[tuple[int, ...], tuple[float, list[int]]] = {}
@@ -351,7 +353,7 @@ class CrossTokenizer:
         return children
 
     def _own_mass(self, point: _Point, sequence: TeacherSequence, rows: Callable[[int], VocabularyRow]) -> float:
-        """What the trajectory's own tokens give for r: what `min_mass` is a part of."""
+        """The mass of r along the trajectory's own tokens, which `min_mass` is a share of."""
         if not self.min_mass or not point.rest:
             return 1.0
         own, mass = 0.0, 1.0
@@ -389,7 +391,7 @@ class CrossTokenizer:
         return min(id for id, token in found if token == found[-1][1]) if found else -1
 
     def _rows(self, teacher_logits_TV: torch.Tensor, first: int) -> Callable[[int], VocabularyRow]:
-        """The probabilities behind the trajectory's tokens by index; neighbouring points share them."""
+        """The probabilities after each of the trajectory's tokens, by index; neighbouring points share them."""
         return functools.lru_cache(maxsize=32)(lambda index: self.teacher.row(teacher_logits_TV[index - first]))
 
     def bound_candidates(
@@ -400,10 +402,10 @@ class CrossTokenizer:
         candidate_ids_NK: torch.Tensor,
         first: int = 0,
     ) -> CandidateBounds:
-        """What the logits along the trajectory alone say, without any other forward: for every position.
+        """Bounds from the logits along the trajectory alone, without any other forward, at every position.
 
         The prefix is taken to be spelled as the trajectory spells it, and a candidate canonically. Where a candidate's
-        spelling leaves the trajectory, what lies behind that branch is unknown: all of the branch's mass, or nothing.
+        spelling leaves the trajectory, what follows is unknown: it gets all of the branch's mass, or none.
 
         Args:
             sequence, teacher_logits_TV, positions, candidate_ids_NK, first: as in `score_candidates`.
@@ -422,7 +424,7 @@ class CrossTokenizer:
                         continue
                     if child == own:
                         path, mass = child, child_mass
-                    elif 0 not in targets:  # else another spelling of the prefix
+                    elif 0 not in targets:  # otherwise it is another spelling of the prefix
                         point.dropped[targets] += child_mass
             points.append(point)
         lower_NP, upper_NP = (torch.ones((len(points), candidate_ids_NK.shape[-1] + 1)).double() for _ in range(2))
@@ -430,7 +432,7 @@ class CrossTokenizer:
             whole = max(point.mass[0], np.finfo(float).tiny)
             lower_NP[n, :-1] = torch.from_numpy(point.mass[1:] / whole)
             upper_NP[n, :-1] = torch.from_numpy((point.mass + point.dropped)[1:] / whole).clamp_max(1.0)
-        # of the nested texts' probabilities to those of the disjoint events
+        # from probabilities of nested texts to those of disjoint events
         nesting_NPP = self._nesting(candidate_ids_NK)
         plus_NPP, minus_NPP = nesting_NPP.clamp_min(0.0), (-nesting_NPP).clamp_min(0.0)
         return CandidateBounds(
@@ -452,10 +454,11 @@ class CrossTokenizer:
 
         Args:
             sequence: from `encode`.
-            teacher_logits_TV: the teacher's logits behind each token of `sequence.ids[first:]`.
+            teacher_logits_TV: the teacher's logits after each token of `sequence.ids[first:]`.
             positions: the student's, as in the labels: the index of the token under decision.
             candidate_ids_NK: the student's.
-            next_logits: the teacher's logits (B, V) behind each of some other contexts; all points share the calls.
+            next_logits: function from some other contexts to the teacher's logits (B, V) after each; all points share
+                its calls.
             first: see above.
         """
         if self.same_vocabulary:
@@ -468,7 +471,7 @@ class CrossTokenizer:
                 point.least = self.min_mass * self._own_mass(point, sequence, rows)
 
         def read(point: _Point, path: tuple[int, ...], mass: float, row: VocabularyRow) -> list:
-            """What is to be read next."""
+            """The paths to be read next."""
             later = []
             for child, (child_mass, targets) in self._read(point, path, mass, row).items():
                 if child in point.planned or child_mass >= point.least:
@@ -494,7 +497,7 @@ class CrossTokenizer:
                     later += read(point, path, mass, self.teacher.row(logits_V))
             follow = later
         mass = torch.tensor(np.array([point.mass for point in points])).reshape(len(points), -1)
-        mass[:, 0].clamp_min_(torch.finfo(torch.float64).tiny)  # a prefix that the teacher holds impossible
+        mass[:, 0].clamp_min_(torch.finfo(torch.float64).tiny)  # a prefix that the teacher finds impossible
         most = mass + torch.tensor(np.array([point.dropped for point in points])).reshape(len(points), -1)
         logprobs_NK = (mass[:, 1:] / mass[:, :1]).log()
         return CandidateScores(
@@ -520,9 +523,10 @@ class CrossTokenizer:
     # -----------------------------------------------------------------------------------------------------------------
 
     def partition(self, logprobs_NK: torch.Tensor, candidate_ids_NK: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (N, K + 1) of disjoint events: the longest candidate that the text starts with; none.
+        """Log-probabilities (N, K + 1) of disjoint events: k is the longest candidate that the text starts with, for
+        each candidate k; then, that it starts with none.
 
-        Texts of candidates nest ("1", "12") or exclude one another, so an event's probability is the candidate's less
+        Texts of candidates nest ("1", "12") or exclude one another, so an event's probability is the candidate's minus
         those of the next longer candidates that start with it. A text that two candidates share counts for the first.
         """
         probs_NP = torch.nn.functional.pad(logprobs_NK.double().exp(), (0, 1), value=1.0)
@@ -546,8 +550,8 @@ class CrossTokenizer:
     def student_partition(self, logits_NV: torch.Tensor, candidate_ids_NK: torch.Tensor) -> torch.Tensor:
         """The student's log-probabilities (N, K + 1) of the events of `partition`, by its next token alone.
 
-        A student's token belongs to the longest candidate that it starts with. So the events are the same texts, up to
-        what the student would have spelled with shorter tokens than a candidate.
+        A student's token belongs to the longest candidate that it starts with. So the events are the same texts, but
+        for those that the student would spell with tokens that are shorter than a candidate.
         """
         if self.same_vocabulary:
             probs_NK = torch.softmax(logits_NV.double(), dim=-1).cpu().gather(-1, candidate_ids_NK.cpu())
@@ -585,12 +589,13 @@ def partition_divergence(teacher_NP: torch.Tensor, student_NP: torch.Tensor) -> 
 def least_divergence(lower_NP: torch.Tensor, upper_NP: torch.Tensor, student_NP: torch.Tensor) -> torch.Tensor:
     """The least `partition_divergence` (N,) that a teacher between these bounds can have.
 
-    Of all distributions between bounds, the one nearest to the student's is the student's own, scaled by one factor
-    and cut at the bounds.
+    The distribution between the bounds that is nearest to the student's is the student's own, scaled by one factor and
+    cut at the bounds.
 
     Args:
-        lower_NP, upper_NP: of the teacher's probabilities.
-        student_NP: log-probabilities; no less than 1e-12 is believed, for what is left for "none" is a difference.
+        lower_NP, upper_NP: bounds of the teacher's probabilities.
+        student_NP: the student's log-probabilities. Probabilities below 1e-12 are raised to it, because that of "none"
+            is a difference with a rounding error.
     """
     student_NP = student_NP.double().cpu().clamp_min(math.log(1e-12))
     low_N1, high_N1 = (torch.full_like(student_NP[:, :1], bound) for bound in (-30.0, 30.0))

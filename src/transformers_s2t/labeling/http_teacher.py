@@ -30,7 +30,7 @@ from transformers_s2t.labels.schema import MISSING_LOGPROB
 _FLOOR = -9999.0  # what vLLM writes for minus infinity
 _CONNECT_TIMEOUT = 10.0  # seconds
 _MAX_WAIT = 30.0  # seconds between two attempts
-_START_RETRIES = 2  # a wrong address should not take minutes to be told
+_START_RETRIES = 2  # a wrong address should not take minutes to be reported
 _BLOCK_BYTES = 1 << 16
 _PLACEHOLDER = re.compile(r"token_id:(\d+)")
 
@@ -46,8 +46,9 @@ class HTTPTeacher:
     every position. A candidate that is not among them is asked for by id, at the chosen points only. What `prefetch`
     began is kept until it is read. The first request that fails for good ends all others.
 
-    What the requests rest on, read in vLLM's source (`vllm/entrypoints/openai/completion/protocol.py` at 002032ee,
-    `.../completion/serving.py` at 030ea52e, `vllm/sampling_params.py` at 00388f65), not tried on a live vLLM here:
+    The requests rely on what follows, read in vLLM's source (`vllm/entrypoints/openai/completion/protocol.py` at
+    002032ee, `.../completion/serving.py` at 030ea52e, `vllm/sampling_params.py` at 00388f65), not tried on a live vLLM
+    here:
 
     - `prompt` may be a list of token ids; prompt and `max_tokens` together must fit into `max_model_len`.
     - `prompt_logprobs=k` gives `choices[0].prompt_logprobs`: one entry for each token, the first null, then
@@ -56,25 +57,25 @@ class HTTPTeacher:
       most. Such requests do not read the prefix cache.
     - `logprob_token_ids` (in the OpenAI routes since pull request 43463, merged in July 2026) needs `logprobs`, at
       first with the same count; it gives `choices[0].logprobs.top_logprobs[0]` with those ids and the sampled token.
-      An older server ignores the field, which is told at the start.
+      An older server ignores the field, which raises an error at the start.
     - `return_tokens_as_token_ids` makes the keys there "token_id:17".
     - Values are those of the raw logits unless the server runs with another `--logprobs-mode`. All sampling settings
       are sent as neutral, so that the checkpoint's own generation config changes nothing in the processed mode either.
 
     Args:
-        url: of the server, with or without "/v1"; holds no key.
+        url: address of the server, with or without "/v1"; must hold no key.
         model: name of the model there; needed where the server offers several and none is `default_model`.
         default_model: taken where `model` is not given and the server offers it beside others: vLLM serves a model
             under the name it was loaded by, so the Hub id is a good guess.
         api_key_env: environment variable with the key; no key is sent where it is not set.
         max_concurrency: requests under way at one time.
-        timeout: seconds after which a request is given up and repeated, the last byte of its answer included; twice as
-            many at most where the server falls silent in the middle of its answer.
+        timeout: seconds until a request whose answer is not complete is given up and repeated; up to twice as many
+            where the server falls silent in the middle of its answer.
         max_retries: further attempts after a 5xx or 429 status, a lost connection, a timeout or half an answer, with
             waits that double from `backoff` seconds up to 30; 8 outlast a restart of about a minute and a half.
-        top_logprobs: k, tokens named at each position.
-        num_embeddings: token ids that the model has, where known; candidates above are not asked for.
-        backoff: seconds, the first wait.
+        top_logprobs: k, the number of best tokens named at each position.
+        num_embeddings: number of token ids that the model has, where known; candidates above are not asked for.
+        backoff: first wait, in seconds.
 
     Raises:
         ValueError: for illegal arguments, or a model that the server does not offer.
@@ -121,7 +122,7 @@ class HTTPTeacher:
         self._begun: dict[tuple[tuple[int, ...], int], Future] = {}  # (token ids, prompt length) -> what is said of it
         self.model, self.max_length = self._find_model(model, default_model)
         self.source = host_free(self.model)
-        # told now and not after an hour of rollouts
+        # fail now and not after an hour of rollouts
         self._best_tokens([0, 0], 1)
         self._next_token([0], [0])
 
@@ -129,7 +130,7 @@ class HTTPTeacher:
         return len(ids)
 
     def prefetch(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
-        self._results([future for future in self._begun.values() if future.done()])  # what failed is told now
+        self._results([future for future in self._begun.values() if future.done()])  # raise failures now
         for ids, prompt_length in zip(sequences, prompt_lengths):
             key = tuple(ids), prompt_length
             if key not in self._begun:
@@ -151,7 +152,7 @@ class HTTPTeacher:
     def cancel(self) -> None:
         self._begun.clear()
         self._calls.drop_waiting()
-        self._stop.set()  # what waits for another attempt need not
+        self._stop.set()  # ends the waits for another attempt
         self._stop = threading.Event()
 
     def _results(self, futures: Sequence[Future]) -> list:
@@ -272,7 +273,7 @@ class HTTPTeacher:
             if wait is None:
                 break
             if attempt < max_retries:
-                # jitter, so that the requests which one fault broke do not all come back at one moment
+                # jitter, so that requests that failed together are not all repeated at one moment
                 longest = min(self.backoff * 2**attempt, _MAX_WAIT)
                 if stop.wait(max(min(wait, _MAX_WAIT), longest * random.uniform(0.5, 1.0))):
                     break
@@ -293,7 +294,7 @@ class HTTPTeacher:
                 allow_redirects=False,
                 stream=True,
             ) as response:
-                # `requests` would wait for the next byte anew each time, and so for ever; `read1` gives what is there
+                # `requests` would restart its timeout at every byte, and might never end; `read1` gives what is there
                 while block := response.raw.read1(_BLOCK_BYTES, decode_content=True):
                     content += block
                     if time.monotonic() > deadline:
@@ -320,8 +321,8 @@ class HTTPTeacher:
 class _Calls:
     """Function calls in `size` threads at most, which end when nothing is left to do.
 
-    Unlike those of a `ThreadPoolExecutor` they do not keep a process from ending: after Ctrl-C nobody waits for a
-    server that may take minutes to answer.
+    Unlike a `ThreadPoolExecutor`'s threads, they do not keep a process from ending: after Ctrl-C it does not wait for
+    a server that may take minutes to answer.
     """
 
     def __init__(self, size: int):
@@ -359,9 +360,9 @@ class _Calls:
 
 
 class _KeyFromEnvironment(AuthBase):
-    """Puts the key on a request. Reads it anew each time: it is in no attribute that could be printed or stored.
+    """Adds the key to a request. It is read anew each time, so that no attribute holds it to be printed or stored.
 
-    As `auth` and not as a header, because `requests` would replace a header by what it finds in ~/.netrc.
+    Passed as `auth`, not as a header, because `requests` would replace a header by what it finds in ~/.netrc.
     """
 
     def __init__(self, variable: str):
@@ -398,14 +399,14 @@ def _base_url(url: str) -> str:
 
 
 def host_free(name: str) -> str:
-    """A served model's name for publication: of a path on the server's disk the last part only."""
+    """A served model's name for publication: only the last part, where it is a path on the server's disk."""
     return (
         re.split(r"[/\\]", name.rstrip("/\\"))[-1] if name.startswith(("/", ".", "~", "\\")) or ":" in name else name
     )
 
 
 def _message_of(content: bytes, auth: _KeyFromEnvironment) -> str:
-    """The server's own words without the key, on one line and not too many."""
+    """The server's own message without the key, on one line of at most 300 characters."""
     text = content.decode(errors="replace")
     try:
         data = json.loads(content)
@@ -425,7 +426,7 @@ def _seconds(retry_after: str | None) -> float:
 
 
 class _TopReading:
-    """The tokens named at each generated position, waited for when they are needed."""
+    """The tokens that a server names at each generated position; waits for them when they are needed."""
 
     def __init__(self, teacher: HTTPTeacher, futures: Sequence[Future]):
         self.teacher, self.futures = teacher, futures
@@ -458,24 +459,24 @@ def coarse_divergence(
     top_logprobs: int,
     num_teacher_rows: int | None = None,
 ) -> torch.Tensor:
-    """A lower bound of [`~triggers.kl_divergence`] (S,) where the teacher names some of its tokens only, nats.
+    """A lower bound of `triggers.kl_divergence` (S,), nats, where the teacher names some of its tokens only.
 
     It is the divergence on a coarser partition: each named token by itself, all others together. Merging outcomes can
     only lower a divergence (data-processing inequality), and nothing is lost where all tokens are named. The named
     ones are the teacher's best k and the token of the text, so what is lost is the disagreement among tokens that the
-    teacher holds improbable and the student did not write.
+    teacher finds improbable and the student did not write.
 
-    Tokens that the student may not say (logit -inf) are renormalised away, as in `kl_divergence`. How much of the
-    teacher's unnamed mass lies on them is not known; it is at most their number times the k-th best probability, and
-    of all values in that range the one with the lowest divergence is taken. Rows that only the teacher's head has are
-    renormalised away where they are named, and taken to be empty otherwise: they are padding.
+    Tokens that the student may not write (logit -inf) are renormalised away, as in `kl_divergence`. How much of the
+    teacher's unnamed mass lies on them is not known. It is at most their number times the k-th best probability; the
+    value in that range with the lowest divergence is taken. Rows that only the teacher's head has are renormalised
+    away where they are named, and taken to be empty otherwise: they are padding.
 
     Args:
-        logits_SV: the student's, -inf at what it may not say.
+        logits_SV: the student's, -inf where it may not write.
         ids_SN: tokens that the teacher names, best first; -1 where a position has fewer.
         logprobs_SN: their log-probabilities over the teacher's vocabulary, nats.
         top_logprobs: k, how many of them are the teacher's best.
-        num_teacher_rows: of the teacher's head; the student's where unknown.
+        num_teacher_rows: rows of the teacher's head; `None` for as many as the student's.
     """
     shared = logits_SV.shape[-1] if num_teacher_rows is None else min(logits_SV.shape[-1], num_teacher_rows)
     student_SV = torch.log_softmax(logits_SV[..., :shared].double(), dim=-1)

@@ -1,7 +1,7 @@
 """Labels: the student writes, the teacher scores the student's candidates, rows go to disk, shard by shard.
 
-Knows a model, a teacher and token ids; knows nothing of text, of where problems come from, of where the teacher runs,
-or of training. The teacher never generates: one reading of a trajectory gives all that is stored.
+Knows a model, a teacher and token ids; knows nothing of text, where problems come from, where the teacher runs, or
+training. The teacher never generates: one reading of a trajectory gives all that is stored.
 
 Legend: B rows, T tokens, S generated positions of a trajectory, K candidates, V vocabulary.
 """
@@ -63,7 +63,10 @@ def check_lengths(
 ) -> None:
     """Raises a ValueError where prompt and rollout do not fit into the context of one of the models.
 
-    `models`: name -> its config, or how many tokens it takes, `None` where that is unknown.
+    Args:
+        longest_prompt: tokens of the longest prompt.
+        max_new_tokens: most new tokens.
+        models: name -> the model's config, or how many tokens it takes, `None` where that is unknown.
     """
     for name, one in models.items():
         limit = context_length(one) if isinstance(one, PretrainedConfig) else one
@@ -87,9 +90,9 @@ def divide(problem_ids: Iterable[str], validation_share: float) -> dict[str, str
 def find_unfinished(
     output_dir: str | os.PathLike, header: TrajectoryHeader, overwrite: bool
 ) -> TrajectoryHeader | None:
-    """The header of the labels in `output_dir` that a run with the settings of `header` goes on with.
+    """The header of the labels in `output_dir` that a run with the settings of `header` resumes.
 
-    `None` where it starts anew: there is nothing yet, or `overwrite` is set. Reads only.
+    `None` where it starts anew: there is nothing yet, or `overwrite` is set. Writes nothing.
 
     Raises:
         ValueError: where the folder holds labels made with other settings, or something else.
@@ -142,29 +145,29 @@ def label_problems(
 ) -> TrajectoryHeader:
     """Rolls out, scores and writes every problem that `output_dir` does not hold yet.
 
-    A problem's rollouts are in one shard, and a shard belongs to one split (`trajectories.split_of`). It is written
-    at once or not at all, so a killed run loses one shard's work at most (or the sample's, while the threshold is
-    estimated), and the same call goes on with the rest, to the same bytes. Processes that `accelerate launch` has
-    started share the shards. In float32 the rows do not depend on `batch_size`, `shard_size` or the number of
-    processes beyond rounding.
+    A problem's rollouts are in one shard, and a shard belongs to one split (`labels.folder.split_of`). It is written
+    whole or not at all, so a killed run loses one shard's work at most (or the sample's, while the threshold is
+    estimated), and the same call resumes it, to the same bytes. Processes that `accelerate launch` has started divide
+    the shards among them. In float32 the rows do not depend on `batch_size`, `shard_size` or the number of processes
+    beyond rounding.
 
     Args:
         model: the student; put into eval mode.
-        teacher_model: a model, put into eval mode, or another teacher: `teachers.HTTPTeacher`, or
+        teacher_model: a model, put into eval mode, or another teacher: `http_teacher.HTTPTeacher`, or
             `teachers.CrossTokenizerTeacher`.
         prompts: problem id -> token ids of its prompt, in the order in which they are to be labelled.
         output_dir: folder of the labels.
-        header: the settings. Where it has no `divergence_threshold`, the one that a share `target_rate` of the
-            generated positions of the first `threshold_sample` problems reaches is taken, and stored before any row.
-            It says how many rollouts a problem has, and which share of the problems is held out.
-        pad_token_id: of the tokenizer.
+        header: the settings, such as the number of rollouts of a problem and the share of problems that is held out.
+            A missing `divergence_threshold` is estimated, as the value that a share `target_rate` of the generated
+            positions of the first `threshold_sample` problems reaches, and stored before any row.
+        pad_token_id: the tokenizer's id of padding.
         batch_size: rows of one forward.
-        shard_size: problems of one shard, at most.
+        shard_size: most problems of one shard.
         overwrite: start anew where the folder holds labels.
-        show_progress: a bar over the tokens that are read and written, with the time that is left by it, the problems
-            that are done and Hit@K at the chosen points.
-        decode_with: how `generate` corrects the student where the header's rollout is "s2t" or "s2t-local", see
-            [`rollout`].
+        show_progress: shows a bar of the tokens that are read and written, with the time left, the problems that are
+            done, and Hit@K at the chosen points.
+        decode_with: arguments of `generate` that correct the student where the header's rollout is "s2t" or
+            "s2t-local", see [`rollout`].
 
     Returns:
         The header as stored, with the threshold and `complete=True`.
@@ -209,7 +212,7 @@ def label_problems(
 
     model.eval()
     check_reads_left_to_right("model", model)
-    state = PartialState(cpu=model.device.type == "cpu")  # of one process where nothing else was launched
+    state = PartialState(cpu=model.device.type == "cpu")  # one process, unless more were launched
     state.wait_for_everyone()  # all have looked at the folder before anybody writes
     first_index = 0 if overwrite else next_shard_index(output_dir)
     chunks = [ids for name in splits for ids in in_chunks([id for id in todo if split[id] == name], shard_size)]
@@ -225,7 +228,7 @@ def label_problems(
         if header.divergence_threshold is None:
             bar.set_description("Estimating the threshold")
             sample = list(prompts)[: header.threshold_sample]
-            # Whole shards, as a run that goes on makes them: in other batches rounding would be another one.
+            # Whole shards, as a resumed run makes them: other batches would round differently.
             for _, ids in shards:
                 if not set(sample).isdisjoint(ids):
                     ready |= worker.run(ids)
@@ -256,7 +259,7 @@ def label_problems(
 
 
 class _Worker:
-    """Rolls out and scores problems in length-sorted batches, and tells the progress bar."""
+    """Rolls out and scores problems in length-sorted batches, and updates the progress bar."""
 
     def __init__(
         self,
@@ -272,7 +275,7 @@ class _Worker:
         self.decode_with = decode_with
         self.model, self.teacher, self.prompts, self.header = model, teacher, prompts, header
         self.pad_token_id, self.batch_size, self.bar = pad_token_id, batch_size, bar
-        # what the teacher cannot read, as rows that only the student's padded head has, must not be written
+        # ids that the teacher cannot read, such as rows that only the student's padded head has, must not be written
         num_rows = head_rows(model)
         teacher_rows = num_rows if teacher.num_embeddings is None else teacher.num_embeddings
         self.suppressed_ids = sorted({*header.excluded_ids, *range(teacher_rows, num_rows), *teacher.unreadable_ids})
@@ -280,7 +283,7 @@ class _Worker:
         self.num_problems, self.num_done, self.num_prompt_tokens = 0, 0, 0
 
     def expect(self, problem_ids: Collection[str]) -> None:
-        """Tells the bar what there is to do."""
+        """Adds problems to the bar's total."""
         self.num_problems += len(problem_ids)
         self.num_prompt_tokens += sum(len(self.prompts[id]) for id in problem_ids)
         self._tell()
@@ -289,7 +292,7 @@ class _Worker:
         """All rollouts of some problems, with their scores."""
         try:
             return self._score(problem_ids, self._roll_out(problem_ids))
-        except BaseException:  # Ctrl-C too: what the teacher has begun is for nobody now
+        except BaseException:  # Ctrl-C too: nobody needs what the teacher has begun
             self.teacher.cancel()
             raise
 
@@ -342,7 +345,7 @@ class _Worker:
         return {id: [done[id, number] for number in range(self.header.num_rollouts)] for id in problem_ids}
 
     def _cut(self, ids: list[int], prompt_length: int) -> list[int]:
-        """As much as the teacher's context takes: in tokens of its own, a rollout may be longer than expected."""
+        """Cuts a sequence to the teacher's context: in the teacher's own tokens it may be longer than expected."""
         limit = self.teacher.max_length
         if limit is None or self.teacher.count_tokens(ids, prompt_length) <= limit:
             return ids
@@ -357,7 +360,7 @@ class _Worker:
         self._tell()
 
     def _tell(self) -> None:
-        # every token of a prompt and of what was written behind it goes through a rollout and a scoring
+        # every token of a prompt and of its rollout is run twice: in the rollout and in the scoring
         mean = self.num_tokens / self.num_rollouts if self.num_rollouts else self.header.max_new_tokens
         self.bar.total = round(2 * self.header.num_rollouts * (self.num_prompt_tokens + self.num_problems * mean))
         hit = f"{self.num_hits / self.num_points:.3f}" if self.num_points else "-"
@@ -389,8 +392,8 @@ def make_row(problem_id: str, trajectory: _Trajectory, header: TrajectoryHeader)
 
 
 def fill_in(rows: Sequence[dict[str, Any]], teacher: Teacher) -> None:
-    """Asks the teacher for the candidates that it did not name by itself: here and not earlier, because it is asked
-    once for each point, and most positions are none."""
+    """Asks the teacher for the candidates that it did not name by itself. Only at the chosen points, because each one
+    costs a request or a forward, and most positions are no points."""
     asked, positions, ids = [], [], []
     for row in rows:
         unknown = [

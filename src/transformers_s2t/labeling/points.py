@@ -1,4 +1,4 @@
-"""Both models along a text, and which of its tokens become decision points.
+"""Scores both models along a text, and chooses which of its tokens become decision points.
 
 Legend: N texts, T tokens, P points, K candidates, V vocabulary.
 """
@@ -23,9 +23,9 @@ from transformers_s2t.proposals import exclude, propose
 from transformers_s2t.triggers import entropy, margin
 
 
-_MAX_NUMBERS = 1 << 28  # hidden states (or logits) of both models alive at one time, in the models' own type
-_MAX_TOKENS = 1 << 14  # of one forward
-_MAX_FLOAT_LOGITS = 1 << 24  # logits alive in float32 at one time
+_MAX_NUMBERS = 1 << 28  # most hidden states (or logits) of both models in memory at one time, in the models' own type
+_MAX_TOKENS = 1 << 14  # most tokens of one forward
+_MAX_FLOAT_LOGITS = 1 << 24  # most logits in float32 at one time
 
 
 class TrajectoryScores(NamedTuple):
@@ -34,12 +34,12 @@ class TrajectoryScores(NamedTuple):
     Attributes:
         divergence_S: KL(teacher || student), nats; a lower bound from a teacher that names its best tokens only, or
             has another tokenizer.
-        entropy_S: of the student over its renormalised top 64, nats.
+        entropy_S: the student's entropy over its renormalised top 64, nats.
         margin_S: minus the difference of the student's two best log-probabilities, nats.
         candidate_ids_SK: the student's top K, best first.
         student_logprobs_SK: over the student's full vocabulary less the excluded tokens, nats.
         teacher_logprobs_SK: over the teacher's full vocabulary, nats; -1e4 at ids that the teacher does not have; nan
-            where such a teacher has not been asked yet.
+            where such a teacher (see `divergence_S`) has not been asked yet.
         teacher_top_id_S: the teacher's argmax among the ids that the student has; -1 where there is none.
     """
 
@@ -91,8 +91,8 @@ def score_trajectories(
     num_candidates: int,
     excluded_ids: Sequence[int] = (),
 ) -> list[TrajectoryScores]:
-    """Scores every generated position of some trajectories: one teacher-forced forward of the student,
-    one reading of the teacher.
+    """Scores every generated position of some trajectories, by one teacher-forced forward of the student and one
+    reading by the teacher.
 
     Rows are padded on the right, which no causal model can see. Only hidden states of generated positions are kept,
     and logits of a few of them at a time; batches that would take more than about a gigabyte are run in parts. The
@@ -173,8 +173,8 @@ def choose_positions(
         divergence_threshold: nats.
         points: "kl": the divergence reaches the threshold (the paper's rule, arXiv 2604.26940); "floor": two or more
             candidates are above the floor, which needs no teacher at inference; "floor+kl": either; "all".
-        max_points: of one trajectory. Where there are more, that many stay which are evenly spread among them: so the
-            share of points at which the teacher agrees stays what it is, which a selector has to learn too.
+        max_points: most points of one trajectory. Of more, that many are kept, evenly spaced, so that the share of
+            points at which the teacher agrees does not change: a selector has to learn that too.
     """
     check_choice("points", points, POINTS)
     chosen_S = torch.full_like(divergence_S, points == "all", dtype=torch.bool)

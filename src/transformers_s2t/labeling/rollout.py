@@ -24,10 +24,9 @@ from transformers_s2t.models.shared_prefix import can_share, pad_prompts, read_s
 
 
 class _GumbelNoise(LogitsProcessor):
-    """Makes argmax a sample from softmax(logits / temperature), each row from a generator of its own.
+    """Makes argmax a sample from softmax(logits / temperature), with a generator for each row.
 
-    So what is sampled for a prompt depends on the seed, that prompt and which of its rollouts it is, and not on its
-    neighbours in the batch.
+    So a row's sample depends on the seed, its prompt and the number of its rollout, not on other rows of the batch.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class _GumbelNoise(LogitsProcessor):
             self.generators.append(torch.Generator(device=device).manual_seed(row_seed))
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows of the batch alone."""
+        """Keeps these rows of the batch only."""
         self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -78,13 +77,14 @@ def rollout(
     Args:
         model: in eval mode.
         prompt_ids: token ids, one prompt a row, without padding.
-        max_new_tokens: of each row.
-        pad_token_id: for shorter prompts.
-        eos_token_ids: end a row; the models' defaults are not looked up.
+        max_new_tokens: most new tokens of each row.
+        pad_token_id: fills shorter prompts.
+        eos_token_ids: ids that end a row. The model's own defaults do not apply.
         do_sample, temperature, seed: see above; a row's samples depend on the seed, its prompt and its number only.
         rollouts: the number of each row, for prompts that are sampled several times; 0 if not given.
-        suppressed_ids: never generated.
-        decode_with: for `generate`: `custom_generate=s2t_generate` with a selector corrects the model as it writes.
+        suppressed_ids: ids that are never generated.
+        decode_with: further arguments of `generate`. `custom_generate=s2t_generate` with a selector corrects the model
+            as it writes.
 
     Returns:
         New tokens of each row, up to its first end-of-sequence token, which is included: it is a decision too.
@@ -104,7 +104,7 @@ def rollout(
     if do_sample:
         numbers = [0] * len(prompt_ids) if rollouts is None else rollouts
         processors.append(_GumbelNoise(prompt_ids, numbers, temperature, seed, model.device))
-    # `generate` fills everything that is None from the model's own config, so that one has to be out of the way.
+    # `generate` fills everything that is None from the model's own config, so that one is replaced.
     owner = without_wrapper(model)  # a PeftModel's own would not be read
     own, owner.generation_config = owner.generation_config, GenerationConfig()
     try:
@@ -121,7 +121,7 @@ def rollout(
     return [ids[: next((i + 1 for i, id in enumerate(ids) if id in ends), len(ids))] for ids in new]
 
 
-#: A batch of fewer rows is not made smaller: on a CPU a step of these takes about as long as one of half as many.
+#: A batch of this many rows or fewer is not made smaller: on a CPU a step of half as many takes about as long.
 _FEW_ROWS = 8
 
 
@@ -138,7 +138,7 @@ class _HalfFinished(StoppingCriteria):
 
 
 def _can_lose_rows(model: PreTrainedModel) -> bool:
-    """Whether all that a model knows of the rows of a batch is in its cache (Qwen2-VL keeps offsets of positions)."""
+    """Whether a model's cache holds all that it keeps for each row (Qwen2-VL keeps position offsets elsewhere)."""
     return can_share(model) and not any(hasattr(module, "rope_deltas") for module in model.modules())
 
 
@@ -150,20 +150,20 @@ def generate_rows(
     processors: Sequence[_GumbelNoise] = (),
     cache: Cache | None = None,
 ) -> list[list[int]]:
-    """`model.generate` in which rows leave the batch: where half of them have ended the others go on alone.
+    """`model.generate` in which rows leave the batch: when half of them have ended, the others continue alone.
 
-    So one long text does not hold a batch. What the prompts begin with is read once.
+    So one long text does not hold up a batch. Tokens that all prompts begin with are read once.
 
     Args:
         model: in eval mode.
-        inputs: `input_ids` and `attention_mask` (B, T) of `shared_prefix.pad_prompts`.
-        config: how; changed here. Its end-of-sequence tokens end a row.
-        max_new_tokens: of each row.
-        processors: of the logits, told by `keep(rows)` which rows go on.
-        cache: of the prompts, where some of their tokens are read already.
+        inputs: `input_ids` and `attention_mask` (B, T) from `shared_prefix.pad_prompts`.
+        config: settings of `generate`; changed here. Its end-of-sequence tokens end a row.
+        max_new_tokens: most new tokens of each row.
+        processors: logits processors; their `keep(rows)` is called with the rows that continue.
+        cache: cache of the prompts, where some of their tokens have been read already.
 
     Returns:
-        New tokens of each row, with whatever stands behind its end while others go on.
+        New tokens of each row, including what follows its end while others continue.
     """
     input_ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
     rows, new = list(range(len(input_ids_BT))), [[] for _ in input_ids_BT]

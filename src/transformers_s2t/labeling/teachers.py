@@ -1,5 +1,5 @@
-"""Who scores the student's candidates: a model in this process, of the student's tokenizer or of another one, or a
-model behind an OpenAI-compatible vLLM server.
+"""Teachers score the student's candidates: what labeling needs of one, and models in this process, with the student's
+tokenizer or another one. (`http_teacher`: a model behind a vLLM server.)
 
 Knows token ids and log-probabilities; knows nothing of rollouts, decision points or files. A teacher never generates.
 
@@ -29,7 +29,8 @@ class Comparison(NamedTuple):
     Attributes:
         divergence_S: KL(teacher || student), nats; a lower bound where the teacher names its best tokens only, or has
             another tokenizer.
-        logprobs_SK: of the candidates, over the teacher's full vocabulary, nats; nan where it was not asked yet.
+        logprobs_SK: the candidates' log-probabilities over the teacher's full vocabulary, nats; nan where it was not
+            asked yet.
         top_id_S: the teacher's argmax among the ids that the student has; -1 where another tokenizer's argmax has no
             counterpart.
     """
@@ -40,10 +41,10 @@ class Comparison(NamedTuple):
 
 
 class Reading(Protocol):
-    """What a teacher says of a batch of trajectories."""
+    """A batch of trajectories that a teacher has read."""
 
     def compare(self, b: int, where: slice, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor) -> Comparison:
-        """Row `b` at its generated positions `where`, against the student's logits (-inf at what it may not say)."""
+        """Row `b` at its generated positions `where`, against the student's logits (-inf where it may not write)."""
 
 
 class Teacher(Protocol):
@@ -52,11 +53,11 @@ class Teacher(Protocol):
     Attributes:
         source: "local", or the name under which a server offers the model.
         top_logprobs: how many tokens it names at a position; `None` for all.
-        num_embeddings: token ids that it can read; `None` where unknown.
-        unreadable_ids: those of them that it cannot read all the same.
+        num_embeddings: it can read the student's token ids below this; `None` where unknown.
+        unreadable_ids: ids below `num_embeddings` that it cannot read.
         max_length: how many of its own tokens it can read; `None` where unknown.
-        numbers_per_position: that it keeps on a device for each position, for the memory of a batch.
-        cross_tokenizer: of a teacher with another tokenizer, what its scores depend on; empty otherwise.
+        numbers_per_position: how many numbers it keeps on a device for each position, to plan a batch's memory.
+        cross_tokenizer: settings that the scores of a teacher with another tokenizer depend on; empty otherwise.
     """
 
     source: str
@@ -68,16 +69,16 @@ class Teacher(Protocol):
     cross_tokenizer: Mapping[str, Any]
 
     def count_tokens(self, ids: Sequence[int], prompt_length: int) -> int:
-        """How many of its own tokens a prompt and what was written of a rollout are."""
+        """How many of the teacher's own tokens a prompt and its rollout take."""
 
     def prefetch(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
-        """Begins what `read` will be asked for, in whatever batches, where that can go on beside the caller's work."""
+        """Starts what `read` will be asked for, in any batches, where it can run beside the caller's work."""
 
     def read(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> Reading:
         """Reads prompts and rollouts; `prompt_lengths` says where the rollouts begin."""
 
     def cancel(self) -> None:
-        """Drops all that was begun: nobody will ask for it."""
+        """Drops everything that was started: nobody will ask for it."""
 
     def logprobs_of(
         self,
@@ -90,12 +91,13 @@ class Teacher(Protocol):
 
         Args:
             sequences, prompt_lengths: as in `read`.
-            positions: of each sequence, where its prefixes end: at index p, `ids` follow `sequence[:p]`.
-            ids: of each position, those of its candidates that were nan in `Comparison.logprobs_SK`.
+            positions: for each sequence, where its prefixes end: at index p, `ids` follow `sequence[:p]`.
+            ids: for each position, the candidates that were nan in `Comparison.logprobs_SK`.
         """
 
 
 def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
+    """A model as a [`LocalTeacher`]; other teachers as they are."""
     return LocalTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
 
 
@@ -157,7 +159,7 @@ class _LogitsReading:
 def compare_logits(
     teacher_logits_SV: torch.Tensor, logits_SV: torch.Tensor, candidate_ids_SK: torch.Tensor
 ) -> Comparison:
-    """From full logits of both. The heads may differ in rows: -1e4 at candidates that the teacher does not have."""
+    """A comparison from full logits of both. Heads may differ in rows: -1e4 at candidates that the teacher lacks."""
     teacher_logits_SV = teacher_logits_SV.float()
     num_rows, num_teacher_rows = logits_SV.shape[-1], teacher_logits_SV.shape[-1]
     teacher_logp_SV = torch.log_softmax(teacher_logits_SV, dim=-1)
@@ -171,7 +173,7 @@ def compare_logits(
 
 
 class CrossTokenizerTeacher(LocalTeacher):
-    """A model in this process that has another tokenizer: what it says of the texts of the student's tokens.
+    """A model in this process that has another tokenizer, and scores the texts of the student's tokens.
 
     Its log-probabilities are those of disjoint events (`CrossTokenizer.partition`), and are found at the chosen points
     only. The divergence, at all positions, comes from the logits along the trajectory: it is the lowest that they
@@ -179,9 +181,9 @@ class CrossTokenizerTeacher(LocalTeacher):
 
     Args:
         model: the teacher.
-        cross: of the student's tokenizer and the teacher's.
-        teacher_prompts: the student's prompt -> the same in the teacher's own form (its chat template); otherwise
-            the teacher reads the student's text.
+        cross: the pair of tokenizers.
+        teacher_prompts: the student's prompt -> the same in the teacher's own form (its chat template). `None`: the
+            teacher reads the student's text.
     """
 
     def __init__(
@@ -232,7 +234,7 @@ class CrossTokenizerTeacher(LocalTeacher):
 
 
 class _TextReading:
-    """The teacher's own tokens of a batch, and its logits behind them from `first` on."""
+    """The teacher's own tokens of a batch, and its logits after them from index `first` on."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ class TrajectoryCollator:
 
     Args:
         pad_token_id (`int`): fills `input_ids`.
-        num_candidates (`int`, *optional*): keeps the student's first so many candidates of each point.
+        num_candidates (`int`, *optional*): number of the student's first candidates that are kept at each point.
 
     Example:
 
@@ -54,7 +54,7 @@ class TrajectoryCollator:
     ```
 
     Padded points sit at `prompt_length` (any legal index) with a False mask, padded candidates have id 0 and
-    log-probabilities of -1e4. There is always one point and one candidate at least, so no shape vanishes. Rows may
+    log-probabilities of -1e4. There is always one point and one candidate at least, so no dimension is 0. Rows may
     have `text_start`, the first token whose prefix KL counts. Columns that are not named here are left out.
     """
 

@@ -21,15 +21,16 @@ from transformers_s2t.labels.schema import FEATURES, HEADER_NAME, TrajectoryHead
 
 
 CARD_NAME = "README.md"
-#: The parts of a folder of labels. A problem, with all its rollouts, is in one of them (`split_of`).
+#: The splits of a folder of labels. A problem, with all its rollouts, is in one of them (`split_of`).
 SPLITS = ("train", "validation")
 _SHARD = re.compile(r"(train|validation)-(\d{5,})\.parquet")
-#: What a repository on the Hub is called.
+#: Form of the name of a repository on the Hub.
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def card_metadata(splits: Sequence[str]) -> str:
-    """How a card begins: without `data_files`, `datasets` takes the commonest extension, JSON where shards are few."""
+    """The metadata of a card. Without `data_files`, `datasets` would read the commonest type of file, which is JSON
+    where shards are few."""
     files = "".join(f"  - split: {split}\n    path: {split}-*.parquet\n" for split in splits)
     return f"configs:\n- config_name: default\n  data_files:\n{files}tags:\n- transformers-s2t\n"
 
@@ -46,7 +47,7 @@ def write_header(folder: str | os.PathLike, header: TrajectoryHeader, splits: Se
         "reads them.\n"
     )
     file = folder / CARD_NAME
-    # Left alone where it is right: after the header of a finished run nothing follows that a kill could cut short.
+    # Not rewritten where it is right: after the header of a finished run nothing follows that a kill could cut short.
     if not file.is_file() or file.read_text(encoding="utf-8") != card:
         with atomic_write(file) as out:
             out.write(card.encode("utf-8"))
@@ -68,8 +69,8 @@ def _header_from(file: Path) -> TrajectoryHeader | None:
 
 
 def split_of(problem_id: str, validation_share: float) -> str:
-    """Which split a problem belongs to. Its id alone decides, so it is the same one in every folder of labels with
-    this share, and with a larger share no problem of the validation split goes back to training."""
+    """Which split a problem belongs to. This depends on its id alone, so it is the same in every folder of labels with
+    this share, and a larger share moves no problem from the validation split back to training."""
     return "validation" if share_of(f"validation\t{problem_id}") < validation_share else "train"
 
 
@@ -79,7 +80,7 @@ def share_of(text: str) -> float:
 
 
 def shard_files(folder: str | os.PathLike, split: str | None = None) -> list[Path]:
-    """The shards of a folder in order: those of a split, or all."""
+    """The shards of a folder in order: those of one split, or all for `None`."""
     found = [(match, file) for file in Path(folder).glob("*.parquet") if (match := _SHARD.fullmatch(file.name))]
     return [file for _, file in sorted((int(match[2]), file) for match, file in found if split in (None, match[1]))]
 
@@ -125,7 +126,7 @@ def half_written_files(folder: str | os.PathLike) -> list[Path]:
 def remove_labels(folder: str | os.PathLike) -> None:
     """Removes what a labeling run wrote into a folder, half-written files included, and nothing else.
 
-    The header goes last: without it, what a kill leaves behind would be taken for somebody else's files.
+    The header goes last: without it, files that a kill leaves behind would look like somebody else's.
     """
     folder = Path(folder)
     for file in [*half_written_files(folder), *shard_files(folder), folder / CARD_NAME, folder / HEADER_NAME]:
@@ -179,11 +180,11 @@ def label_splits(path_or_hub_id: str | os.PathLike) -> list[str]:
     try:
         return get_dataset_split_names(name)
     except (FileNotFoundError, ConnectionError):
-        return []  # `read_labels` says so
+        return []  # `read_labels` raises the error
 
 
 def read_held_out_labels(path_or_hub_id: str | os.PathLike) -> tuple[Dataset, TrajectoryHeader | None]:
-    """[`read_labels`] for what training must not see: the split "validation", or the whole of labels without one."""
+    """[`read_labels`] of held-out labels: the split "validation", or all of labels that have none."""
     return read_labels(path_or_hub_id, "validation" if "validation" in label_splits(path_or_hub_id) else "train")
 
 

@@ -1,10 +1,10 @@
-"""The labelled row: schema, strict reader and writer, collator. Where the labeler and the trainer meet.
+"""The labelled row and the header of a folder of rows: what the labeler writes and the trainer reads.
 
-One row is one trajectory: a prompt and what the student wrote. For every generated position it holds the trigger
-values, for the chosen points the student's candidates and what the teacher thinks of them. A folder of labels holds
-`train-00000.parquet` and so on, `validation-00003.parquet` where problems were held out, a header `s2t_labels.json`
-and a `README.md` that tells `datasets.load_dataset(folder)` which of the files are data. This file knows nothing of
-models.
+One row is one trajectory: a prompt and what the student wrote. It holds the trigger values of every generated
+position, and the student's candidates with the teacher's log-probabilities at the chosen points. A folder of labels
+holds `train-00000.parquet` and so on, `validation-00003.parquet` where problems were held out, a header
+`s2t_labels.json`, and a `README.md` that tells `datasets.load_dataset(folder)` which of the files are data. This file
+knows nothing of models.
 
 Legend: B rows, T tokens, S = T - prompt_length generated positions, N decision points, K candidates.
 """
@@ -27,7 +27,7 @@ HEADER_NAME = "s2t_labels.json"
 #: Which generated positions become decision points.
 POINTS = ("floor+kl", "kl", "floor", "all")
 ROLLOUTS = ("greedy", "sample", "s2t", "s2t-local")
-#: Those in which a selector corrects the student.
+#: Rollouts in which a selector corrects the student.
 CORRECTED_ROLLOUTS = ("s2t", "s2t-local")
 #: Stands for "no such candidate" in log-probabilities: finite, so that sums and means stay so.
 MISSING_LOGPROB = -1e4
@@ -49,23 +49,23 @@ FEATURES = Features(
 )
 _PER_TOKEN = ("divergence", "entropy", "margin")
 _PER_POINT = ("candidate_ids", "student_logprobs", "teacher_logprobs", "teacher_top_id")
-_TOLERANCE = 1e-3  # of float32 sums over a large vocabulary
+_TOLERANCE = 1e-3  # rounding of float32 sums over a large vocabulary
 
 
 @dataclass(frozen=True)
 class TrajectoryHeader:
-    """How a folder of labels was made. Settings decide whether a run may go on where another one stopped.
+    """How a folder of labels was made. A run may resume another one whose settings are the same.
 
     Args:
         model (`str`): name or path of the student.
-        teacher_model (`str`): of the teacher.
+        teacher_model (`str`): name or path of the teacher.
         teacher_source (`str`): "local", or the name under which a server offered the teacher. Never its address.
-        teacher_quantization (`str`): "nf4" or "int8" where it was quantized as it was loaded.
+        teacher_quantization (`str`): "nf4" or "int8" where the teacher was quantized as it was loaded.
         top_logprobs (`int`, *optional*): how many tokens the teacher named at each position; `None` for all. Where it
-            is given, `divergence` is a lower bound (`teachers.coarse_divergence`).
-        cross_tokenizer (`dict`): empty where the teacher has the student's tokenizer. Otherwise its fingerprint
-            ("teacher_vocab_hash") and how texts were compared ("healed_tokens", "min_mass", see
-            `cross_tokenizer.CrossTokenizer`): `teacher_logprobs` are of the disjoint events of
+            is given, `divergence` is a lower bound (`labeling.http_teacher.coarse_divergence`).
+        cross_tokenizer (`dict`): empty where the teacher has the student's tokenizer. Otherwise the fingerprint of the
+            teacher's ("teacher_vocab_hash") and how texts were compared ("healed_tokens", "min_mass", see
+            `labeling.cross_tokenizer.CrossTokenizer`). Then `teacher_logprobs` belong to the disjoint events of
             `CrossTokenizer.partition`, `divergence` is the least that the logits along a trajectory allow over them,
             and a `teacher_top_id` of -1 says that no token of the student has the teacher's text.
         vocab_hash (`str`): fingerprint of the student's tokenizer.
@@ -74,25 +74,25 @@ class TrajectoryHeader:
         target_rate (`float`): tau, the share of generated positions whose divergence reaches the threshold. 0.1 in
             the paper for labels.
         divergence_threshold (`float`, *optional*): in nats; `None` until it has been estimated.
-        threshold_sample (`int`): from how many of the first problems it is estimated; 0 where it was given.
+        threshold_sample (`int`): number of first problems that it is estimated from; 0 where it was given.
         min_prob_ratio (`float`): the candidate floor of the rules with "floor".
         points (`str`): which positions became points: "floor+kl", "kl", "floor" or "all".
-        max_points (`int`, *optional*): of one trajectory, at most; `None` for all.
+        max_points (`int`, *optional*): most points of one trajectory; `None` for all.
         rollout (`str`): who chose the tokens: "greedy" (student), "sample" (student at `temperature`), "s2t" (student,
             corrected by the teacher at decision points) or "s2t-local" (corrected by a trained selector).
-        decoding (`dict`): of the last two: the settings of [`S2TDecodingConfig`], and the selector's adapter.
-        temperature (`float`): of the sampling.
+        decoding (`dict`): for the last two, the settings of [`S2TDecodingConfig`] and the selector's adapter.
+        temperature (`float`): temperature of the sampling.
         num_rollouts (`int`): rows of each problem; more than one with "sample" alone.
-        validation_share (`float`): of the problems, held out of the split "train" (`split_of`).
-        max_new_tokens (`int`): of a rollout.
-        seed (`int`): of the sampling.
+        validation_share (`float`): share of the problems that is held out of the split "train" (`split_of`).
+        max_new_tokens (`int`): most new tokens of a rollout.
+        seed (`int`): seed of the sampling.
         eos_token_ids (`tuple[int, ...]`): tokens that end a rollout.
         excluded_ids (`tuple[int, ...]`): reserved tokens, never generated and never proposed.
-        dtype (`str`): of the weights.
-        prompt_source (`dict`): where the prompts came from and how they were put.
-        versions (`dict`): of the libraries. Does not keep a run from going on.
+        dtype (`str`): type of the weights.
+        prompt_source (`dict`): where the prompts came from and how they were formatted.
+        versions (`dict`): versions of the libraries. A run may resume with others.
         num_problems (`int`): how many problems the folder is to hold. May grow.
-        complete (`bool`): whether it holds them.
+        complete (`bool`): whether it holds all of them.
     """
 
     model: str
@@ -165,8 +165,8 @@ class TrajectoryHeader:
     def differences(self, stored: TrajectoryHeader) -> dict[str, tuple[Any, Any]]:
         """Settings in which a stored header differs from this one: field -> (stored, this one).
 
-        Versions and progress do not count, and neither does the threshold where this header leaves it to be estimated.
-        Fingerprints of weights differ as `fingerprints.same_weights` says, and are given by their short names.
+        Versions and progress do not count, nor does the threshold where this header has none. Fingerprints of weights
+        are compared by `fingerprints.same_weights`, and returned as short names.
         """
         progress = {"versions", "num_problems", "complete"}
         if self.divergence_threshold is None:

@@ -1,7 +1,7 @@
 """Which problems a selector has seen, and in which stage: `seen_problems.json`, which travels with the adapter.
 
-Labels stay where they were made; the adapter is what others evaluate. So it brings the ids of its problems (16 hex
-digits of the prompt's SHA-256), and the recipes refuse to calibrate or measure on what must be new to it.
+Labels stay where they were made, but others evaluate the adapter. So it carries the ids of its problems (16 hex digits
+of the prompt's SHA-256), and the recipes refuse to calibrate or measure it on problems that must be new to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers_s2t.files import write_json
 
 
 SEEN_PROBLEMS_NAME = "seen_problems.json"
-#: What used the problems: the adapter's weights, choosing among checkpoints and settings, a router, calibration.
+#: Stages that use problems: training the adapter, choosing among checkpoints and settings, a router, calibration.
 STAGES = ("training", "tuning", "router", "calibration")
 
 
@@ -25,15 +25,15 @@ def write_seen_problems(folder: str | os.PathLike, stage: str, ids: Iterable[str
     """Writes the ids of a stage in place of those that it had; other stages keep theirs.
 
     Args:
-        folder: of the adapter.
+        folder: the adapter's folder.
         stage: "training", "tuning", "router" or "calibration".
-        ids: of the problems, in any order, repeated or not.
+        ids: ids of the problems, in any order, repeated or not.
 
     Returns:
         the file that was written.
 
     Raises:
-        ValueError: for another stage, or where the file that is there is spoilt.
+        ValueError: for another stage, or where the present file is damaged.
     """
     check_choice("stage", stage, STAGES)
     file = Path(folder) / SEEN_PROBLEMS_NAME
@@ -43,14 +43,14 @@ def write_seen_problems(folder: str | os.PathLike, stage: str, ids: Iterable[str
 
 
 def read_seen_problems(path: str | os.PathLike, **hub_kwargs) -> dict[str, set[str]]:
-    """Stage -> ids, of the stages that were written; empty for an adapter without the file, from before there was one.
+    """Stage -> ids of its problems, for the stages that were written. Empty for an older adapter without the file.
 
     Args:
         path: the adapter's folder, or its repository on the Hub.
         hub_kwargs: `revision`, `token`, `cache_dir` ... as in `huggingface_hub.hf_hub_download`.
 
     Raises:
-        ValueError: where the file is spoilt.
+        ValueError: where the file is damaged.
         OSError: where there is no such repository.
     """
     if Path(path).is_dir():
@@ -61,7 +61,7 @@ def read_seen_problems(path: str | os.PathLike, **hub_kwargs) -> dict[str, set[s
 
     try:
         return _read(Path(hf_hub_download(str(path), SEEN_PROBLEMS_NAME, **hub_kwargs)))
-    except LocalEntryNotFoundError:  # nobody knows whether there is one: not the same as none
+    except LocalEntryNotFoundError:  # there may be one on the Hub: not the same as none
         warnings.warn(
             f"The {SEEN_PROBLEMS_NAME} of {str(path)!r} is not in the local cache and the Hub cannot be asked for it: "
             "what that adapter has seen is not checked. Download it while there is a connection (hf download).",
@@ -77,9 +77,9 @@ def check_unseen(path: str | os.PathLike, problem_ids: Iterable[str], stages: Se
 
     Args:
         path: the adapter's folder, or its repository on the Hub.
-        problem_ids: of the problems that must be new to it.
-        stages: those that count.
-        what: the argument that the problems came by.
+        problem_ids: ids of the problems that must be new to it.
+        stages: the stages whose problems are refused.
+        what: name of the argument that gave the problems, for the message.
 
     Raises:
         ValueError: naming the argument, how many problems are shared, the first of them, and the stages.

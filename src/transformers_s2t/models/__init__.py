@@ -1,1 +1,1 @@
-"""What the package asks of any causal language model: its views, forwards, caches, and what is refused."""
+"""Causal language models as S2T runs them: views, forwards and caches."""

@@ -1,4 +1,4 @@
-"""What a model is made of, as far as S2T has to know it: told by its modules and its config, without running it."""
+"""Facts about a model that are read from its modules and config, without running it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 
 def prompt_learning_of(model: PreTrainedModel | PeftModel) -> str | None:
-    """The PEFT method by which virtual tokens stand before every text of a model, `None` where there are none.
+    """The PEFT method that puts virtual tokens in front of every text of a model, `None` where there is none.
 
-    Of the inner model that [`PeftModel.generate`] runs, too.
+    Found for the inner model that `PeftModel.generate` runs, too.
     """
     owner = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
     for peft_model in (model, owner):
@@ -23,7 +23,7 @@ def prompt_learning_of(model: PreTrainedModel | PeftModel) -> str | None:
 
 
 def random_places(model: nn.Module) -> Iterator[str]:
-    """Names of what is random in training mode: modules, and numbers that modules hold for functions."""
+    """Names of what makes a forward random in training mode: dropout modules, and rates of dropout or jitter."""
     for name, module in model.named_modules():
         if not module.training:
             continue
@@ -35,8 +35,13 @@ def random_places(model: nn.Module) -> Iterator[str]:
 
 
 class RotaryChange(NamedTuple):
-    """From which length on a text's rotary positions are other ones, of all its tokens: `rope_type`, `length`, and
-    whether every further token changes them `again`."""
+    """The length at which a growing text's rotary positions change for all of its tokens.
+
+    Attributes:
+        rope_type: as in the config.
+        length: the longest text with the first positions, in tokens.
+        again: whether every further token changes them again.
+    """
 
     rope_type: str
     length: int
@@ -44,8 +49,8 @@ class RotaryChange(NamedTuple):
 
 
 def rotary_change(model: PreTrainedModel | PeftModel) -> RotaryChange | None:
-    """Where the rotary positions of a whole text change as it grows: a cache holds those from before (Phi-3 with its
-    long context, dynamic scaling)."""
+    """Where the rotary positions of a whole text change as it grows, `None` for never. A cache then holds outdated
+    ones (Phi-3 with its long context, dynamic scaling)."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     found = []

@@ -60,8 +60,8 @@ def cache_argument(model: PreTrainedModel) -> str:
     """The name under which the model takes its cache.
 
     Raises:
-        ValueError: where it takes none, or one of its own kind. A `**kwargs` swallows the cache: every token would
-            be scored without a prefix.
+        ValueError: where it takes none, or only one of its own class. A `**kwargs` would swallow the cache, and every
+            token would be scored without a prefix.
     """
     name = _cache_argument(type(get_decoder(model)))
     if name is None or not model._supports_default_dynamic_cache():
@@ -78,7 +78,7 @@ def _cache_argument(decoder_class: type[nn.Module]) -> str | None:
 def hidden_and_logits(model: PreTrainedModel, num_logits: int, **inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Last hidden states (B, Q, D) of one forward and, where asked for, the logits of its last `num_logits` tokens.
 
-    Logits are the model's own, with whatever its head does beside the matrix: soft-caps, scales.
+    Logits are the model's own, soft-caps and scales included.
     """
     if not num_logits:
         return get_decoder(model)(**inputs).last_hidden_state, None
@@ -93,13 +93,13 @@ def hidden_and_logits(model: PreTrainedModel, num_logits: int, **inputs) -> tupl
 
 
 def text_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
-    """The model's own logits (N, V) of last hidden states, with what it does beside its head's matrix.
+    """The model's own logits (N, V) from last hidden states, soft-caps and scales included.
 
-    A view of the model is run whose decoder only hands over these hidden states: soft-caps and scales have too many
+    Runs a view of the model whose decoder returns these hidden states, because soft-caps and scales have too many
     names to be looked up in a config (see [`head_is_plain`]).
 
     Raises:
-        ValueError: where the model does not go through its decoder.
+        ValueError: where the model's forward does not call its decoder.
     """
     decoder, seen = innermost_decoder(model), []
 
@@ -120,7 +120,7 @@ def text_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor
 
 
 class _GivenHidden(BaseModelOutputWithPast):
-    """A decoder's output of which nothing but the hidden states is there."""
+    """A decoder's output that has hidden states only; every other field is `None`."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -143,7 +143,7 @@ def head_is_plain(model: PreTrainedModel, hidden_BMD: torch.Tensor, logits_BMV: 
 
 
 def check_state_is_cached(model: PreTrainedModel, cache: Cache) -> None:
-    """Raises a ValueError where a model keeps its state in its modules (RecurrentGemma): a cache cannot fork that."""
+    """Raises a ValueError for a model that keeps its state in its modules (RecurrentGemma), not in the cache."""
     layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
     if model._is_stateful and not all(any(layer.has_previous_state.values()) for layer in layers):
         raise ValueError(
@@ -155,7 +155,7 @@ def check_state_is_cached(model: PreTrainedModel, cache: Cache) -> None:
 def logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> torch.Tensor:
     """Logits (B, T - first, V) of right-padded rows, in the model's own type.
 
-    What the rows begin with is read once (`shared_prefix`), where no gradient is wanted.
+    Without gradient, tokens that all rows begin with are read once (`shared_prefix`).
     """
     width = max(map(len, sequences))
     keep = {"logits_to_keep": width - first} if "logits_to_keep" in signature(model.forward).parameters else {}
@@ -163,10 +163,10 @@ def logits_from(model: PreTrainedModel, sequences: Sequence[Sequence[int]], firs
 
 
 class TextLogits:
-    """Logits along right-padded rows, made when they are asked for.
+    """Logits along right-padded rows, computed when they are asked for.
 
-    Hidden states are kept in their place, which are far smaller where the vocabulary is large. A model with virtual
-    tokens in front of every text makes its logits at once.
+    Until then hidden states are kept, which are far smaller for a large vocabulary. For a model with virtual tokens in
+    front of every text, all logits are computed at once.
 
     Args:
         model: causal language model.
@@ -190,7 +190,8 @@ class TextLogits:
 
 
 def _right_padded(model: PreTrainedModel, sequences: Sequence[Sequence[int]], first: int) -> dict[str, Any]:
-    """Inputs of a forward over right-padded rows; what they begin with, up to `first`, is in a cache already."""
+    """Inputs of a forward over right-padded rows. Without gradient, tokens up to `first` that all rows begin with are
+    read already, into a cache."""
     width = max(len(ids) for ids in sequences)
     input_ids_BT = torch.zeros((len(sequences), width), dtype=torch.long)
     mask_BT = torch.zeros_like(input_ids_BT)
@@ -209,4 +210,5 @@ def _right_padded(model: PreTrainedModel, sequences: Sequence[Sequence[int]], fi
 
 
 def head_rows(model: PreTrainedModel) -> int:
+    """Number of rows of the output head."""
     return model.get_output_embeddings().weight.shape[0]

@@ -1,4 +1,4 @@
-"""Keeps quiet what PEFT lets transformers say while it puts an adapter into a model."""
+"""Silences warnings that PEFT causes while it puts an adapter into a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_peft_warnings() -> Iterator[None]:
-    """Leaves out the FutureWarning for a name of transformers that PEFT still uses: no user can mend that."""
+    """Silences the FutureWarning for a name of transformers that PEFT still uses, which no user can change."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield

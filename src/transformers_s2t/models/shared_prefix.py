@@ -1,7 +1,7 @@
-"""What all rows of a batch begin with (a system prompt, a chat template, few-shot examples) is read once.
+"""Tokens that all rows of a batch begin with (a system prompt, a chat template, few-shot examples) are read once.
 
-Rows are laid out as `[shared][padding][own]`. One forward of a single row fills the cache of the shared tokens, which
-all rows then go on from. Positions and masks are those of the padded rows, so the logits are too, but for rounding.
+Rows are laid out as `[shared][padding][own]`. One forward of a single row fills a cache with the shared tokens, and
+all rows continue from it. Positions and masks are those of the padded rows, so logits are the same up to rounding.
 
 Legend: B rows, T columns, P shared tokens, D hidden size.
 """
@@ -25,20 +25,20 @@ from transformers_s2t.models.views import get_decoder
 
 #: Fewer shared tokens are not worth a forward of their own.
 MIN_SHARED = 8
-#: What a forward may be given for [`share_in_forward`] to share.
+#: The only inputs of a forward in which [`share_in_forward`] shares tokens.
 _PLAIN_INPUTS = {"input_ids", "attention_mask", "return_dict"}
 
 
 def without_wrapper(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model that a `PeftModel` wraps, with whatever adapters are on in it."""
+    """The model inside a `PeftModel`, with its adapters as they are."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def can_share(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether the model can go on from a cache of other rows, with padding behind it.
+    """Whether the model can continue from a cache of shared tokens that padding follows.
 
-    Full attention in all layers, because windows count columns, padding among them, and recurrent layers read padding;
-    rotary positions that do not change with the length of the whole text; no virtual tokens in front of it.
+    This takes full attention in all layers (windows count padding as columns, and recurrent layers read padding),
+    rotary positions that do not change with the length of the whole text, and no virtual tokens in front of it.
     """
     if prompt_learning_of(model) is not None:
         return False
@@ -53,7 +53,7 @@ def can_share(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def shared_length(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens P all rows begin with: fewer than any row has, and 0 where sharing is not worth it."""
+    """Number of tokens P that all rows begin with: fewer than any row has, and 0 where sharing is not worth it."""
     if len(rows) < 2:
         return 0
     common = os.path.commonprefix([list(row) for row in rows])
@@ -62,7 +62,7 @@ def shared_length(rows: Sequence[Sequence[int]]) -> int:
 
 
 def shared_columns(input_ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> int:
-    """[`shared_length`] of rows in a tensor: how many columns at its beginning are the same text in all rows."""
+    """[`shared_length`] of rows in a tensor: number of first columns that are the same text in all rows."""
     if len(input_ids_BT) < 2:
         return 0
     same_T = (input_ids_BT == input_ids_BT[:1]).all(0) & mask_BT.bool().all(0)
@@ -73,13 +73,13 @@ def shared_columns(input_ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> int:
 def pad_prompts(
     prompt_ids: Sequence[Sequence[int]], pad_token_id: int, models: Iterable[PreTrainedModel] = ()
 ) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` (B, T) for `generate`: what the prompts share first, then padding.
+    """`input_ids` and `attention_mask` (B, T) for `generate`: shared tokens, then padding, then each prompt's own.
 
     Args:
         prompt_ids: token ids, one prompt a row.
-        pad_token_id: for shorter prompts.
-        models: all that will read the text. Where one of them cannot share ([`can_share`]), all padding is on the
-            left, as `generate` has it.
+        pad_token_id: fills shorter prompts.
+        models: all models that will read the text. Where one of them cannot share ([`can_share`]), all padding is on
+            the left, as usual with `generate`.
     """
     models = list(models)
     shared = shared_length(prompt_ids) if models and all(map(can_share, models)) else 0
@@ -98,7 +98,7 @@ class Shared(NamedTuple):
     """What [`share`] returns.
 
     Attributes:
-        cache: of P tokens, B rows.
+        cache: cache of the P shared tokens, B rows.
         hidden_BPD: last hidden states of these tokens.
     """
 
@@ -112,13 +112,14 @@ def share(
     attention_mask: torch.Tensor,
     gives_positions: bool = True,
 ) -> Shared | None:
-    """Reads what the rows begin with as one row, with gradient where one is wanted; `None` where nothing is shared.
+    """Reads the tokens that all rows begin with as one row, with gradient if that is enabled; `None` where nothing is
+    shared.
 
     Args:
         model: causal language model, or a view of one.
-        input_ids, attention_mask: (B, T), of [`pad_prompts`], or rows that are padded on the right.
-        gives_positions: whether the forward that goes on is given 0, 1, 2 ... as positions, as `generate` does it.
-            Otherwise the model numbers the tokens itself, which RoBERTa begins elsewhere.
+        input_ids, attention_mask: (B, T), from [`pad_prompts`], or padded on the right.
+        gives_positions: whether the forward that follows passes the positions 0, 1, 2 ..., as `generate` does.
+            Otherwise the model numbers the tokens itself, and RoBERTa does not begin at 0.
     """
     length = shared_columns(input_ids, attention_mask)
     if not length or not can_share(model) or _drops_caches(model):
@@ -140,17 +141,17 @@ def share(
 
 
 def _drops_caches(model: torch.nn.Module) -> bool:
-    """Whether layers are checkpointed: they then leave the cache alone."""
+    """Whether layers are checkpointed: then they fill no cache."""
     return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def runs_alone() -> bool:
-    """Whether there is one process: several that share out the weights must run as many forwards as each other."""
+    """Whether there is one process only: processes that hold shards of the weights must run equally many forwards."""
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def is_random(model: torch.nn.Module) -> bool:
-    """Whether a forward draws something, dropout for example: for rows that share tokens once, not for each."""
+    """Whether a forward is random, by dropout for example. Rows that share tokens would then share what is drawn."""
     return next(random_places(model), None) is not None
 
 
@@ -170,13 +171,13 @@ def read_shared(
 def read_prompts(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_copies: int
 ) -> Cache | None:
-    """The cache of prompts without their last tokens, each prompt `num_copies` times: several samples of a prompt go
-    on from one reading of it. `None` where the model cannot share.
+    """A cache of prompts without their last tokens, each row repeated, so that several samples of a prompt start from
+    one reading of it. `None` where the model cannot share.
 
     Args:
         model: causal language model.
-        input_ids, attention_mask: (B, T), of [`pad_prompts`].
-        num_copies: of each row.
+        input_ids, attention_mask: (B, T), from [`pad_prompts`].
+        num_copies: how often each row is repeated.
     """
     if not can_share(model) or input_ids.shape[1] < 2:
         return None
@@ -202,22 +203,21 @@ def positions_from_mask(attention_mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def repeat_rows(cache: Cache, batch_size: int) -> None:
-    """Makes a cache of one row one of `batch_size` rows, without copies: layers grow by concatenation."""
+    """Turns a cache of one row into one of `batch_size` rows, without copying: layers grow by concatenation."""
     for layer in (layer for layer in cache.layers if layer.is_initialized):
         layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
         layer.values = layer.values.expand(batch_size, -1, -1, -1)
 
 
 def share_in_forward(model: PreTrainedModel) -> None:
-    """From now on the model's own forward over several rows reads what they begin with once; gradients go through it.
+    """Makes the model's own forward read tokens that all rows begin with once; gradients flow through them.
 
-    For training with long prompts in one process: the loss and all gradients stay what they are, but for rounding.
-    Forwards that may make a cache (`use_cache` is not False), give all hidden states, or have positions or embeddings
-    of their own are run as they are, and so is everything while something is random, which would be drawn once for all
-    rows.
+    For training with long prompts in one process: the loss and all gradients stay the same up to rounding. Forwards
+    that may return a cache (`use_cache` is not False) or all hidden states, or that are given positions or embeddings,
+    run unchanged. So does every forward that is random (dropout), because all rows would share what is drawn.
 
     Args:
-        model: causal language model; LoRA layers in it are trained as ever.
+        model: causal language model; LoRA layers in it are trained as usual.
 
     Raises:
         ValueError: where it cannot share ([`can_share`]).

@@ -1,6 +1,6 @@
 """Keys and values of texts that a frozen model would read again in every epoch, kept in CPU memory.
 
-Legend: B rows, T columns, P tokens that the rows of a batch begin with.
+Legend: B rows, T columns, P tokens that all rows of a batch begin with.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from transformers import Cache, DynamicCache
 
 
 class TextCache:
-    """What a model that does not change has read of whole texts.
+    """Keys and values of whole texts, as read by a model that does not change.
 
     Args:
-        max_bytes: of all keys and values together. Texts that would go beyond are read again each time.
+        max_bytes: most bytes of all keys and values together. Texts that do not fit are read again each time.
     """
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.num_bytes = max_bytes, 0
-        # ids of a text -> how many of them it shares, and what is behind: keys and values of each layer
+        # ids of a text -> how many of them are shared, and keys and values of each layer for the others
         self._own: dict[tuple[int, ...], tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         self._shared: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
@@ -42,12 +42,12 @@ class TextCache:
         return cache
 
     def keep(self, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Cache, num_shared: int) -> None:
-        """Keeps what `cache` holds of right-padded rows, as far as there is room.
+        """Keeps the keys and values of right-padded rows, as far as there is room.
 
         Args:
             input_ids_BT, mask_BT: the rows.
-            cache: of all their columns.
-            num_shared: P, tokens at the beginning that are the same in all rows: kept once.
+            cache: cache of all their columns.
+            num_shared: P, the number of first tokens that are the same in all rows. They are kept once.
         """
         for b, row in enumerate(_texts(input_ids_BT, mask_BT)):
             if row in self._own:

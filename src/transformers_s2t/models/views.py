@@ -1,8 +1,8 @@
-"""How one S2T call runs a model whose text other calls write at the same time: views of it.
+"""Views of a model, through which several calls can run it at the same time.
 
-A view is a second tree of modules over the same weights. Where an adapter is on or off, or what a forward leaves for
-a router, is a property of the view. So a call changes nothing on the model itself: threads do not meet there, and an
-exception at any point leaves nothing to be restored.
+A view is a second tree of modules over the same weights. Whether an adapter is on, and which outputs are watched, are
+properties of the view. So a call changes nothing on the model itself: threads do not disturb each other, and after an
+exception there is nothing to restore.
 
 Legend: B rows, M tokens, D hidden size, N tokens, V vocabulary.
 """
@@ -34,17 +34,17 @@ def make_view(
     own: Collection[nn.Module] = (),
     watches: Mapping[int, Callable[[torch.Tensor], None]] | None = None,
 ) -> nn.Module:
-    """A model in which some modules are other ones, and which shares every weight with `model`.
+    """A copy of `model` in which some modules are replaced, and which shares every weight with it.
 
     Modules above a replaced one are copied without their weights; all others are the model's own. Hooks of a copied
-    module go on working, and those that are added to the copy are not seen by the model.
+    module keep working; hooks that are added to the copy do not reach the model.
 
     Args:
         model: left as it is.
-        replacements: id(module) -> what stands in its place.
+        replacements: id(module) -> the module in its place.
         own: modules that are copied in any case.
-        watches: id(module) -> what is called with its output (the first one, where it has several) in every forward of
-            the view.
+        watches: id(module) -> function that is called with the module's output (the first one, where it has several)
+            in every forward of the view.
     """
     watches = watches or {}
     copied = {id(module) for module in own} | set(watches)
@@ -78,7 +78,7 @@ def tell(watch: Callable[[torch.Tensor], None], module: nn.Module, args: tuple, 
 
 
 def copy_module(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
-    """The module with other children, the same tensors, and registers of hooks of its own."""
+    """A copy of the module with other children, the same tensors, and its own registers of hooks."""
     attributes = module.__dict__.copy()
     for name, value in attributes.items():
         if "hooks" in name and isinstance(value, dict):  # registers of hooks, by id
@@ -92,7 +92,7 @@ def copy_module(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.
 
 
 def _rebind(value: Any, changed: Mapping[int, nn.Module], seen: tuple[FunctionType, ...] = ()) -> Any:
-    """A function that was bound to modules, bound to what stands in their place in a view.
+    """A function that is bound to modules, bound to their counterparts in a view instead.
 
     Accelerate, Liger, torch.compile and others give single modules a `forward` of their own: methods, partials and
     closures around the module.
@@ -146,7 +146,7 @@ def get_decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def innermost_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that every forward ends in before the head: OPT's goes past the outer of its two decoders."""
+    """The module whose output the head reads. (OPT's forward skips the outer of its two decoders.)"""
     decoder = model.get_decoder()
     # Llama 4 does not know where its decoder is, and ModernBERT calls its head the decoder
     return get_decoder(model) if decoder is model or decoder is model.get_output_embeddings() else decoder
@@ -160,11 +160,11 @@ _MODES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 class ModelViews:
-    """A model without one of its adapters, with it, and with it on some tokens. Made anew for every call.
+    """Views of a model with one of its adapters off, on, or on for some tokens. Made anew for every call.
 
-    Off is the model as its user has it: bare, or with whatever adapters of the user's own are active at this moment.
-    On adds the adapter to that. What is off does not run at all: PEFT's way through a layer that is switched off costs
-    a tenth of a step of a small model on a fast device.
+    Off is the model as its user has it: bare, or with those of the user's own adapters that are active at this moment.
+    On adds the adapter to that. An adapter that is off does not run at all, whereas a layer that PEFT switches off
+    costs a tenth of a step of a small model on a fast device.
 
     Args:
         model: causal language model. It is left as it is.
@@ -192,23 +192,23 @@ class ModelViews:
 
     @property
     def base(self) -> PreTrainedModel:
-        """Off for every token."""
+        """The view with the adapter off for every token."""
         if not self._layers and not self._watches:
             return self.model
         return self._view("base", self._off)
 
     @property
     def adapted(self) -> PreTrainedModel:
-        """On for every token."""
+        """The view with the adapter on for every token."""
         return self._view("adapted", self._on)
 
     @property
     def can_split(self) -> bool:
-        """Whether [`on_tokens`] is exact: plain LoRA on linear layers, which adds to each token on its own."""
+        """Whether [`on_tokens`] is exact: plain LoRA on linear layers, which adds to each token separately."""
         return all(_is_plain_lora(layer, self.adapter_name) for layer in self._layers)
 
     def follow_modes(self) -> None:
-        """For views that are kept: takes over whether each module trains and checkpoints, as the model has it now."""
+        """For views that are kept: sets each module's training and checkpointing mode to what the model has now."""
         for view in (self.base, self.adapted):
             for module in view.modules():
                 if (original := module.__dict__.get("_copy_of")) is not None:
@@ -216,10 +216,10 @@ class ModelViews:
                     module.__dict__.update(modes)
 
     def on_tokens(self, tokens: slice, shape: tuple[int, int] | None = None) -> PreTrainedModel:
-        """On for these tokens of each row, off for the others, in one forward. One such forward at a time.
+        """The view with the adapter on for some tokens of each row, off for the others. One such forward at a time.
 
         Args:
-            tokens: which ones.
+            tokens: which tokens of each row see the adapter.
             shape: (rows, tokens) of the input. Needed for layers that flatten rows and tokens into one axis.
 
         Raises:
@@ -229,12 +229,12 @@ class ModelViews:
         return self._view("on_tokens", lambda layer: _OnTokens(self._off(layer), layer, self))
 
     def _view(self, name: str, form: Callable[[nn.Module], nn.Module]) -> PreTrainedModel:
-        """The view of this name, made where there is none yet from what `form` puts in the place of each layer.
+        """The view of this name, made on first use; `form` gives the replacement of each layer with the adapter.
 
         (No `functools.cached_property`: before Python 3.12 all objects of a class share its lock.)
         """
         if name not in self._views:
-            # hooks are put on a decoder to read it: on the view's own, then
+            # copied, so that a hook that reads a decoder's output can be put on the view alone
             own = [self.model, get_decoder(self.model), innermost_decoder(self.model)]
             replacements = {id(layer): form(layer) for layer in self._layers}
             self._views[name] = make_view(self.model, replacements, own, self._watches)
@@ -251,13 +251,13 @@ class ModelViews:
         return _with_active(layer, self._below(layer, self._on), active)
 
     def _below(self, layer: nn.Module, form: Callable[[nn.Module], nn.Module]) -> nn.Module:
-        """What a layer wraps, itself in some form: LoRA on two parameters of one module is a layer around a layer."""
+        """The layer inside a layer, itself replaced: LoRA on two parameters of one module is a layer in a layer."""
         below = layer.original_module if isinstance(layer, AuxiliaryTrainingWrapper) else layer.base_layer
         return form(below) if below in self._layers else below
 
 
 class _OnTokens(nn.Module):
-    """A layer whose adapter is on for some tokens of each row: those that `views` says at the time."""
+    """A layer whose adapter is on for some tokens of each row: those of the last [`ModelViews.on_tokens`]."""
 
     def __init__(self, off: nn.Module, layer: LoraLayer, views: ModelViews):
         super().__init__()
@@ -287,12 +287,12 @@ class _OnTokens(nn.Module):
 
 
 class TokensNotInRows(Exception):
-    """A layer's input is not (rows, tokens, features), so that one token cannot be told from another."""
+    """A layer's input is not (rows, tokens, features), so that its tokens cannot be identified."""
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None) -> list[nn.Module]:
-    """The layers that hold an adapter, without those of the head: scores read its trained rows directly, text never
-    needs them."""
+    """The layers that hold an adapter, without the head: scores read its trained rows directly, and text never needs
+    them."""
     if adapter_name is None:
         return []
     found = [module for module in model.modules() if _holds_adapter(module, adapter_name)]
@@ -319,9 +319,9 @@ def switch_adapter(
 
     Args:
         model: holds the adapter.
-        adapter_name: of the adapter.
-        enabled: on or off, for text. The rows of the head that only scores read are off in any case.
-        state: of [`adapter_state`] before the adapter was loaded, which may have switched off others.
+        adapter_name: name of the adapter.
+        enabled: on or off, for text. The rows of the head, which only scores read, are off in any case.
+        state: what [`adapter_state`] returned before the adapter was loaded; loading may switch off others.
     """
     before = adapter_state(model)
     text_layers, after = set(adapted_layers(model, adapter_name)), {}
@@ -335,7 +335,7 @@ def switch_adapter(
         after[layer] = (disabled, active)
     try:
         _apply(after)
-    except BaseException:  # Ctrl-C: not half of it
+    except BaseException:  # Ctrl-C too: all layers are switched, or none
         _apply({layer: before[layer] for layer in after})
         raise
 
@@ -357,8 +357,8 @@ def merge_adapter(model: nn.Module, adapter_name: str) -> None:
     """Adds an adapter to the base weights for good and takes its layers out of the model.
 
     Raises:
-        ValueError: where that would not be exact: quantized weights, adapters that are not plain LoRA, or others
-            beside this one.
+        ValueError: where that would not be exact: quantized weights, an adapter that is not plain LoRA, or other
+            adapters beside it.
     """
     layers = adapted_layers(model, adapter_name)
     for layer in layers:
@@ -396,7 +396,7 @@ def _names(active: str | list[str]) -> list[str]:
 
 
 def _others(layer: nn.Module, adapter_name: str) -> tuple[bool, list[str]]:
-    """What a layer's user has set beside an adapter: (disabled, active ones that are not in the weights already)."""
+    """A layer's state apart from one adapter: (disabled, names of active adapters that are not merged)."""
     there = set(_names(layer._active_adapter)) - {adapter_name, *layer.merged_adapters}
     return layer._disable_adapters, [name for name in _names(layer._active_adapter) if name in there]
 
@@ -434,7 +434,7 @@ def _check_layer(layer: nn.Module, adapter_name: str) -> None:
 
 
 def _is_plain_lora(layer: nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter's part of this layer's output is B A x times a number, for every token on its own."""
+    """Whether the adapter adds B A x times a number to this layer's output, for each token separately."""
     return (
         isinstance(layer, LoraLayer)
         and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))

@@ -1,1 +1,1 @@
-"""Candidates behind one prefix: how the small model reads them, in decoding and in training."""
+"""How the small model reads candidates after a prefix, in decoding and in training."""

@@ -3,8 +3,8 @@
 The trainer and the decoder call the same functions, so a training score is a decoding score. Two exact ways lead from
 a cached prefix to the hidden states of M appended candidates:
 
-- *tree*: one forward of M tokens per row; a 4D mask lets each see its prefix and itself. Tokens of the prefix that the
-  cache does not hold yet (N of them) ride in front of them in the same forward;
+- *tree*: one forward of M tokens per row; a 4D mask lets each see its prefix and itself. N tokens of the prefix that
+  the cache does not hold yet come before them in the same forward;
 - *repeat*: every row of the cache repeated once per candidate, one ordinary token each. Slower, for attention
   kernels and cache layers that a tree mask does not describe (flash attention, linear attention).
 
@@ -60,9 +60,9 @@ def tree_mask(
         prefix_mask_BT: bool, False at padding; the last `num_new` columns are the new tokens.
         limits_BM: int, how many prefix columns each candidate may see.
         attn_implementation: "eager" gets an additive mask (a bool one is silently wrong there), others a bool one.
-        dtype: of the additive mask.
+        dtype: type of the additive mask.
         num_new: N.
-        window: of sliding attention: a token sees so many columns, its own included; `None` for all.
+        window: number of columns that a token sees in sliding attention, its own included; `None` for all.
 
     Returns:
         (B, 1, N + M, T + M).
@@ -90,7 +90,7 @@ def tree_attention(
     num_new: int = 0,
     cache: Cache | None = None,
 ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
-    """What the model takes as `attention_mask` of a tree: one [`tree_mask`], or one for each kind of its layers.
+    """The model's `attention_mask` for a tree: one [`tree_mask`], or a dict of one for each kind of attention.
 
     Each is cut to the columns that layers of its kind attend to: those that `cache` still holds, and the new ones.
     """
@@ -117,7 +117,8 @@ def _block_mask(mask_B1QC: torch.Tensor) -> BlockMask:
 
 
 def attention_kinds(model: PreTrainedModel) -> dict[str, tuple[int, int | None]]:
-    """Kind of attention -> (first layer of that kind, its window). By the config: chunks and windows share a cache."""
+    """Kind of attention -> (first layer of that kind, its window). Read from the config, because layers with chunks
+    and layers with windows have the same class of cache."""
     layer_types, settings = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     kinds: dict[str, tuple[int, int | None]] = {}
     for index, (kind, setting) in enumerate(zip(layer_types, settings)):
@@ -145,9 +146,9 @@ class Appended(NamedTuple):
 
     Attributes:
         hidden_BMD: the candidates' last hidden states.
-        fed: the fed cache; tree: M columns more than the prefix, repeat: B * M rows.
-        tree: whether it was the tree.
-        logits_BLV: of the last candidates, where asked for.
+        fed: the cache after the forward, with M columns more than the prefix (tree) or B * M rows (repeat).
+        tree: whether the tree was used.
+        logits_BLV: logits of the last L candidates, where asked for.
     """
 
     hidden_BMD: torch.Tensor
@@ -168,11 +169,11 @@ def append_candidates(
     new_ids_BN: torch.Tensor | None = None,
     num_logits: int = 0,
 ) -> Appended:
-    """Hidden states of candidates, each appended to its prefix on its own.
+    """Hidden states of candidates, each appended to its prefix separately.
 
     Args:
         model: causal language model, or a view of one with an adapter on.
-        cache: holds the prefix but for `new_ids_BN`; it is left as it was.
+        cache: holds the prefix without `new_ids_BN`; it is left as it was.
         prefix_mask_BT: bool, False at padding.
         candidate_ids_BM: the tokens to append.
         positions_BM: position of each candidate in its own text; `None` for the one after the prefix.
@@ -180,7 +181,7 @@ def append_candidates(
         row_index: which rows of the cache the B rows are, `None` for all of them in order.
         tree: `None` chooses by [`supports_tree`].
         new_ids_BN: the last tokens of the prefix, where the cache lacks them (tree only).
-        num_logits: of how many of the last candidates to return the logits too (tree only).
+        num_logits: number L of last candidates whose logits are returned too (tree only).
 
     Raises:
         ValueError: where limits differ and only repeated rows would be exact.
@@ -234,19 +235,19 @@ def append_candidates(
     return Appended(output.last_hidden_state.reshape(batch_size, num_candidates, -1), fed, False)
 
 
-#: Tokens that may ride along in a forward for less than a second forward costs. A forward reads every weight whatever
-#: it is fed: on a CPU that is worth about 25 more tokens, on a GPU hundreds (benchmarks/decode.py).
+#: Extra tokens in one forward that cost less than a second forward. A forward reads every weight, however few tokens
+#: it runs: on a CPU that costs as much as about 25 more tokens, on a GPU as hundreds (benchmarks/decode.py).
 FREE_TOKENS = {"cpu": 24}
 FREE_TOKENS_ELSEWHERE = 384
 
 
 def pays_to_merge(num_extra_tokens: int, device: torch.device) -> bool:
-    """Whether one forward with so many more tokens in all is cheaper than two."""
+    """Whether one forward with this many extra tokens, over all rows, is cheaper than two forwards."""
     return num_extra_tokens <= FREE_TOKENS.get(device.type, FREE_TOKENS_ELSEWHERE)
 
 
 def keep_candidate(fed: Cache, chosen_B: torch.Tensor, num_candidates: int, tree: bool) -> Cache:
-    """Turns the fed cache of [`append_candidates`] into that of the chosen candidate: T + 1 tokens, B rows."""
+    """Turns the fed cache of [`append_candidates`] into one of prefix and chosen candidate: T + 1 tokens, B rows."""
     if not tree:
         rows = torch.arange(len(chosen_B), device=chosen_B.device) * num_candidates + chosen_B
         fed.reorder_cache(rows)
@@ -274,8 +275,8 @@ class PrefixCache:
 
     Args:
         model: causal language model.
-        cache: a cache to go on with (a `generate` call's own), or `None` for a new one.
-        prompt_embeds_BTD: of a prompt that was given as embeddings; ids are fed behind it.
+        cache: a cache to extend (a `generate` call's own), or `None` for a new one.
+        prompt_embeds_BTD: embeddings of a prompt that was given as such; ids are fed after it.
     """
 
     def __init__(
@@ -316,7 +317,7 @@ class PrefixCache:
         if start:
             check_state_is_cached(self.model, self.cache)
         if start and new_ids.shape[1] > 1 and is_recurrent(self.cache):
-            # several tokens at once would be a new text to Mamba-1 scans: they ignore the state they start from
+            # Mamba-1 would scan several tokens at once as a new text, without the state that the cache holds
             for end in range(start + 1, input_ids_BT.shape[1]):
                 self.feed(input_ids_BT[:, :end], mask_BT[:, :end])
             return self.feed(input_ids_BT, mask_BT, with_logits)
@@ -345,7 +346,7 @@ class PrefixCache:
     ) -> torch.Tensor:
         """Hidden states (B, M, D) of candidates, in one forward with the tokens that the cache does not hold yet.
 
-        Where a tree mask is exact, see [`supports_tree`]. The candidates leave no trace in the cache.
+        Only for models whose tree mask is exact ([`supports_tree`]). The candidates are not kept in the cache.
 
         Args:
             model: a view of this cache's model: candidates may see an adapter that their prefix does not.

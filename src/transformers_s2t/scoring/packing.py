@@ -35,8 +35,8 @@ from transformers_s2t.scoring.candidates import (
 def supports_packing(model: PreTrainedModel) -> bool:
     """Whether whole trajectories can be packed with their candidates.
 
-    As [`supports_tree`], and under flex attention: its block masks are too dear for a step of decoding, but not for a
-    step of training.
+    Like [`supports_tree`], but with flex attention too: its block masks cost too much for a step of decoding, though
+    not for one of training.
     """
     return supports_tree(model, DynamicCache(), kernels=("sdpa", "eager", "flex_attention"))
 
@@ -55,7 +55,7 @@ class PackedPoints:
         batch_size, _, num_candidates = candidate_ids_BNK.shape
         flat_BF = valid_BNK.reshape(batch_size, -1)
         width = max(int(flat_BF.sum(-1).max()), 1)
-        # a stable sort brings the real candidates to the front of each row, in order
+        # a stable sort moves the real candidates to the front of each row, in order
         self._order_BM = torch.argsort(~flat_BF, dim=-1, stable=True)[:, :width]
         self.real_BM = flat_BF.gather(-1, self._order_BM)
         self.candidate_ids_BM = candidate_ids_BNK.reshape(batch_size, -1).gather(-1, self._order_BM)
@@ -81,13 +81,13 @@ def packed_hidden(
     """Last hidden states of all candidates of whole trajectories: T + M tokens per row in place of M prefixes.
 
     Args:
-        views: of the model and its adapter.
+        views: views of the model with and without its adapter.
         input_ids_BT: trajectories, padded on the right.
         mask_BT: bool, False at padding.
         points: the candidates.
         adapter_scope: "candidate": the prefix runs on the base model without gradient, only candidate tokens see the
             adapter; "sequence": prefix and candidates run with it, with gradient.
-        texts: what the base model has read of texts before, for "candidate"; filled with what it reads now.
+        texts: cache of the texts that the base model has read, for "candidate"; texts that are read now are added.
 
     Returns:
         candidates' hidden states (B, M, D), and for "sequence" the prefix's (B, T, D).
@@ -104,7 +104,7 @@ def packed_hidden(
             if cache is None:
                 cache = read_shared(views.base, input_ids_BT, mask_BT) if runs_alone() else None
                 if cache is None:
-                    cache = DynamicCache()  # windowed layers keep everything too: candidates stand all along the text
+                    cache = DynamicCache()  # windowed layers keep everything too: there are candidates all along it
                 start = cache.get_seq_length()
                 get_decoder(views.base)(
                     input_ids=input_ids_BT[:, start:],
@@ -153,11 +153,11 @@ def _hidden_one_by_one(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What [`packed_hidden`] returns, by a forward per point: its candidates on a cached prefix, or their whole texts.
 
-    Whole texts where gradient goes through the prefix, or through a recurrent layer: that writes its state in place,
-    which the backward pass still needs, and its kernels for a single token have no backward pass at all.
+    Whole texts are run where gradient flows through the prefix, or through a recurrent layer: such a layer overwrites
+    the state that its backward pass needs, and its kernels for a single token have no backward pass.
     """
     in_sequence = adapter_scope == "sequence"
-    if views.model._is_stateful:  # nothing is trained that could not decode
+    if views.model._is_stateful:  # refuse to train what could not decode
         first = PrefixCache(views.base)
         with torch.no_grad():
             first.feed(input_ids_BT[:1, :1], mask_BT[:1, :1])
@@ -168,7 +168,7 @@ def _hidden_one_by_one(
         output = decoder(input_ids=input_ids_BT, attention_mask=mask_BT.long(), use_cache=False)
         prefix_BTD = output.last_hidden_state
     points_of_row: list[dict[int, list[int]]] = [{} for _ in input_ids_BT]  # position -> its packed candidates
-    for row, m in points.real_BM.nonzero().tolist() or [(0, 0)]:  # something at least: a loss needs its graph
+    for row, m in points.real_BM.nonzero().tolist() or [(0, 0)]:  # one at least: the loss needs a graph
         points_of_row[row].setdefault(int(points.positions_BM[row, m]), []).append(m)
     rows, columns, found = [], [], []
     for row, members_at in enumerate(points_of_row):
@@ -186,9 +186,9 @@ def _hidden_one_by_one(
             else:
                 mask_1P = torch.ones_like(prefix_1P, dtype=torch.bool)
                 with torch.no_grad():
-                    prefix.feed(prefix_1P, mask_1P)  # only what the point before did not
+                    prefix.feed(prefix_1P, mask_1P)  # only the tokens since the point before
                 hidden_KD = append_candidates(views.adapted, prefix.cache, mask_1P, ids_K[None]).hidden_BMD[0]
-                if recurrent:  # would catch up token by token
+                if recurrent:  # it would be extended token by token
                     prefix = PrefixCache(views.base)
             rows += [row] * len(members)
             columns += members
@@ -200,10 +200,10 @@ def _hidden_one_by_one(
 
 
 def _hidden_of_last(views: ModelViews, texts_KP: torch.Tensor) -> torch.Tensor:
-    """Hidden states (K, D) behind whole texts, with the adapter on for their last token.
+    """Hidden states (K, D) after whole texts, with the adapter on for their last token alone.
 
     Raises:
-        ValueError: where no forward can tell it from the others.
+        ValueError: where the adapter cannot be on for one token alone.
     """
     try:
         if not views.can_split:
@@ -219,7 +219,7 @@ def _hidden_of_last(views: ModelViews, texts_KP: torch.Tensor) -> torch.Tensor:
 
 
 def warn_without_tree(model: PreTrainedModel) -> None:
-    """Warns where candidates cannot be packed, with what that costs.
+    """Warns where candidates cannot be packed, and says what that costs.
 
     Raises:
         ValueError: where they cannot be scored at all, see [`cache_argument`].

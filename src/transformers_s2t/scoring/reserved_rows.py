@@ -1,4 +1,4 @@
-"""The read-out: logits of reserved tokens, and the score that a selector makes of them.
+"""Scores of candidates from the logits of the reserved tokens.
 
 Legend: K candidates, N positions, R reserved tokens, D hidden size.
 """
@@ -28,14 +28,14 @@ def candidate_scores(bin_logits_R: torch.Tensor, score_head: str = "bins") -> to
 
 
 class ReservedRows:
-    """The trained rows (R, D) of the output head, in the order of `reserved_token_ids`: found once, read by a call.
+    """The trained rows (R, D) of the output head, in the order of `reserved_token_ids`. Calling the object reads them.
 
     Raises:
         ValueError: where the adapter holds no such rows, so that untrained logits are never read as scores.
     """
 
     def __init__(self, model: PreTrainedModel, reserved_token_ids: tuple[int, ...], adapter_name: str):
-        head = model.get_output_embeddings()  # of a tied pair it shares the other's rows
+        head = model.get_output_embeddings()  # a tied head shares the embedding's rows
         layer = head.token_adapter if isinstance(head, TrainableTokensWrapper) else None
         if layer is not None and adapter_name in layer.trainable_tokens_delta:
             order = {id: row for row, id in enumerate(layer.token_indices[adapter_name])}
@@ -56,11 +56,11 @@ class ReservedRows:
         return rows[self._order.to(rows.device)]
 
     def keep_share(self) -> None:
-        """Where FSDP2 has sharded the model: reads this process's share from now on, whatever the head holds.
+        """Under FSDP2, reads this process's shard of the rows from now on, even while the head's weights are gathered.
 
-        FSDP2 gathers weights, and averages their gradients, around the forward of their module. Scores are no such
-        forward, and those that the head runs on text would end before the scores' gradients are there. To be called
-        before the first forward, when the head holds nothing but its share.
+        FSDP2 gathers weights, and averages their gradients, around the forward of their module. Scores do not run the
+        head's forward, and its forwards on text end before the scores have gradients. To be called before the first
+        forward, while the head holds its shard alone.
         """
         rows = self._rows[self._adapter_name]
         if self._share is None and isinstance(rows, DTensor):

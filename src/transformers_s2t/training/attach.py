@@ -1,4 +1,4 @@
-"""The adapter and the trained rows of the reserved tokens, put into a model."""
+"""Adds the adapter, and the trained rows of the reserved tokens, to a model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from transformers_s2t.training.s2t_config import S2TConfig
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """Inside, models are loaded whole, also where ZeRO-3 would share out every weight as it is read.
+    """A context in which models are loaded whole, also under ZeRO-3, which would shard every weight as it is read.
 
-    The rows of the head are counted and copied before training, and the labels' model is known by its weights.
-    DeepSpeed shares the weights out when training starts.
+    Before training, rows of the head are counted and copied, and weights are compared with those of the labels' model.
+    DeepSpeed shards the weights when training starts.
     """
     config = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()
@@ -43,7 +43,7 @@ def attach_adapter(
     """The model with LoRA and trainable reserved rows, and the reserved ids."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     head = base.get_output_embeddings()
-    if not head.weight.is_floating_point() or head.weight.shape[-1] == 1:  # 4 bits are one column of any type
+    if not head.weight.is_floating_point() or head.weight.shape[-1] == 1:  # 4-bit weights are one column of any type
         raise ValueError(
             "`model` has a quantized head, whose reserved rows cannot be trained: name it in `llm_int8_skip_modules` "
             "of the quantization config."
@@ -60,7 +60,7 @@ def attach_adapter(
             raise ValueError("`peft_config` must be None where `model` is a PeftModel already.")
         indices = model.peft_config[model.active_adapter].trainable_token_indices
         ids = None
-        if isinstance(indices, dict):  # by the head's own name, or another that is tied to it
+        if isinstance(indices, dict):  # under the head's own name, or that of an embedding tied to it
             ids = indices.get(_head_name(base), next(iter(indices.values()), None))
         if not ids:
             raise ValueError(

@@ -24,7 +24,7 @@ _COLUMNS = ("input_ids", "prompt_length", *_POINT_COLUMNS)
 
 
 def text_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens (B, T) whose prefix KL counts: of a trajectory's later blocks only those that the first ones lack."""
+    """Tokens (B, T) that count in the prefix KL. Each token of a trajectory counts in its first block only."""
     columns_T = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
     return inputs["attention_mask"].bool() & (columns_T >= inputs["text_start"][:, None])
 
@@ -34,20 +34,20 @@ def cut_to_blocks(
 ) -> Dataset:
     """Checked rows whose trajectory and candidates fit `max_packed_tokens`; long ones become several blocks of points.
 
-    Points with a single candidate above the floor are no decisions and are dropped, trajectories without any point
-    too. Points so late that their prefix alone exceeds the limit are dropped with a warning. A block has the columns
-    of a row, and `text_start`, its first token that no block before it has, and `length`, its packed tokens. Blocks
-    can be cut again.
+    Points with a single candidate above the floor are no decisions and are dropped, as are trajectories without any
+    point. Points so late that their prefix alone exceeds the limit are dropped with a warning. A block has the columns
+    of a row, plus `text_start`, the index of its first token that no earlier block has, and `length`, the number of
+    its packed tokens. Blocks can be cut again.
 
     Args:
         dataset: labelled rows, or blocks of an earlier cut.
         args: K, floor and limits.
-        name: of the argument that the rows came by, for errors.
+        name: name of the argument that the rows were given as, for errors.
         vocab_size: rows of the model's embedding.
         reserved_token_ids: no candidate may be one of them.
 
     Raises:
-        ValueError: for missing columns, a spoilt row, or where no point is left.
+        ValueError: for missing columns, an illegal row, or where no point is left.
     """
     missing = [column for column in _COLUMNS if column not in dataset.column_names]
     if missing:

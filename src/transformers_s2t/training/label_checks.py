@@ -1,4 +1,4 @@
-"""What is refused of labels before training begins."""
+"""Checks of labels before training begins."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def load_labels(
 
 
 def warn_of_overlap(train_dataset: Dataset, held_out: dict[str, Dataset]) -> None:
-    """Not an error: whoever tries out whether a model can learn a few rows by heart does just this."""
+    """Warns where held-out labels share problems with the training labels. No error: to try whether a model can learn
+    a few rows by heart, one passes the same rows twice."""
     for name, labels in held_out.items():
         if "problem_id" in labels.column_names and "problem_id" in train_dataset.column_names:
             shared = set(train_dataset["problem_id"]) & set(labels["problem_id"])
@@ -42,7 +43,7 @@ def warn_of_overlap(train_dataset: Dataset, held_out: dict[str, Dataset]) -> Non
 
 
 def problems_of(train_dataset: Dataset, held_out: dict[str, Dataset]) -> dict[str, set[str]]:
-    """Stage -> ids of its problems, for stages whose labels name them."""
+    """Stage -> ids of its problems, for stages whose labels have a column of ids."""
     seen: dict[str, set[str]] = {}
     for stage, parts in (("training", [train_dataset]), ("tuning", held_out.values())):
         for labels in parts:
@@ -52,8 +53,7 @@ def problems_of(train_dataset: Dataset, held_out: dict[str, Dataset]) -> dict[st
 
 
 def check_weights_fit(headers: dict[str, TrajectoryHeader | None], ours: str, args: S2TConfig) -> None:
-    """Raises a ValueError where labels are trajectories of another model, of the same tokenizer, than that of the
-    fingerprint `ours`."""
+    """Raises a ValueError where labels were written by a model with other weights than the fingerprint `ours`."""
     if args.allow_labels_of_other_model:
         return
     for name, header in headers.items():

@@ -1,4 +1,4 @@
-"""`S2TConfig`: what [`S2TTrainer`] can be told, on top of `transformers.TrainingArguments`."""
+"""`S2TConfig`: the settings of [`S2TTrainer`], on top of `transformers.TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -38,34 +38,36 @@ class S2TConfig(TrainingArguments):
     - `torch_compile` compiles the decoder's layers in place, for adapter_scope="sequence" alone. It pays in long runs:
       1.04 times as fast on two CPU cores after a minute of warm-up (docs/training.md).
 
-    Parameters (docs/training.md has the sweep that defaults lean on):
+    Parameters (the defaults come from the sweep in docs/training.md):
         adapter_scope: "candidate" or "sequence" (arXiv 2604.26940); see [`SelectorConfig`]. "candidate" is as good to
-            within a point, cheapest, and leaves ordinary generation untouched by construction.
+            within a point, the cheapest, and leaves ordinary generation untouched by construction.
         proposals: "base" or "adapted" (the paper's S2T-Local; only with "sequence").
         score_head: "bins" (paper, section 3) or "linear"; within a point of each other in the sweep.
-        temperature: of the cross-entropy over scores. 0.1 from the sweep: scores live in [0, 1], at 1.0 the gradient
-            is weak.
-        cross_entropy_weight: of the paper's loss (section 3.3).
-        distribution_kl_weight, hinge_weight, hinge_margin: the authors' script adds 0.1 of the first and a hinge with
-            margin 1. Off by default: neither helped in the sweep.
+        temperature: temperature of the cross-entropy over scores. 0.1 from the sweep: scores are in [0, 1], and at 1.0
+            the gradient is weak.
+        cross_entropy_weight: weight of the paper's loss (section 3.3).
+        distribution_kl_weight, hinge_weight, hinge_margin: weight of KL(teacher over the candidates || scores), and
+            weight and margin of a hinge against the best wrong candidate. The authors' script adds 0.1 of the first
+            and a hinge with margin 1. Off by default: neither helped in the sweep.
         logprob_weight: adds this times the student's log-probability of the candidate to score / temperature in the
-            cross-entropy, so that the selector learns what the student does not know already. Off by default: within
-            a point once fused, and the score alone is worse.
-        prefix_kl_weight: beta of KL(frozen base || tuned) on the trajectory's text, for adapter_scope="sequence". 1.0,
-            in the sweep no better or worse than 0.1, which lets the text drift further.
+            cross-entropy, so that the selector learns what the student does not know already. Off by default: the
+            fused decision is within a point of the one without it, and the score alone is worse.
+        prefix_kl_weight: weight beta of KL(frozen base || tuned) on the trajectory's text, for
+            adapter_scope="sequence". 1.0: in the sweep 0.1 was no better or worse, and lets the text drift further.
         num_candidates: K used in training; the labels may hold more. The selector is stored with as many, but 8 at
             most: the paper trains on 16 and decodes with 8, beyond which it finds no gain.
         min_prob_ratio: candidates below this share of the best one's probability are left out, as in decoding. 0.05
             from the sweep, where having none cost 0.7 and 4 points.
-        max_packed_tokens: trajectory plus candidates per row; longer ones are cut into blocks of decision points.
-        max_points_per_block: decision points per row; `None` for all that fit. 1 gives the paper's single points,
-            whose prefixes are read again for each.
+        max_packed_tokens: most tokens of trajectory plus candidates per row; longer ones are cut into blocks of
+            decision points.
+        max_points_per_block: most decision points per row; `None` for all that fit. 1 gives the paper's single points,
+            where every point reads its prefix again.
         text_cache_gb: GB of CPU memory for the keys and values of texts, which the frozen base model then reads in the
             first epoch only (adapter_scope="candidate", one process).
         reserved_token_ids: tokens that carry the score; `None` for 16 (paper) found in the tokenizer.
         allow_labels_of_other_model: trains on trajectories that another model wrote.
         add_reserved_tokens: resizes the embeddings of a model that has too few reserved tokens.
-        model_init_kwargs: for `from_pretrained` where `model` is a name or path.
+        model_init_kwargs: arguments of `from_pretrained` where `model` is a name or path.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]

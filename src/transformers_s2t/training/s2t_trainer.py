@@ -63,7 +63,7 @@ from transformers_s2t.training.label_checks import (
 from transformers_s2t.training.s2t_config import S2TConfig
 
 
-_STAGES = {"training", "tuning"}  # of `seen_problems`: what the weights come from
+_STAGES = {"training", "tuning"}  # the stages of `seen_problems` that shape the weights
 _HUB_KWARGS = ("revision", "token", "trust_remote_code", "cache_dir")
 
 
@@ -74,21 +74,23 @@ class S2TTrainer(Trainer):
         model: name or path, `PreTrainedModel`, or a `PeftModel` whose LoraConfig trains the reserved rows.
         args: [`S2TConfig`]; `None` for the defaults.
         train_dataset: labelled trajectories: a `Dataset`, a folder written by recipes/label.py, or a Hub id.
-        eval_dataset: held-out ones, or a dict of several. Of a folder or Hub id with a split "validation", that
-            split: labels made with `--validation_share` can be given to both.
+        eval_dataset: held-out trajectories, or a dict of several sets. A folder or Hub id with a split "validation"
+            gives that split, so that labels made with `--validation_share` can be passed as both.
         processing_class: the model's tokenizer; loaded from the model's name where not given.
         peft_config: LoRA settings; `None` for r=16, alpha=32, dropout 0.05 on all linear layers (the authors'
             script). The reserved rows are added to it.
         quantization_config: passed to `from_pretrained` where `model` is a name or path. The adapter stays in float32
-            beside quantized weights: in bfloat16 a step of 5e-5 leaves two fifths of it where it was.
+            beside quantized weights: in bfloat16 a step of 5e-5 would leave two fifths of its weights unchanged.
         label_header: header of `train_dataset` where that is a `Dataset`; checked against the model.
         callbacks, optimizers: as in `Trainer`.
 
     Raises:
-        ValueError: labels made with another tokenizer, model or K, spoilt rows, an empty data set, too few reserved
-            tokens, a model that is no causal language model or takes no cache: all before the first step. A model
-            whose attention or layers make packed candidates inexact is trained point by point, with a warning that
-            says what it costs.
+        ValueError: before the first step, for labels made with another tokenizer, model or K, illegal rows, an empty
+            data set, too few reserved tokens, a model that is no causal language model or takes no cache.
+
+    Warns:
+        UserWarning: for a model whose attention or layers make packed candidates inexact. It is trained point by
+            point; the warning says what that costs.
     """
 
     _tag_names = ["transformers-s2t", "s2t"]
@@ -135,7 +137,7 @@ class S2TTrainer(Trainer):
         held_out = eval_dataset.items() if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
         held_out = {name: labels for name, labels in held_out if labels is not None}
         warn_of_overlap(train_dataset, held_out)
-        self._seen_problems = problems_of(train_dataset, held_out)  # now: blocks of points have no problem
+        self._seen_problems = problems_of(train_dataset, held_out)  # now: blocks of points have no problem ids
 
         if isinstance(model, str):
             init_kwargs = dict(args.model_init_kwargs or {})
@@ -180,8 +182,8 @@ class S2TTrainer(Trainer):
         self.adapter_name = model.active_adapter
         warn_without_tree(self.base_model)
         self.rows = ReservedRows(self.base_model, self.reserved_token_ids, self.adapter_name)
-        # dropout is the adapter's alone: what it learns to read is the base model as it decodes (layers that can be
-        # checkpointed and quantized matrices have none of their own, but want to know that this is training)
+        # only the adapter has dropout: it learns to read the base model as that decodes (layers that can be
+        # checkpointed and quantized matrices have no dropout, but need to know that this is training)
         self._frozen = [
             module
             for name, module in self.base_model.named_modules()
@@ -225,7 +227,7 @@ class S2TTrainer(Trainer):
             "train": defaultdict(lambda: [0.0, 0.0]),
             "eval": defaultdict(lambda: [0.0, 0.0]),
         }
-        self._held_out: list[_HeldOutPoints] | None = None  # of the evaluation that is running
+        self._held_out: list[_HeldOutPoints] | None = None  # points of the running evaluation
         super().__init__(
             model=model,
             args=args,
@@ -252,7 +254,7 @@ class S2TTrainer(Trainer):
         """Blocks of points that fit `max_packed_tokens`; see [`cut_to_blocks`]."""
         vocab_size = self.base_model.get_input_embeddings().weight.shape[0]
         dataset = cut_to_blocks(dataset, args, name, vocab_size, self.reserved_token_ids)
-        # held-out blocks of like length share a batch, longest first: what does not fit into memory shows at once
+        # held-out blocks of similar length share a batch, longest first: too little memory shows at once
         if name == "train_dataset":
             return dataset
         lengths = dataset["length"]
@@ -343,13 +345,13 @@ class S2TTrainer(Trainer):
         return total, scores_BNK.detach(), metrics
 
     def _texts_of(self, views: ModelViews) -> TextCache | None:
-        """What the base model has read of the texts so far, where it reads the same in every epoch."""
+        """The cache of texts that the base model has read; `None` where another epoch may read them differently."""
         if self._text_cache is None or not runs_alone() or is_random(views.base):
             return None
         return self._text_cache
 
     def views(self) -> ModelViews:
-        """The model without the adapter and with it, each at once; `trainer.model` itself stays as it is deployed."""
+        """Views of the model without the adapter and with it; `trainer.model` itself stays as it will be deployed."""
         if not self.args.torch_compile:
             return ModelViews(self.base_model, self.adapter_name)
         if self._compiled_views is None:  # after the model was prepared: its modules are final
@@ -392,12 +394,13 @@ class S2TTrainer(Trainer):
         valid_BNK: torch.Tensor,
         point_BN: torch.Tensor,
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Per trajectory (sum (B,), points (B,)) of what is counted at decision points.
+        """Figures at the decision points of each trajectory: name -> (sum (B,), number of points (B,)).
 
-        Hits of the selector, of it with the student's log-probability (at fixed weights, those of the loss with
-        `logprob_weight=1`), of the student's own first and of the second candidate, each against the teacher's best
-        candidate above the floor; the rank correlation of scores with the teacher's log-probabilities; and whether
-        the teacher's own token is among the student's first 1, 2, 4 ...
+        - `agree_at_1`, `fused_agree_at_1`, `student_first`, `second_candidate`: whether the teacher's best candidate
+          above the floor is chosen by the selector, by the selector with the student's log-probability (at the fixed
+          weights of the loss with `logprob_weight=1`), by the student, and by always taking the second candidate;
+        - `spearman`: rank correlation of scores with the teacher's log-probabilities;
+        - `hit_at_1`, `hit_at_2`, ...: whether the teacher's own token is among the student's first 1, 2, ...
         """
         low = torch.finfo(torch.float32).min
         target_BN = losses.best_candidate(inputs["teacher_logprobs"], valid_BNK)
@@ -430,7 +433,7 @@ class S2TTrainer(Trainer):
             self._row_metrics[mode][name][1] += count
 
     def _gather_points(self, scores_BNK: torch.Tensor, inputs: dict[str, torch.Tensor]) -> _HeldOutPoints:
-        """The decision points of a batch, of all processes and without the last batch's duplicates."""
+        """The decision points of a batch, from all processes, without the duplicates that fill up the last batch."""
         valid_BNK, point_BN = valid_candidates(
             inputs["student_logprobs"], inputs["position_mask"], self.args.min_prob_ratio
         )
@@ -473,18 +476,18 @@ class S2TTrainer(Trainer):
         """Labels given to `evaluate` or `predict`, in every form that `__init__` takes."""
         own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
         if labels is None or isinstance(labels, dict) or (isinstance(labels, str) and labels in own):
-            return labels  # `Trainer` comes back with each of a dict
+            return labels  # `Trainer` calls this again for each one of a dict
         labels, header = load_labels(labels, name)
         check_labels_fit({name: header}, self.processing_class, self.base_model.config._name_or_path)
         return self._prepare_dataset(labels, self.args, name)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """As in `Trainer`; labels given here, or folders of them, are checked and cut like those of `__init__`."""
+        """As in `Trainer`; labels given here, or folders of labels, are checked and cut like those of `__init__`."""
         eval_dataset = self._read_and_prepare(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """As in `Trainer`, with labels like those of `evaluate`. There are figures, but no predictions."""
+        """As in `Trainer`, with labels as for `evaluate`. Returns figures, but no predictions."""
         test_dataset = self._read_and_prepare(test_dataset, "test_dataset")
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
@@ -493,9 +496,9 @@ class S2TTrainer(Trainer):
     ):
         """As in `Trainer`, plus Agree@1 of the selector and of the controls on the held-out trajectories.
 
-        The loss is the mean over all held-out points (and, of the prefix KL, tokens), whatever the batches were. The
-        fused decision is what calibration would deploy, without having seen the problem: its weights are fitted on
-        the other half of the problems. With too few points for that they are fixed, as in the lines of training.
+        The loss is the mean over all held-out points (the prefix KL: over tokens), whatever the batches are.
+        `fused_agree_at_1` is for the decision that calibration would deploy: the fusion weights for one half of the
+        problems are fitted on the other half. With too few points for that they are fixed, as in the training log.
         """
         self._row_metrics["eval"].clear()
         self._held_out = []
@@ -518,7 +521,7 @@ class S2TTrainer(Trainer):
         return output
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in `Trainer`. What a checkpoint has seen, be it of other labels, counts as seen."""
+        """As in `Trainer`. Problems that the checkpoint has seen, in other labels too, count as seen."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
@@ -527,7 +530,7 @@ class S2TTrainer(Trainer):
             for stage in _STAGES & before.keys():
                 self._seen_problems[stage] = self._seen_problems.get(stage, set()) | before[stage]
         self._holds_best = False
-        self._row_metrics["train"].clear()  # of the last steps of a training before this one
+        self._row_metrics["train"].clear()  # what an earlier training has counted in its last steps
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
@@ -564,7 +567,7 @@ class S2TTrainer(Trainer):
         )
 
     def _eval_metrics(self) -> dict[str, float]:
-        """Figures of the weights that are saved: of the best step where it was loaded, else of the last evaluation."""
+        """Held-out figures of the saved weights: the best step's where that was loaded, else the last evaluation's."""
         names = ("agree_at_1", "fused_agree_at_1", "spearman", "student_first", "second_candidate", "loss")
         entries = [entry for entry in self.state.log_history if any(key.endswith("agree_at_1") for key in entry)]
         entries = [entry for entry in entries if any(key.startswith("eval_") for key in entry)]
@@ -585,8 +588,7 @@ class S2TTrainer(Trainer):
         """Saves the LoRA weights, the reserved rows, `s2t_config.json`, the ids of the problems that they have seen
         (`seen_problems.json`), the tokenizer and the model card.
 
-        The embedding matrices are never saved, also where reserved tokens were added: their rows travel with the
-        adapter.
+        The embedding matrices are never saved, even where reserved tokens were added: the adapter holds their rows.
         """
         if not self.args.should_save:
             return  # a sharded model's `state_dict` is whole in the main process alone
@@ -604,7 +606,7 @@ class S2TTrainer(Trainer):
         (folder / "README.md").write_text(self._card(folder), encoding="utf-8")
 
     def _save_beside_adapter(self, folder: Path) -> None:
-        """Writes `s2t_config.json` and `seen_problems.json`, without what calibration gave to the weights before."""
+        """Writes `s2t_config.json` and `seen_problems.json`, and removes router and calibration of earlier weights."""
         for name in (SEEN_PROBLEMS_NAME, ROUTER_WEIGHTS_NAME, CALIBRATION_NAME):
             (folder / name).unlink(missing_ok=True)
         for stage, ids in self._seen_problems.items():
@@ -679,7 +681,7 @@ class _HeldOutPoints(NamedTuple):
 
 
 def _problem_numbers(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A number (B,) for each row's problem, which its prompt tells in every process, block and rollout."""
+    """A number (B,) for each row's problem, made from its prompt: the same in every process, block and rollout."""
     prompts = [ids[:length] for ids, length in zip(inputs["input_ids"].tolist(), inputs["prompt_length"].tolist())]
     digests = [hashlib.sha256(repr(prompt).encode()).digest() for prompt in prompts]
     return torch.tensor([int.from_bytes(d[:7], "big") for d in digests], device=inputs["input_ids"].device)
@@ -703,7 +705,7 @@ def _call_through(wrapper: nn.Module, inner: nn.Module, method: Callable[[], Any
 
     def redirected(*args, **kwargs) -> Any:
         restore()
-        if args or kwargs:  # somebody else's call, after an interrupt that left this in place
+        if args or kwargs:  # another caller, after an interrupt that left this function in place
             return inner(*args, **kwargs)
         computed.append(method())
         return computed[0]
