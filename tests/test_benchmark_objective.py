@@ -183,22 +183,24 @@ def test_scores_are_those_of_a_naive_forward(layers_below, num_heads):
 def test_two_heads_are_the_mean_of_both_halves():
     logits_R = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     for score_head in ("bins", "linear"):
-        halves = [objective.scoring.candidate_scores(part, score_head) for part in (logits_R[:, :8], logits_R[:, 8:])]
+        halves = [
+            objective.reserved_rows.candidate_scores(part, score_head) for part in (logits_R[:, :8], logits_R[:, 8:])
+        ]
         torch.testing.assert_close(objective.scores_of_heads(2)(logits_R, score_head), (halves[0] + halves[1]) / 2)
         assert torch.equal(
             objective.scores_of_heads(1)(logits_R, score_head),
-            objective.scoring.candidate_scores(logits_R, score_head),
+            objective.reserved_rows.candidate_scores(logits_R, score_head),
         )
 
 
 def test_a_failed_training_leaves_nothing_behind():
     model = tiny_model()
-    hooks, readers = forward_hooks(model), (objective.s2t_trainer, objective.selection)
+    hooks, readers = forward_hooks(model), (objective.s2t_trainer, objective.local_selector)
     original = [module.candidate_scores for module in readers]
     with pytest.raises(KeyError), objective.read_out(num_heads=2, layers_below=1) as prepare:
         prepare(model)
         assert forward_hooks(model) > hooks
-        assert all(module.candidate_scores is not objective.scoring.candidate_scores for module in readers)
+        assert all(module.candidate_scores is not objective.reserved_rows.candidate_scores for module in readers)
         raise KeyError
     assert forward_hooks(model) == hooks and [module.candidate_scores for module in readers] == original
 

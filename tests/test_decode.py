@@ -361,7 +361,7 @@ def test_a_model_that_repeats_cache_rows_decodes_the_same(setup, monkeypatch, ba
     """The fallback of models without a tree mask, forced upon one that has it."""
     model, selector = set_up(setup)
     expected = generate("loop", model, batch, selector, offer_all())
-    for module in ("scoring", "selection"):
+    for module in ("scoring.candidates", "decoding.local_selector"):
         monkeypatch.setattr(f"transformers_s2t.{module}.supports_tree", lambda model, cache: False)
     tokens, trace = both_ways(model, batch, selector, offer_all())
     assert tokens.tolist() == expected.tolist()

@@ -792,7 +792,7 @@ def test_commands_are_told_without_the_folders_of_a_machine():
 def test_every_checked_in_table_can_be_planned(tmp_path):
     """For every pair that it names, and every option of every command exists."""
     models = ("babyllama-weak", "babyllama-strong", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "smollm2-135m")
-    for folder in (*(Path("models", name) for name in models), "gsm8k", "svamp"):
+    for folder in (*(Path("models", name) for name in models), "gsm8k", "math500/test.jsonl", "svamp"):
         (tmp_path / folder).mkdir(parents=True)
     tables = sorted((RECIPES / "paper").glob("*.yaml"))
     assert tables

@@ -20,8 +20,8 @@ from tiny_labels import tiny_tokenizer
 from tiny_server import TinyServer
 
 from s2t_recipes.labeling import label as label_recipe
+from transformers_s2t.labeling import http_teacher, points
 from transformers_s2t.labeling import label_problems as labeling
-from transformers_s2t.labeling import points, teachers
 from transformers_s2t.labeling.http_teacher import HTTPTeacher, TeacherError, coarse_divergence, host_free
 from transformers_s2t.labeling.label_problems import label_problems
 from transformers_s2t.labeling.points import score_trajectories
@@ -514,14 +514,14 @@ def test_the_key_is_sent_and_told_to_nobody_else(pair, prompts, tmp_path, caplog
 
 def test_a_key_is_hidden_before_a_long_message_is_cut(monkeypatch):
     monkeypatch.setenv("MY_KEY", SECRET)
-    auth = teachers._KeyFromEnvironment("MY_KEY")
+    auth = http_teacher._KeyFromEnvironment("MY_KEY")
     for start in range(280, 300):
-        assert "sk-" not in teachers._message_of(("x" * start + SECRET).encode(), auth)
+        assert "sk-" not in http_teacher._message_of(("x" * start + SECRET).encode(), auth)
 
 
 @pytest.mark.parametrize("value", ["soon", "nan", "inf", "-1", None])
 def test_a_strange_retry_after_does_not_count(value):
-    assert teachers._seconds(value) == 0.0
+    assert http_teacher._seconds(value) == 0.0
 
 
 def test_no_key_is_sent_where_none_is_set(server):

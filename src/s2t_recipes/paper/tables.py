@@ -397,12 +397,13 @@ def fidelity(pipeline: Pipeline, spec: dict) -> Collect:
     ones of the test."""
     base = Base.of(pipeline)
     labels = pipeline.labels("test", spec.get("problems"))
-    output = pipeline.folder / "agreement.json"
+    name = "agreement" + ("" if "problems" not in spec else f"-{labels.path.name}")
+    output = pipeline.folder / f"{name}.json"
     command = [recipe("agreement.py"), "--labels", str(labels.path)]
     command += ["--train_labels", str(base.selector_labels.path)]
     command += ["--model", pipeline.model, "--dtype", pipeline.pair.dtype, "--output", str(output)]
     command += ["--adapters", *(str(adapter.path) for adapter in base.adapters)]
-    job = pipeline.add("agreement", output, command, [labels, base.selector_labels, *base.adapters])
+    job = pipeline.add(name, output, command, [labels, base.selector_labels, *base.adapters])
 
     def collect() -> Result:
         found = read_report(job)
@@ -665,7 +666,8 @@ def retention(pipeline: Pipeline, spec: dict) -> Collect:
         words = pipeline.data("words")
         text["text"] = words.path
         needs.append(words)
-    output = pipeline.folder / "retention.json"
+    name = "retention" + ("" if "problems" not in spec else f"-{labels.path.name}")
+    output = pipeline.folder / f"{name}.json"
 
     def command() -> list[str]:
         options = {
@@ -678,7 +680,7 @@ def retention(pipeline: Pipeline, spec: dict) -> Collect:
         } | text
         return [recipe("retention.py"), *as_arguments(options)]
 
-    job = pipeline.add("retention", output, command, needs)
+    job = pipeline.add(name, output, command, needs)
 
     def collect() -> Result:
         rows = []
