@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transformers_s2t import FusionWeights, LocalSelector, S2TConfig, S2TTrainer
-from transformers_s2t.calibration.scored_points import fit_fusion, score_labels
+from transformers_s2t.calibration.scored_points import fit_fusion_to_points, score_labels
 from transformers_s2t.decoding import local_selector
 from transformers_s2t.files import write_json
 from transformers_s2t.labels.folder import read_labels
@@ -169,7 +169,9 @@ def train_one(args: argparse.Namespace, recipe: dict, variant: str, seed: int) -
         base = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32).to(args.device)
         prepare(base)
         selector = LocalSelector.from_pretrained(folder, base)
-        fusion = fit_fusion(score_labels(selector, fit, num_candidates=8, min_prob_ratio=args.min_prob_ratio))
+        fusion = fit_fusion_to_points(
+            score_labels(selector, fit, num_candidates=8, min_prob_ratio=args.min_prob_ratio)
+        )
         points = score_labels(selector, held_out, num_candidates=8, min_prob_ratio=args.min_prob_ratio).with_choice()
     target_N = points.target_N
     return {

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from transformers_s2t import FusionWeights
-from transformers_s2t.calibration.scored_points import Flips, ScoredPoints
-from transformers_s2t.calibration.scored_points import fit_fusion as fit_points
-from transformers_s2t.fusion import cross_fit, decide, fit_fusion, fused_scores
+from transformers_s2t.calibration.scored_points import Flips, ScoredPoints, fit_fusion_to_points
+from transformers_s2t.fusion import cross_fitted_choice, decide, fit_fusion, fused_scores
 from transformers_s2t.proposals import Proposals
 
 
@@ -141,11 +140,11 @@ def test_targets_that_the_score_tells_without_an_error_leave_the_weights_finite(
 # Cross-fitting
 
 
-def test_cross_fit_is_a_fit_on_the_other_folds_by_hand():
+def test_a_cross_fitted_choice_is_a_fit_on_the_other_folds_by_hand():
     scores_NK, logprobs_NK, mask_NK, target_N, router_N = make_points(120)
     groups_N = torch.arange(120) * 7 % 31 * 1000  # 31 groups of 3 or 4 points each
     for num_folds in (2, 3):
-        found_N = cross_fit(scores_NK, logprobs_NK, mask_NK, target_N, groups_N, router_N, num_folds)
+        found_N = cross_fitted_choice(scores_NK, logprobs_NK, mask_NK, target_N, groups_N, router_N, num_folds)
         numbers = sorted(set(groups_N.tolist()))
         fold_N = torch.tensor([numbers.index(group) % num_folds for group in groups_N.tolist()])
         for fold in range(num_folds):
@@ -156,14 +155,14 @@ def test_cross_fit_is_a_fit_on_the_other_folds_by_hand():
             assert torch.equal(found_N[own_N], decide(scores_NK[own_N], own, fusion, router_N[own_N]))
 
 
-def test_cross_fit_never_reads_the_targets_of_a_points_own_fold():
+def test_a_cross_fitted_choice_never_reads_the_targets_of_a_points_own_fold():
     """Changing them changes the in-sample choice, and never the cross-fitted one."""
     scores_NK, logprobs_NK, mask_NK, target_N, _ = make_points(200)
     groups_N = torch.arange(200) // 5
     own_N = groups_N % 2 == 0
     changed_N = torch.where(own_N, (mask_NK.sum(-1) - 1), target_N)  # the last candidate above the floor
-    before_N = cross_fit(scores_NK, logprobs_NK, mask_NK, target_N, groups_N)
-    after_N = cross_fit(scores_NK, logprobs_NK, mask_NK, changed_N, groups_N)
+    before_N = cross_fitted_choice(scores_NK, logprobs_NK, mask_NK, target_N, groups_N)
+    after_N = cross_fitted_choice(scores_NK, logprobs_NK, mask_NK, changed_N, groups_N)
     assert torch.equal(before_N[own_N], after_N[own_N]) and not torch.equal(before_N[~own_N], after_N[~own_N])
     proposals = Proposals(mask_NK.long(), logprobs_NK, mask_NK)
     in_sample = [
@@ -182,7 +181,7 @@ def test_a_score_that_is_right_in_one_fold_alone_misleads_where_it_is_wrong():
     target_N = torch.randint(0, 2, (num_points,), generator=torch.Generator().manual_seed(0))
     named_N = torch.where(groups_N == 0, target_N, 1 - target_N)
     scores_NK = torch.nn.functional.one_hot(named_N, 2).float()
-    choice_N = cross_fit(scores_NK, logprobs_NK, mask_NK, target_N, groups_N)
+    choice_N = cross_fitted_choice(scores_NK, logprobs_NK, mask_NK, target_N, groups_N)
     assert not (choice_N == target_N).any()
 
 
@@ -190,19 +189,19 @@ def test_the_order_of_the_points_makes_no_difference():
     points = make_points(100)
     groups_N = torch.arange(100) // 4
     order_N = torch.randperm(100, generator=torch.Generator().manual_seed(1))
-    expected_N = cross_fit(*points[:4], groups_N, points[4])
-    found_N = cross_fit(*(tensor[order_N] for tensor in points[:4]), groups_N[order_N], points[4][order_N])
+    expected_N = cross_fitted_choice(*points[:4], groups_N, points[4])
+    found_N = cross_fitted_choice(*(tensor[order_N] for tensor in points[:4]), groups_N[order_N], points[4][order_N])
     assert torch.equal(found_N, expected_N[order_N])
 
 
 def test_what_cannot_be_cross_fitted_says_why():
     points = make_points(100)[:4]
     with pytest.raises(ValueError, match="2 folds needs as many groups of points, got 1"):
-        cross_fit(*points, torch.zeros(100, dtype=torch.long))
+        cross_fitted_choice(*points, torch.zeros(100, dtype=torch.long))
     with pytest.raises(ValueError, match="needs at least 10 decision points, got"):
-        cross_fit(*points, (torch.arange(100) < 95).long())
+        cross_fitted_choice(*points, (torch.arange(100) < 95).long())
     with pytest.raises(ValueError, match="`num_folds` must be 2 or more, got 1"):
-        cross_fit(*points, torch.arange(100), num_folds=1)
+        cross_fitted_choice(*points, torch.arange(100), num_folds=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,6 +248,6 @@ def test_scored_points_are_fitted_with_their_router():
     teacher_NK = torch.nn.functional.one_hot(target_N, K).float()
     ids_NK = torch.arange(K).repeat(300, 1)
     points = ScoredPoints(scores_NK, ids_NK, logprobs_NK, teacher_NK, mask_NK, target_N, torch.zeros(300))
-    assert fit_points(points) == fit_fusion(scores_NK, logprobs_NK, mask_NK, target_N)
-    routed = fit_points(points._replace(router_N=router_N))
+    assert fit_fusion_to_points(points) == fit_fusion(scores_NK, logprobs_NK, mask_NK, target_N)
+    routed = fit_fusion_to_points(points._replace(router_N=router_N))
     assert routed == fit_fusion(scores_NK, logprobs_NK, mask_NK, target_N, router_N) and routed.router != 0

@@ -10,7 +10,7 @@ from tiny import EOS, PAD, RESERVED, SCOPES, disagreeing_pair, make_selector, ti
 
 from transformers_s2t import FusionWeights, S2TDecodingConfig, S2TTrace, TeacherSelector, s2t_generate
 from transformers_s2t.calibration import thresholds as thresholds_module
-from transformers_s2t.calibration.thresholds import Deployment, TriggerRun, calibrate_rates
+from transformers_s2t.calibration.thresholds import Deployment, TriggerRun, calibrate_by_decoding
 
 
 NEW_TOKENS = 24
@@ -80,7 +80,9 @@ def test_without_a_threshold_that_can_be_reached_the_student_writes_alone():
 def test_calibrated_rates_are_met_on_the_text_that_the_selector_writes(trigger):
     deployment, prompts = deploy(), make_prompts(30)
     seen = []
-    found = calibrate_rates(deployment, prompts, trigger, [0.3, 0.05], lambda rate, run: seen.append((rate, run.rate)))
+    found = calibrate_by_decoding(
+        deployment, prompts, trigger, [0.3, 0.05], lambda rate, run: seen.append((rate, run.rate))
+    )
     assert sorted(found) == [0.05, 0.3]
     for rate, run in found.items():
         again = deployment.run(prompts, trigger, run.threshold)
@@ -98,14 +100,14 @@ def test_thresholds_of_the_students_own_text_miss_the_rate_that_the_deployed_sel
     prompts = make_prompts(30)
     own = torch.cat(deployment.run(prompts, "margin", math.inf).values)
     naive = deployment.run(prompts, "margin", thresholds_module.calibrate_threshold(own, 0.3))
-    found = calibrate_rates(deployment, prompts, "margin", [0.3])[0.3]
+    found = calibrate_by_decoding(deployment, prompts, "margin", [0.3])[0.3]
     assert abs(found.rate - 0.3) < abs(naive.rate - 0.3)
 
 
 def test_the_kl_trigger_runs_with_its_teacher():
     student, teacher = disagreeing_pair()
     deployment = Deployment(student, make_selector(student), PAD, [EOS], NEW_TOKENS, teacher_model=teacher)
-    found = calibrate_rates(deployment, make_prompts(10), "kl", [0.2])[0.2]
+    found = calibrate_by_decoding(deployment, make_prompts(10), "kl", [0.2])[0.2]
     assert found.threshold > 0 and abs(found.rate - 0.2) < 0.1
 
 
@@ -133,4 +135,4 @@ def test_the_interval_is_over_prompts_and_holds_the_rate():
 )
 def test_bad_input_is_named(trigger, target_rates, prompts, message):
     with pytest.raises(ValueError, match=message):
-        calibrate_rates(deploy(), prompts, trigger, target_rates)
+        calibrate_by_decoding(deploy(), prompts, trigger, target_rates)

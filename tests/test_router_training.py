@@ -19,7 +19,7 @@ from transformers_s2t.calibration.router_training import (
     auc,
     average_precision,
     collect,
-    cross_fit,
+    cross_fitted_logits,
     default_layers,
     fit_head,
     fit_router,
@@ -528,7 +528,7 @@ def test_no_head_gives_values_for_a_problem_that_it_has_seen():
     config, data = RouterConfig(32, 1, num_top=2), by_heart()
     head, _ = fit_head(data, data, config, **QUICK)
     assert held_out_auc(head, data) > 0.99, "it can be known by heart"
-    values_N = cross_fit(data, config, **QUICK)
+    values_N = cross_fitted_logits(data, config, **QUICK)
     assert 0.3 < auc(values_N, data.gain_N > 0.5) < 0.7
 
 
@@ -545,7 +545,7 @@ def test_every_problem_is_in_one_fold_and_never_teaches_its_own(numbers, num_fol
         return fit(taught, stopped, config, **settings)
 
     monkeypatch.setattr(training, "fit_head", spy)
-    values_N = cross_fit(data, CONFIG, num_folds=num_folds, num_epochs=1, seed=3)
+    values_N = cross_fitted_logits(data, CONFIG, num_folds=num_folds, num_epochs=1, seed=3)
     assert bool(values_N.isfinite().all()) and len(seen) == num_folds
     left_out = [set(numbers) - taught - stopped for taught, stopped in seen]
     assert sorted(number for part in left_out for number in part) == sorted(numbers)
@@ -560,10 +560,10 @@ def test_every_problem_is_in_one_fold_and_never_teaches_its_own(numbers, num_fol
 def test_positions_of_unknown_gain_get_values_too():
     data = make_data(200, rule=on_hidden)
     data = data._replace(gain_N=data.gain_N.masked_fill(torch.arange(200) % 4 == 0, math.nan))
-    assert bool(cross_fit(data, CONFIG, num_epochs=1).isfinite().all())
+    assert bool(cross_fitted_logits(data, CONFIG, num_epochs=1).isfinite().all())
 
 
 @pytest.mark.parametrize("num_folds", [1, 2, 6])
 def test_too_few_problems_or_folds_are_an_error(num_folds):
     with pytest.raises(ValueError, match=r"`num_folds` must be in \[3, 5\].*got " + str(num_folds)):
-        cross_fit(make_data(50, 5), CONFIG, num_folds=num_folds)
+        cross_fitted_logits(make_data(50, 5), CONFIG, num_folds=num_folds)

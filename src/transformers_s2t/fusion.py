@@ -134,7 +134,7 @@ def _spread(features_NKF: torch.Tensor, mask_NK: torch.Tensor) -> torch.Tensor:
     return torch.where(spread_F > 1e-6, spread_F, torch.ones_like(spread_F))
 
 
-def cross_fit(
+def cross_fitted_choice(
     scores_NK: torch.Tensor,
     logprobs_NK: torch.Tensor,
     mask_NK: torch.Tensor,

@@ -34,12 +34,12 @@ from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration.scored_points import (
     TARGET_RATES,
     ScoredPoints,
-    calibrate_thresholds,
-    fit_fusion,
+    calibrate_on_labels,
+    fit_fusion_to_points,
     read_router,
     score_labels,
 )
-from transformers_s2t.calibration.thresholds import Deployment, calibrate_rates
+from transformers_s2t.calibration.thresholds import Deployment, calibrate_by_decoding
 from transformers_s2t.config import CALIBRATION_NAME, DEFAULT_WARMUP_TOKENS, S2T_CONFIG_NAME
 from transformers_s2t.files import atomic_write, write_json
 from transformers_s2t.labels.folder import read_held_out_labels, share_of
@@ -153,7 +153,7 @@ def fit_weights(
         seen = read_seen_problems(args.adapter).get("router", set()) & set(labels["problem_id"])
         values = read_router(selector, labels, args.batch_size, unseen=not seen)
     points = score_labels(selector, labels, args.batch_size, router_values=values).with_choice()
-    return fit_fusion(points), points, values, bool(seen)
+    return fit_fusion_to_points(points), points, values, bool(seen)
 
 
 def divide(labels: Dataset, check_share: float, limit: int | None) -> tuple[list[list[int]], list[list[int]]]:
@@ -187,7 +187,7 @@ def run_deployed(
                 bar.set_postfix_str(f"target {rate:.1%}, got {run.rate:.2%}")
 
             table[trigger] = {}
-            for rate, run in calibrate_rates(deployment, fit, trigger, args.target_rates, tell).items():
+            for rate, run in calibrate_by_decoding(deployment, fit, trigger, args.target_rates, tell).items():
                 entry = {"threshold": run.threshold, "calibrated": run.rate}
                 if check:
                     checked = deployment.run(check, trigger, run.threshold)
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     from_labels = triggers if not args.deployed else ["kl"] if args.teacher_model is None and "kl" in triggers else []
     table: dict[str, dict[float, dict[str, Any]]] = {}
     if from_labels:
-        stored = calibrate_thresholds(labels, args.target_rates, args.warmup_tokens, values)
+        stored = calibrate_on_labels(labels, args.target_rates, args.warmup_tokens, values)
         table = {t: {rate: {"threshold": value} for rate, value in stored[t].items()} for t in from_labels}
     decoded = [trigger for trigger in triggers if trigger not in from_labels]
     if decoded:

@@ -300,7 +300,7 @@ def predict(head: RouterHead, data: RouterData, layer: int) -> torch.Tensor:
     return head(data.hidden[layer], data.features_NF)
 
 
-def cross_fit(data: RouterData, config: RouterConfig, num_folds: int = 5, **training: Any) -> torch.Tensor:
+def cross_fitted_logits(data: RouterData, config: RouterConfig, num_folds: int = 5, **training: Any) -> torch.Tensor:
     """Logits (N,) by heads that have not seen the problem: for each fold, one trained on the others.
 
     For fitting fusion weights on the router's own problems, where labels are too few to be divided.

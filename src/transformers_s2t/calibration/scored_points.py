@@ -12,11 +12,10 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from transformers_s2t.calibration.router_training import collect, cross_fit, predict
+from transformers_s2t.calibration.router_training import collect, cross_fitted_logits, predict
 from transformers_s2t.config import FusionWeights
 from transformers_s2t.decoding.local_selector import LocalSelector
-from transformers_s2t.fusion import decide
-from transformers_s2t.fusion import fit_fusion as fit_weights
+from transformers_s2t.fusion import decide, fit_fusion
 from transformers_s2t.labels.collator import TrajectoryCollator
 from transformers_s2t.losses import best_candidate
 from transformers_s2t.proposals import Proposals
@@ -30,7 +29,7 @@ TARGET_RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 _COLUMNS = {"kl": "divergence", "entropy": "entropy", "margin": "margin"}
 
 
-def calibrate_thresholds(
+def calibrate_on_labels(
     labels: Dataset,
     target_rates: Iterable[float] = TARGET_RATES,
     warmup_tokens: int = 3,
@@ -38,7 +37,8 @@ def calibrate_thresholds(
 ) -> dict[str, dict[float, float]]:
     """Thresholds of the "kl", "entropy" and "margin" triggers for each target rate, on the labelled text.
 
-    Corrected text is less in doubt: where a selector writes, these fire too rarely (see `thresholds.calibrate_rates`).
+    Corrected text is less in doubt: where a selector writes, these fire too rarely (see
+    `thresholds.calibrate_by_decoding`).
 
     Args:
         labels: trajectories of held-out training problems, with the trigger values at every generated position.
@@ -223,11 +223,11 @@ def read_router(
         excluded_ids=excluded,
         batch_size=batch_size,
     )
-    values_N = predict(router.head.cpu(), data, layer) if unseen else cross_fit(data, router.config)
+    values_N = predict(router.head.cpu(), data, layer) if unseen else cross_fitted_logits(data, router.config)
     return list(values_N.split([len(row) for row in labels["divergence"]]))
 
 
-def fit_fusion(points: ScoredPoints, max_iterations: int = 200) -> FusionWeights:
+def fit_fusion_to_points(points: ScoredPoints, max_iterations: int = 200) -> FusionWeights:
     """Weights of the fused score that best predict the teacher's choice, see [`fusion.fit_fusion`].
 
     The router gets a weight where the points have its logits.
@@ -235,6 +235,6 @@ def fit_fusion(points: ScoredPoints, max_iterations: int = 200) -> FusionWeights
     Raises:
         ValueError: for fewer than ten points with a choice.
     """
-    return fit_weights(
+    return fit_fusion(
         points.scores_NK, points.logprobs_NK, points.mask_NK, points.target_N, points.router_N, max_iterations
     )

@@ -120,7 +120,7 @@ class Deployment:
         return TriggerRun([values[i] for i in range(len(prompts))], threshold)
 
 
-def calibrate_rates(
+def calibrate_by_decoding(
     deployment: Deployment,
     prompts: Sequence[Sequence[int]],
     trigger: str,

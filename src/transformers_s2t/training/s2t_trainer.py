@@ -38,7 +38,7 @@ from transformers.utils import find_adapter_config_file
 from transformers_s2t import losses
 from transformers_s2t.config import CALIBRATION_NAME, DEFAULT_NUM_CANDIDATES, ROUTER_WEIGHTS_NAME, SelectorConfig
 from transformers_s2t.fingerprints import model_hash
-from transformers_s2t.fusion import cross_fit
+from transformers_s2t.fusion import cross_fitted_choice
 from transformers_s2t.labels.collator import TrajectoryCollator
 from transformers_s2t.labels.folder import HUB_ID
 from transformers_s2t.labels.schema import TrajectoryHeader
@@ -459,7 +459,7 @@ class S2TTrainer(Trainer):
             return None
         points = _HeldOutPoints(*(torch.cat(parts) for parts in zip(*self._held_out)))
         try:
-            choice_N = cross_fit(*points)
+            choice_N = cross_fitted_choice(*points)
         except ValueError:
             return None
         return float((choice_N == points.target_N).double().mean())
@@ -671,7 +671,7 @@ Load it through `LocalSelector`, not as an ordinary LoRA adapter: adapter scope 
 
 
 class _HeldOutPoints(NamedTuple):
-    """Decision points of an evaluation, on the CPU, in the order of [`fusion.cross_fit`]."""
+    """Decision points of an evaluation, on the CPU, in the order of [`fusion.cross_fitted_choice`]."""
 
     scores_NK: torch.Tensor
     logprobs_NK: torch.Tensor
