@@ -1,6 +1,7 @@
 """Set before anything is imported: no network, one thread. Helpers live in tests/tiny.py."""
 
 import os
+from zlib import crc32
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,3 +34,25 @@ def batch():
     from tiny import prompts
 
     return prompts()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the four ways of selecting, `setup`, each test runs two in `make test` and the others in `make nightly`.
+
+    Which two depends on the test's name, so that half of the tests run each of them. Those that compare with a naive
+    decoder, on which the others rest, run all.
+    """
+    setups = {}
+    for item in items:
+        if hasattr(item, "callspec") and "setup" in item.callspec.params:
+            setups.setdefault((item.path, item.originalname), {}).setdefault(repr(item.callspec.params["setup"]), [])
+            setups[item.path, item.originalname][repr(item.callspec.params["setup"])].append(item)
+    for (_, name), items_of in setups.items():
+        if len(items_of) < 3 or "naive" in name:
+            continue
+        first = crc32(name.encode()) % len(items_of)
+        order = [*items_of.values()]
+        for some in [*order[first:], *order[:first]][2:]:
+            for item in some:
+                item.add_marker(pytest.mark.slow)

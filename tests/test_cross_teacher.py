@@ -415,7 +415,9 @@ def test_the_recipe_refuses_in_one_line_before_weights(bench, recipe, capsys, mo
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is absent")
-@pytest.mark.parametrize(("own", "other"), [("gpt2", "qwen2.5"), ("qwen2.5", "gpt2")])
+@pytest.mark.parametrize(
+    ("own", "other"), [("gpt2", "qwen2.5"), pytest.param("qwen2.5", "gpt2", marks=pytest.mark.slow)]
+)
 def test_real_tokenizers(tmp_path, recipe, own, other):
     for name, tokenizer, seed in (("student", own, 1), ("teacher", other, 2)):
         tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / tokenizer)

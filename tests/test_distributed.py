@@ -36,7 +36,7 @@ def run(folder, scope, config=None, *options):
     return figures, load_file(folder / "out" / "adapter_model.safetensors")
 
 
-@pytest.fixture(scope="module", params=["candidate", "sequence"])
+@pytest.fixture(scope="module", params=["candidate", pytest.param("sequence", marks=pytest.mark.slow)])
 def alone(request, tmp_path_factory):
     """(scope, what one process gives)."""
     return request.param, run(tmp_path_factory.mktemp(request.param), request.param)

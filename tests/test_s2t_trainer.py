@@ -169,7 +169,7 @@ def test_one_step_changes_lora_and_reserved_rows_and_nothing_else(tmp_path, scop
     assert all("lora_" in name or "trainable_tokens_delta" in name for name in changed), changed
 
 
-@pytest.mark.parametrize("scope", ["candidate", "sequence"])
+@pytest.mark.parametrize("scope", ["candidate", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_it_learns_the_teachers_ranking(tmp_path, scope):
     trainer = make_trainer(tmp_path, labels=make_labels(150), adapter_scope=scope, num_train_epochs=8)
     before = trainer.evaluate()
