@@ -43,16 +43,16 @@ def pytest_collection_modifyitems(items):
     Which two depends on the test's name, so that half of the tests run each of them. Those that compare with a naive
     decoder, on which the others rest, run all.
     """
-    setups = {}
+    found = {}
     for item in items:
         if hasattr(item, "callspec") and "setup" in item.callspec.params:
-            setups.setdefault((item.path, item.originalname), {}).setdefault(repr(item.callspec.params["setup"]), [])
-            setups[item.path, item.originalname][repr(item.callspec.params["setup"])].append(item)
-    for (_, name), items_of in setups.items():
-        if len(items_of) < 3 or "naive" in name:
+            setups = found.setdefault((item.path, item.originalname), {})
+            setups.setdefault(repr(item.callspec.params["setup"]), []).append(item)
+    for (_, name), setups in found.items():
+        if len(setups) < 3 or "naive" in name:
             continue
-        first = crc32(name.encode()) % len(items_of)
-        order = [*items_of.values()]
-        for some in [*order[first:], *order[:first]][2:]:
-            for item in some:
+        first = crc32(name.encode()) % len(setups)
+        order = [*setups.values()]
+        for left_out in [*order[first:], *order[:first]][2:]:
+            for item in left_out:
                 item.add_marker(pytest.mark.slow)
