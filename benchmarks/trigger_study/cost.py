@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -19,14 +19,9 @@ from transformers_s2t import triggers
 from transformers_s2t.router import HiddenTap, Router, RouterConfig, RouterHead
 
 
-def seconds_of(function: Callable[[], object], count: int) -> float:
-    """The median of some calls."""
-    seconds = []
-    for _ in range(count):
-        began = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+def median_of(function: Callable[[], object], count: int, setup: Callable[[], object] | str = "pass") -> float:
+    """Median seconds of some calls; `setup` runs before each, untimed."""
+    return statistics.median(timeit.repeat(function, setup, number=1, repeat=count))
 
 
 def time_turns(
@@ -45,22 +40,12 @@ def time_turns(
         def step() -> torch.Tensor:
             return model(ids_BT[:, -1:], past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-        def timed_step() -> float:
-            seconds = seconds_of(step, 1)
-            past.crop(-1)
-            return seconds
-
         logits_BV = step()
-        past.crop(-1)
         hidden_BD = tap.hidden.take()[:, -1]
         for _ in range(turns + 1):
-            samples.append(
-                (
-                    statistics.median(timed_step() for _ in range(repeats)),
-                    seconds_of(lambda: router.logits(hidden_BD, logits_BV), 5 * repeats),
-                    seconds_of(lambda: triggers.entropy(logits_BV), 5 * repeats),
-                )
-            )
+            seconds = median_of(step, repeats, setup=lambda: past.crop(-1))  # the step before
+            reading = median_of(lambda: router.logits(hidden_BD, logits_BV), 5 * repeats)
+            samples.append((seconds, reading, median_of(lambda: triggers.entropy(logits_BV), 5 * repeats)))
     return samples[1:]  # the first one warms up
 
 

@@ -20,21 +20,11 @@ from s2t_recipes.models import load_model
 from transformers_s2t import FusionWeights, LocalSelector, __version__
 from transformers_s2t.calibration.scored_points import read_router, score_labels
 from transformers_s2t.labels.folder import read_labels
+from trigger_study import rows
 from trigger_study.cost import measure_cost
 from trigger_study.intervals import NUM_RESAMPLES
 from trigger_study.names import TRIGGERS, bare_rate
 from trigger_study.prepare import is_local, prepare_babyllama, prepare_embedded, records_of
-from trigger_study.rows import (
-    check_row,
-    decoded_row,
-    fired_rows,
-    flip_rows,
-    forced_row,
-    reference,
-    summarize_aucs,
-    tell_apart,
-    thin_curve,
-)
 from trigger_study.tables import MIN_GAIN
 from trigger_study.tokens import Tokens, decide_everywhere, read_tokens, threshold_of
 
@@ -80,7 +70,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         measure_babyllama(args, report)
     else:
         report["meta"]["skipped"].append("babyllama (--babyllama WEAK STRONG)")
-    report["calibration"] = [check_row(row) for row in report["rows"] if row["trigger"] != "random"]
+    report["calibration"] = [rows.check_row(row) for row in report["rows"] if row["trigger"] != "random"]
     if args.cost:
         report["cost"] = measure_cost(args)
     else:
@@ -90,18 +80,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_embedded(args: argparse.Namespace, report: dict[str, Any]) -> None:
     """Adds everything about the embedded pair to the report."""
-    made = prepare_embedded(args)
-    tested = [json.loads(line)["id"] for line in made.problems.read_text(encoding="utf-8").splitlines()]
+    model, adapters, outputs = prepare_embedded(args)
+    tested = [
+        json.loads(line)["id"] for line in (args.run / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     tested = set(tested[: args.num_test])
-    labels, _ = read_labels(made.test)
+    labels, _ = read_labels(args.run / "labels" / "test")
     labels = in_order(labels.select([i for i, id in enumerate(labels["problem_id"]) if id in tested]))
-    first = made.outputs[0]
-    greedy = records_of(first, "greedy")
+    greedy = records_of(outputs[0], "greedy")
 
     def decoded(seed: int, policy: str) -> dict[str, Any]:
-        return decoded_row(records_of(made.outputs[seed], policy), greedy)
+        return rows.decoded_row(records_of(outputs[seed], policy), greedy)
 
-    read_pair("embedded", made.model, made.adapters, labels, report)
+    read_pair("embedded", model, adapters, labels, report)
     for row in report["rows"]:
         if row["pair"] == "embedded":
             row |= decoded(row["seed"], f"s2t-local:{row['trigger']}:{row['rate']:g}")
@@ -111,7 +102,7 @@ def measure_embedded(args: argparse.Namespace, report: dict[str, Any]) -> None:
             report["ceilings"].append({"pair": "embedded", "trigger": trigger, "seed": 0, "rate": rate, **figures})
     for name, policy in reference_policies(args.rates).items():
         seeds = range(args.num_seeds if is_local(policy) else 1)
-        report["references"].append(reference("embedded", name, [decoded(seed, policy) for seed in seeds]))
+        report["references"].append(rows.reference("embedded", name, [decoded(seed, policy) for seed in seeds]))
 
 
 def reference_policies(rates: list[float]) -> dict[str, str]:
@@ -163,11 +154,11 @@ def read_pair(
         router_values = read_router(selector, labels)
         tokens = read_tokens(labels, config, router_values, seed)
         points = score_labels(selector, labels, router_values=router_values)
-        found, drawn = tell_apart(tokens)
+        found, drawn = rows.tell_apart(tokens)
         figures.append(found)
         resamples.append(drawn)
         add_tokens(pair, seed, tokens, found, report)
-        report["flips"] += flip_rows(pair, seed, points, fusion)
+        report["flips"] += rows.flip_rows(pair, seed, points, fusion)
         if calibration is not None:
             fit = read_tokens(calibration, config, read_router(selector, calibration), seed + 1000)
             weights = {"fused": fusion, "bare": FusionWeights()}
@@ -177,7 +168,7 @@ def read_pair(
         about["fusion"].append(vars(fusion))
         del model, selector
         gc.collect()
-    means, gain = summarize_aucs(pair, figures, resamples)
+    means, gain = rows.summarize_aucs(pair, figures, resamples)
     report["auc_means"] += means
     report["router_gain"].append(gain)
     if calibration is not None:
@@ -187,14 +178,14 @@ def read_pair(
 def add_tokens(pair: str, seed: int, tokens: Tokens, found: dict[str, dict[str, Any]], report: dict[str, Any]) -> None:
     """Adds what one seed's tokens say: the AUCs found, rows that begin with them, what fires, and the first curves."""
     rates = report["meta"]["settings"]["rates"]
-    report["fired"] += fired_rows(pair, seed, tokens, rates)
+    report["fired"] += rows.fired_rows(pair, seed, tokens, rates)
     known = tokens.where(tokens.late_N & ~tokens.gain_N.isnan())
     for trigger in TRIGGERS:
         common = {"pair": pair, "trigger": trigger, "seed": seed}
         report["aucs"].append(common | found[trigger])
         report["rows"] += [common | {"rate": rate, "auc": found[trigger]["auc"]} for rate in rates]
         if seed == 0:
-            report["precision_recall"].append(common | thin_curve(known.values[trigger], known.gain_N > 0))
+            report["precision_recall"].append(common | rows.thin_curve(known.values[trigger], known.gain_N > 0))
 
 
 def add_forced(pair: str, rates: list[float], everywhere: dict[int, tuple], report: dict[str, Any]) -> None:
@@ -204,7 +195,7 @@ def add_forced(pair: str, rates: list[float], everywhere: dict[int, tuple], repo
             continue
         tokens, fit, decisions = everywhere[row["seed"]]
         threshold = threshold_of(row["trigger"], fit, row["rate"])
-        found = forced_row(tokens.values[row["trigger"]] >= threshold, tokens, decisions["fused"])
+        found = rows.forced_row(tokens.values[row["trigger"]] >= threshold, tokens, decisions["fused"])
         report["ceilings"].append(
             {name: row[name] for name in ("pair", "trigger", "seed", "rate")}
             | {"accuracy": found.pop("ceiling"), "achieved_rate": found["achieved_rate"]}
@@ -214,14 +205,14 @@ def add_forced(pair: str, rates: list[float], everywhere: dict[int, tuple], repo
     by_name: dict[str, list[dict]] = {}
     for tokens, fit, decisions in everywhere.values():
         nowhere, always = torch.zeros_like(tokens.choice_N), torch.ones_like(tokens.choice_N)
-        by_name.setdefault("greedy", []).append(forced_row(nowhere, tokens, decisions["fused"]))
+        by_name.setdefault("greedy", []).append(rows.forced_row(nowhere, tokens, decisions["fused"]))
         for name in ("fused", "bare"):
-            by_name.setdefault(f"always, {name}", []).append(forced_row(always, tokens, decisions[name]))
+            by_name.setdefault(f"always, {name}", []).append(rows.forced_row(always, tokens, decisions[name]))
         for trigger in ("router", "kl"):
             fires_N = tokens.values[trigger] >= threshold_of(trigger, fit, bare)
             for name in ("fused", "bare"):
-                row = forced_row(fires_N, tokens, decisions[name])
+                row = rows.forced_row(fires_N, tokens, decisions[name])
                 by_name.setdefault(f"{trigger} {bare:.0%}, {name}", []).append(row)
     report["references"] += [
-        reference(pair, name, found[:1] if name == "greedy" else found) for name, found in by_name.items()
+        rows.reference(pair, name, found[:1] if name == "greedy" else found) for name, found in by_name.items()
     ]

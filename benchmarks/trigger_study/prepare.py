@@ -14,11 +14,11 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from s2t_recipes.commands import RECIPES, CommandFailed, recipe
 from s2t_recipes.demo import LABELLED_PARTS, check_same_run
-from s2t_recipes.paper.jobs import Jobs, typed
+from s2t_recipes.paper.jobs import Job, Jobs, typed
 from s2t_recipes.records import read_records
 from transformers_s2t import SelectorConfig
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
@@ -63,6 +63,11 @@ def is_missing(file: Path) -> bool:
     return not file.is_file()
 
 
+def add_missing(jobs: Jobs, name: str, file: Path, command: list[str], *needs: Job) -> Job:
+    """A job that is left out where its file is there, whoever made it."""
+    return jobs.add(name, file, command, needs, only_if=partial(is_missing, file))
+
+
 def is_complete(run: Path, num_seeds: int) -> bool:
     """Whether `make demo` has got as far as calibrated adapters with routers."""
     if is_missing(run / "demo.json"):
@@ -75,17 +80,6 @@ def is_complete(run: Path, num_seeds: int) -> bool:
 
 
 # The embedded pair
-
-
-class Embedded(NamedTuple):
-    """Where everything of the embedded pair is: `adapters` and what recipes/eval.py decoded with them (`outputs`) by
-    seed, the labels of the test problems (`test`) and the `problems` themselves."""
-
-    model: str
-    adapters: list[Path]
-    outputs: list[Path]
-    test: Path
-    problems: Path
 
 
 def run_demo(run: Path, num_seeds: int) -> None:
@@ -151,8 +145,9 @@ def policies_of(args: argparse.Namespace, is_first: bool) -> list[str]:
     return policies + (["teacher", "s2t:always", *(f"s2t:{name}" for name in rated)] if is_first else [])
 
 
-def prepare_embedded(args: argparse.Namespace) -> Embedded:
-    """Calibrates and decodes what is not on disk yet."""
+def prepare_embedded(args: argparse.Namespace) -> tuple[str, list[Path], list[Path]]:
+    """Calibrates and decodes what is not on disk yet; returns the small model and, for each seed, the adapter with the
+    study's own calibration and what recipes/eval.py decoded with it."""
     run, work = args.run, args.run / ("triggers-quick" if args.quick else "triggers")
     if not is_complete(run, args.num_seeds):
         run_demo(run, args.num_seeds)
@@ -163,37 +158,32 @@ def prepare_embedded(args: argparse.Namespace) -> Embedded:
     made_with = {"num_calibration": args.num_calibration, "rates": args.rates, "weights": weights}
     check_same_run(work / "made-with.json", made_with)
     write_fresh_problems(work / "calibration.jsonl", run, args.num_calibration, settings["seed"] + 1000)
-    made = Embedded(
-        settings["model"],
-        [work / source.name for source in sources],
-        [work / f"decoded-seed{k}" for k in range(args.num_seeds)],
-        run / "labels" / "test",
-        run / "data" / "test.jsonl",
-    )
-    for source, adapter in zip(sources, made.adapters):
+    adapters = [work / source.name for source in sources]
+    outputs = [work / f"decoded-seed{k}" for k in range(args.num_seeds)]
+    for source, adapter in zip(sources, adapters):
         copy_adapter(source, adapter)
-    embedded_jobs(args, settings, work, made).run()
-    return made
+    embedded_jobs(args, settings, work, adapters, outputs).run()
+    return settings["model"], adapters, outputs
 
 
-def embedded_jobs(args: argparse.Namespace, settings: dict[str, Any], work: Path, made: Embedded) -> Jobs:
+def embedded_jobs(
+    args: argparse.Namespace, settings: dict[str, Any], work: Path, adapters: list[Path], outputs: list[Path]
+) -> Jobs:
     """Labels of the fresh problems, and each selector's calibration on them and texts."""
-    jobs = Jobs(work, NUM_PARALLEL, ENV)
-    models = ["--model", made.model, "--teacher_model", settings["teacher_model"]]
+    jobs, labels = Jobs(work, NUM_PARALLEL, ENV), work / "labels"
+    models = ["--model", settings["model"], "--teacher_model", settings["teacher_model"]]
     numbers = ["--batch_size", "250", "--dtype", "float32"]
     length = ["--max_new_tokens", str(settings["max_new_tokens"])]
-    labels = work / "labels"
     command = [recipe("label.py"), *models, "--dataset", str(work / "calibration.jsonl")]
     command += ["--output_dir", str(labels), *length, *numbers]
     labelled = jobs.add("labels", labels, command, only_if=partial(is_unlabelled, labels))
-    for k, (adapter, output) in enumerate(zip(made.adapters, made.outputs)):
+    for k, (adapter, output) in enumerate(zip(adapters, outputs)):
         command = [recipe("calibrate.py"), "--adapter", str(adapter), *models, "--labels", str(labels), *numbers]
         command += ["--check_share", str(CHECK_SHARE), "--triggers", *CALIBRATED]
         command += ["--target_rates", *map(str, args.rates)]
-        file = adapter / CALIBRATION_NAME
-        calibrated = jobs.add(f"calibration-seed{k}", file, command, (labelled,), only_if=partial(is_missing, file))
+        calibrated = add_missing(jobs, f"calibration-seed{k}", adapter / CALIBRATION_NAME, command, labelled)
         command = [recipe("eval.py"), *models, "--adapters", str(adapter), "--output_dir", str(output)]
-        command += ["--dataset", str(made.problems), "--answer_style", "hash", *length, *numbers]
+        command += ["--dataset", str(args.run / "data" / "test.jsonl"), "--answer_style", "hash", *length, *numbers]
         command += ["--limit", str(args.num_test), "--seed", str(k), "--num_examples", "0"]
         command += ["--policies", *policies_of(args, k == 0)]
         jobs.add(f"decoding-seed{k}", output / "report.json", command, (calibrated,))
@@ -248,17 +238,15 @@ def babyllama_jobs(args: argparse.Namespace, adapters: list[Path]) -> Jobs:
     needs = (labelled["train"], labelled["tuning"])
     data = ["--labels", str(labels["train"]), "--eval_labels", str(labels["tuning"])]
     for seed, adapter in enumerate(adapters):
-        file = adapter / S2T_CONFIG_NAME
         command = [recipe("train.py"), "--config", str(RECIPES / "babyllama" / "train.yaml"), "--model", weak, *data]
         command += ["--seed", str(seed), "--output_dir", str(adapter)]
-        trained = jobs.add(f"selector-seed{seed}", file, command, needs, only_if=partial(is_missing, file))
-        file = adapter / ROUTER_WEIGHTS_NAME
+        trained = add_missing(jobs, f"selector-seed{seed}", adapter / S2T_CONFIG_NAME, command, *needs)
         command = [recipe("train_router.py"), "--adapter", str(adapter), "--model", weak, *data]
         command += ["--seed", str(seed), "--dtype", "float32"]
-        routed = jobs.add(f"router-seed{seed}", file, command, (trained,), only_if=partial(has_no_router, adapter))
-        file = adapter / CALIBRATION_NAME
+        file, is_wanted = adapter / ROUTER_WEIGHTS_NAME, partial(has_no_router, adapter)
+        routed = jobs.add(f"router-seed{seed}", file, command, (trained,), only_if=is_wanted)
         command = [recipe("calibrate.py"), "--adapter", str(adapter), "--model", weak, "--deployed", "false"]
         command += ["--labels", str(labels["calibration"]), "--dtype", "float32"]
         needed = (routed, labelled["calibration"])
-        jobs.add(f"calibration-seed{seed}", file, command, needed, only_if=partial(is_missing, file))
+        add_missing(jobs, f"calibration-seed{seed}", adapter / CALIBRATION_NAME, command, *needed)
     return jobs

@@ -41,23 +41,24 @@ def rate_heads(report: dict[str, Any]) -> list[str]:
     return ["pair", "trigger", *(f"{100 * rate:g} %" for rate in report["meta"]["settings"]["rates"])]
 
 
-def rate_cells(
-    report: dict[str, Any], part: str, columns: Sequence[str], form: Callable[..., str], **where: Any
-) -> list[str]:
-    """A cell for each rate: `form` of the seeds' values in each of some columns of a part of the report."""
-    rates = report["meta"]["settings"]["rates"]
-    return [form(*(values_of(report[part], name, rate=rate, **where) for name in columns)) for rate in rates]
-
-
-def trigger_lines(
-    report: dict[str, Any], part: str, columns: Sequence[str], form: Callable[..., str]
+def rate_lines(
+    report: dict[str, Any],
+    pair: str,
+    part: str,
+    columns: Sequence[str],
+    form: Callable[..., str],
+    names: Sequence[str] = TRIGGERS,
 ) -> list[list[str]]:
-    """The cells of each pair and trigger."""
-    return [
-        [pair, trigger, *rate_cells(report, part, columns, form, pair=pair, trigger=trigger)]
-        for pair in pairs_of(report)
-        for trigger in TRIGGERS
-    ]
+    """A pair's lines of a table, one for each name: at each rate `form` of the seeds' values in each column.
+
+    A name is a trigger, or begins with one and a comma.
+    """
+    rates, lines = report["meta"]["settings"]["rates"], []
+    for name in names:
+        where = {"pair": pair, "trigger": name.split(",")[0]}
+        cells = [form(*(values_of(report[part], column, rate=rate, **where) for column in columns)) for rate in rates]
+        lines.append([pair, name, *cells])
+    return lines
 
 
 def auc_table(report: dict[str, Any]) -> Table:
@@ -86,12 +87,10 @@ def auc_table(report: dict[str, Any]) -> Table:
 
 def accuracy_table(report: dict[str, Any]) -> Table:
     rows, notes = [], []
-    lines = [("rows", trigger, trigger) for trigger in TRIGGERS]
-    lines += [("ceilings", trigger, f"{trigger}, teacher selects") for trigger in ("router", "kl")]
+    form, perfect = partial(spread, form=".1f"), ("router, teacher selects", "kl, teacher selects")
     for pair in pairs_of(report):
-        for part, trigger, name in lines:
-            cells = rate_cells(report, part, ["accuracy"], partial(spread, form=".1f"), pair=pair, trigger=trigger)
-            rows.append([pair, name, *cells])
+        rows += rate_lines(report, pair, "rows", ["accuracy"], form)
+        rows += rate_lines(report, pair, "ceilings", ["accuracy"], form, perfect)
         others = [row for row in report["references"] if row["pair"] == pair]
         others = [f"{row['name']} {spread([one['accuracy'] for one in row['by_seed']], '.1f')}" for row in others]
         notes.append(f"{pair}: {'; '.join(others)}.")
@@ -106,7 +105,7 @@ def help_table(report: dict[str, Any]) -> Table:
     def form(helped: list[int], hurt: list[int]) -> str:
         return f"+{statistics.fmean(helped):.0f} / −{statistics.fmean(hurt):.0f}"
 
-    rows = trigger_lines(report, "rows", ("helped", "hurt"), form)
+    rows = [line for pair in pairs_of(report) for line in rate_lines(report, pair, "rows", ("helped", "hurt"), form)]
     notes = ["embedded: problems, against greedy; babyllama: tokens. Mean of the seeds."]
     return Table("Helped and hurt", rate_heads(report), rows, notes)
 
@@ -115,7 +114,7 @@ def fired_table(report: dict[str, Any]) -> Table:
     def form(*shares: list[float]) -> str:
         return " / ".join(f"{100 * statistics.fmean(share):.0f}" for share in shares)
 
-    rows = trigger_lines(report, "fired", FIRED, form)
+    rows = [line for pair in pairs_of(report) for line in rate_lines(report, pair, "fired", FIRED, form)]
     notes = [
         "Per cent of the tokens at which a trigger fires on the student's own test texts: to correct / a choice, but "
         "the student's first is the best / no choice: one candidate above the floor. Mean of the seeds."
@@ -144,11 +143,9 @@ def calibration_table(report: dict[str, Any]) -> Table:
 
     rows = []
     for pair in pairs_of(report):
-        for trigger in CALIBRATED:
-            where = {"pair": pair, "trigger": trigger}
-            close = values_of(report["calibration"], "is_close", **where)
-            cells = rate_cells(report, "calibration", ["achieved_rate"], form, **where)
-            rows.append([pair, trigger, *cells, f"{sum(close)} of {len(close)}"])
+        for line in rate_lines(report, pair, "calibration", ["achieved_rate"], form, CALIBRATED):
+            close = values_of(report["calibration"], "is_close", pair=pair, trigger=line[1])
+            rows.append([*line, f"{sum(close)} of {len(close)}"])
     close = values_of(report["calibration"], "is_close")
     covered = [low <= row["rate"] <= high for row in report["calibration"] for low, high in [row["achieved_ci"]]]
     notes = [

@@ -334,9 +334,7 @@ def main() -> None:
 
     stages.start("Labels: the small model writes, the large one scores its candidates")
     labels = {part: str(out / "labels" / part) for part in LABELLED_PARTS}
-    fitted = [
-        labels[part] for part in LABELLED_PARTS if part != "test"
-    ]  # those of test only say how good the premise is
+    fitted = [labels[part] for part in LABELLED_PARTS if part != "test"]  # that of test: how good the premise is
     stages.run_side_by_side(
         {
             part: [recipe("label.py"), *(configs["label"] if part == "label" else [])]
