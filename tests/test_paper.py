@@ -769,7 +769,7 @@ def options_of(script: str) -> set[str]:
     if name in ("splits", "corpus", "merge") or "benchmarks" in script:
         import re
 
-        options = {text for part in splits.PARTS for text in (part, f"num-{part}")}
+        options = {text for part in splits.PROBLEM_PARTS for text in (part, f"num-{part}")}
         options |= {"without", "only-with", "num-words"}
         source = Path(script if name not in MODULES else MODULES[name].__file__)
         return options | set(re.findall(r'"--([\w-]+)"', source.read_text()))

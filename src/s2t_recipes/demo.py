@@ -34,7 +34,7 @@ from transformers_s2t.files import write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
 
 
-PARTS = ("label", "tuning", "calibration", "test")
+LABELLED_PARTS = ("label", "tuning", "calibration", "test")
 #: Tuning and calibration problems for each label problem, as in the embedded bed.
 HELD_OUT_SHARE = 0.6
 _PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
@@ -333,8 +333,8 @@ def main() -> None:
         )
 
     stages.start("Labels: the small model writes, the large one scores its candidates")
-    labels = {part: str(out / "labels" / part) for part in PARTS}
-    fitted = [labels[part] for part in PARTS if part != "test"]  # those of test only say how good the premise is
+    labels = {part: str(out / "labels" / part) for part in LABELLED_PARTS}
+    fitted = [labels[part] for part in LABELLED_PARTS if part != "test"]  # that of test: how good the premise is
     stages.run_side_by_side(
         {
             part: [recipe("label.py"), *(configs["label"] if part == "label" else [])]

@@ -18,8 +18,8 @@ from s2t_recipes.problems import SUFFIXES, Problem, load_problems, split_by_id
 from transformers_s2t.files import atomic_write
 
 
-PARTS = ("label", "tuning", "calibration", "test", "fresh")
-BED_PARTS = (*PARTS, "words")  # words: what a bed writes that is no problem
+PROBLEM_PARTS = ("label", "tuning", "calibration", "test", "fresh")
+BED_PARTS = (*PROBLEM_PARTS, "words")  # words: what a bed writes that is no problem
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
 
@@ -132,11 +132,13 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="Hub id, folder with train and test files, or one file")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for the .jsonl files")
     parser.add_argument("--seed", type=int, default=0, help="of the division (default: 0)")
-    for name in PARTS:
+    for name in PROBLEM_PARTS:
         parser.add_argument(f"--{name}", type=int, default=0, help=f"problems of {name}.jsonl (default: none)")
-    parser.add_argument("--only", choices=PARTS, help="write this part alone, divided as with all (default: all)")
+    parser.add_argument(
+        "--only", choices=PROBLEM_PARTS, help="write this part alone, divided as with all (default: all)"
+    )
     args = parser.parse_args()
-    sizes = {name: getattr(args, name) for name in PARTS}
+    sizes = {name: getattr(args, name) for name in PROBLEM_PARTS}
     if min(sizes.values()) < 0 or not any(sizes.values()) or sizes.get(args.only) == 0:
         parser.error(f"the sizes must be 0 or more, and one of them, or that of --only, above 0, got {sizes}")
     parts = divide(args.dataset, {name: size for name, size in sizes.items() if size}, args.seed)

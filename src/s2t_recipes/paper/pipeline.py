@@ -19,7 +19,7 @@ import yaml
 
 from s2t_recipes.commands import recipe
 from s2t_recipes.paper.jobs import Job, Jobs
-from s2t_recipes.splits import BED_PARTS, PARTS, is_bed, split_command
+from s2t_recipes.splits import BED_PARTS, PROBLEM_PARTS, is_bed, split_command
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME
 from transformers_s2t.files import write_json
 
@@ -133,7 +133,7 @@ class Pair:
             pair = cls(name=file.stem, **values)
         except TypeError as error:
             raise ValueError(f"{file}: {error}") from None
-        legal = BED_PARTS if is_bed(pair.dataset) else PARTS
+        legal = BED_PARTS if is_bed(pair.dataset) else PROBLEM_PARTS
         for name in [*pair.sizes, *pair.part_options]:
             if name not in legal:
                 raise ValueError(f"{file}: parts must be among {', '.join(legal)}, got {name!r}.")
