@@ -37,6 +37,7 @@ from trigger_study.tokens import decide_everywhere, read_tokens, threshold_of
 from transformers_s2t import FusionWeights, SelectorConfig
 from transformers_s2t.calibration.router_training import auc
 from transformers_s2t.calibration.scored_points import TARGET_RATES, ScoredPoints
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -383,6 +384,36 @@ def test_missing_labels_are_asked_for(tmp_path):
     with pytest.raises(ValueError, match="--babyllama_data must be given"):
         prepare_babyllama(args)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_what_is_missing_is_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "is_unlabelled", lambda folder: False)
+    monkeypatch.setattr(prepare, "has_no_router", lambda adapter: not (adapter / ROUTER_WEIGHTS_NAME).is_file())
+    folder = str(tmp_path)
+    args = parse_arguments(["--babyllama", folder, folder, "--babyllama_run", folder, "--num_seeds", "2"])
+    adapters = [tmp_path / f"adapter-seed{seed}" for seed in range(2)]
+    adapters[0].mkdir()
+    for name in (S2T_CONFIG_NAME, ROUTER_WEIGHTS_NAME, CALIBRATION_NAME):
+        (adapters[0] / name).write_text("made by hand, before there were stamps")
+    jobs = prepare.babyllama_jobs(args, adapters)
+    assert [job.name for job in jobs.missing()] == ["selector-seed1", "router-seed1", "calibration-seed1"]
+    assert all(str(adapters[1]) in job.arguments() for job in jobs.missing())
+
+
+def test_the_first_selector_of_the_embedded_pair_brings_the_teacher(tmp_path):
+    args = parse_arguments([*SETTINGS, "--run", str(tmp_path)])
+    settings = {"model": "small", "teacher_model": "large", "max_new_tokens": 72}
+    adapters, outputs = ([tmp_path / f"{name}{k}" for k in range(2)] for name in ("adapter", "decoded"))
+    jobs = prepare.embedded_jobs(args, settings, tmp_path, adapters, outputs)
+    steps = [f"{step}-seed{k}" for k in range(2) for step in ("calibration", "decoding")]
+    assert [job.name for job in jobs.missing()] == ["labels", *steps]
+    assert jobs.all["decoding-seed1"].needs == (jobs.all["calibration-seed1"],)
+    assert jobs.all["calibration-seed1"].needs == (jobs.all["labels"],)
+    assert ["teacher" in jobs.all[f"decoding-seed{k}"].arguments() for k in range(2)] == [True, False]
+    (adapters[1]).mkdir()
+    (adapters[1] / CALIBRATION_NAME).write_text("{}")
+    jobs.all["labels"].only_if = lambda: False
+    assert [job.name for job in jobs.missing()] == [steps[0], steps[1], steps[3]]
 
 
 def test_what_was_measured_is_complete_and_what_the_page_shows():

@@ -81,10 +81,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def measure_embedded(args: argparse.Namespace, report: dict[str, Any]) -> None:
     """Adds everything about the embedded pair to the report."""
     model, adapters, outputs = prepare_embedded(args)
-    tested = [
-        json.loads(line)["id"] for line in (args.run / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    tested = set(tested[: args.num_test])
+    lines = (args.run / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    tested = {json.loads(line)["id"] for line in lines[: args.num_test]}
     labels, _ = read_labels(args.run / "labels" / "test")
     labels = in_order(labels.select([i for i, id in enumerate(labels["problem_id"]) if id in tested]))
     greedy = records_of(outputs[0], "greedy")

@@ -49,14 +49,10 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def is_labelled(folder: Path) -> bool:
-    """Whether recipes/label.py has finished there."""
-    header = read_header(folder) if folder.is_dir() else None
-    return header is not None and header.complete
-
-
 def is_unlabelled(folder: Path) -> bool:
-    return not is_labelled(folder)
+    """Whether recipes/label.py has not finished there."""
+    header = read_header(folder) if folder.is_dir() else None
+    return header is None or not header.complete
 
 
 def is_missing(file: Path) -> bool:
@@ -76,7 +72,7 @@ def is_complete(run: Path, num_seeds: int) -> bool:
     wanted = [run / f"adapter-seed{first + k}" for k in range(num_seeds)]
     files = [adapter / name for adapter in wanted for name in (CALIBRATION_NAME, ROUTER_WEIGHTS_NAME)]
     labels = [run / "labels" / part for part in LABELLED_PARTS]
-    return not any(map(is_missing, files)) and all(map(is_labelled, labels))
+    return not any(map(is_missing, files)) and not any(map(is_unlabelled, labels))
 
 
 # The embedded pair
@@ -206,7 +202,7 @@ def records_of(output: Path, policy: str) -> list[dict]:
 def prepare_babyllama(args: argparse.Namespace) -> list[Path]:
     """Labels, selectors, routers and calibration that are not there yet; returns the adapters."""
     folder = args.babyllama_run
-    missing = [part for part in BABYLLAMA_PARTS if not is_labelled(folder / "labels" / part)]
+    missing = [part for part in BABYLLAMA_PARTS if is_unlabelled(folder / "labels" / part)]
     if missing and args.babyllama_data is None:
         raise ValueError(f"--babyllama_data must be given: {folder} has no finished labels of {', '.join(missing)}.")
     adapters = [folder / f"adapter-seed{seed}" for seed in range(args.num_seeds)]
