@@ -17,17 +17,20 @@ from s2t_recipes.evaluation import agreement, retention
 from s2t_recipes.evaluation import run as evaluation
 from s2t_recipes.labeling import label
 from s2t_recipes.paper import jobs as jobs_module
+from s2t_recipes.paper import pair as pair_module
 from s2t_recipes.paper import pipeline as pipeline_module
 from s2t_recipes.paper import results
 from s2t_recipes.paper import run as paper
+from s2t_recipes.paper import sweep as sweep_module
 from s2t_recipes.training import calibrate, imitate, merge, router, train
 from transformers_s2t import SelectorConfig
+from transformers_s2t.files import write_json
 
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 PRELOAD = jobs_module.PRELOAD
-Jobs, Pair, Pipeline, Sweep = jobs_module.Jobs, pipeline_module.Pair, pipeline_module.Pipeline, pipeline_module.Sweep
+Jobs, Pair, Pipeline, Sweep = jobs_module.Jobs, pair_module.Pair, pipeline_module.Pipeline, sweep_module.Sweep
 
 
 @pytest.fixture(autouse=True)
@@ -387,7 +390,7 @@ def write_accuracies(sweep, found):
     for key, accuracy in found.items():
         report = (sweep.again[key[0]][key[1]][1] if isinstance(key, tuple) else sweep.reports[key]).output
         report.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{"label": pipeline_module.JUDGED_BY[sweep.method], "accuracy": accuracy}]
+        rows = [{"label": sweep_module.JUDGED_BY[sweep.method], "accuracy": accuracy}]
         report.write_text(json.dumps({"rows": rows}))
 
 
@@ -470,7 +473,7 @@ def test_rates_that_come_close_are_judged_by_all_seeds(tmp_path):
     pipeline = Pipeline(pair_of(learning_rates={"kd": [1, 2, 3]}), Jobs(tmp_path), tmp_path)
     labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
     sweep = pipeline.sweep("kd", labels, calibration=calibration)
-    close = 90.0 - pipeline_module.CLOSE
+    close = 90.0 - sweep_module.CLOSE
 
     def asked():
         """Rates that the other seeds are trained with, and those at which they are measured."""
@@ -508,6 +511,35 @@ def test_rates_that_come_close_are_judged_by_all_seeds(tmp_path):
     assert not any(best.is_there for best in second) and option(arguments, "policies") == ["greedy", "kd"]
     assert option(arguments, "tuned") == [f"kd={best.path}" for best in sweep.best()]
     assert len(pipeline.sweep("kd", pipeline.labels("label", 5), calibration=calibration, seeds=[1]).best()) == 1
+
+
+def test_planning_reads_a_report_once_and_a_rewritten_one_anew(tmp_path, monkeypatch):
+    pipeline = Pipeline(pair_of(learning_rates={"kd": [1, 4]}), Jobs(tmp_path), tmp_path)
+    labels, calibration = pipeline.labels("label"), pipeline.labels("calibration")
+    sweep = pipeline.sweep("kd", labels, calibration=calibration)
+    with pytest.raises(FileNotFoundError):  # what is not there yet is not remembered
+        sweep.ranked()
+    write_accuracies(sweep, {1: 50.0, 4: 90.0, 2: 60.0, 8: 80.0})
+    read, read_text = [], Path.read_text
+
+    def count(file, *args, **options):
+        read.append(file)
+        return read_text(file, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", count)
+    for _ in range(3):
+        assert sweep.ranked() == [4] and [best.path for best in sweep.best()[:1]] == [sweep.trained[4].path]
+    assert sorted(read) == sorted(sweep.reports[rate].output for rate in (1, 2, 4, 8))
+    read.clear()
+    report = sweep.reports[2].output
+    status = report.stat()
+    write_json(report, json.loads(report.read_text()) | {"rows": [{"label": "kd", "accuracy": 95.0}]})
+    os.utime(report, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if all within one tick of the clock
+    read.clear()
+    assert sweep.ranked() == [2] and read == [report]
+    sweep.reports[4].output.unlink()
+    with pytest.raises(FileNotFoundError):
+        sweep.ranked()
 
 
 def test_a_router_is_trained_once_for_all_selectors_that_would_have_the_same(tmp_path):
@@ -633,7 +665,7 @@ def test_the_demo_trains_as_the_tables_do():
     """recipes/embedded/*.yaml, which `make demo` reads, and the pair of the tables say the same."""
     pair = Pair.load(paper.PAPER / "pairs" / "embedded.yaml")
     files = (RECIPES / "embedded" / f"{name}.yaml" for name in ("label", "train"))
-    label, train = map(pipeline_module.read_yaml, files)
+    label, train = map(pair_module.read_yaml, files)
     names = ("model", "teacher_model", "max_new_tokens", "batch_size", "dtype")
     assert label == {name: getattr(pair, name) for name in names} | pair.selector_label
     assert pair.train.items() <= train.items()
@@ -683,7 +715,7 @@ def test_a_selector_on_top_of_a_tuned_student_reads_nothing_of_the_untuned(tmp_p
     for made in new:
         assert option(made.arguments(), "model") == [str(merge.path)] and merge in closure(made)
     assert "-calibration" not in adapter.name  # that of its own student goes without saying
-    assert set(merge.needs) == set(pipeline_module.jobs_behind(sweep))
+    assert set(merge.needs) == set(sweep_module.jobs_behind(sweep))
     write_accuracies(sweep, {0.3: 50.0, 0.4: 60.0, 0.8: 55.0})
     command = merge.arguments()
     assert option(command, "adapter") == [str(sweep.trained[0.4].path)] and option(command, "model") == ["M"]

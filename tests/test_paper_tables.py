@@ -17,7 +17,9 @@ from s2t_recipes.evaluation.policies import Policy
 from s2t_recipes.evaluation.rows import make_rows
 from s2t_recipes.paper import jobs as jobs_module
 from s2t_recipes.paper import results, tables
-from s2t_recipes.paper.pipeline import JUDGED_BY, MAX_FURTHER_RATES, Pair, Pipeline
+from s2t_recipes.paper.pair import MAX_FURTHER_RATES, Pair
+from s2t_recipes.paper.pipeline import Pipeline
+from s2t_recipes.paper.sweep import JUDGED_BY
 from transformers_s2t.labels.folder import write_header, write_shard
 from transformers_s2t.labels.schema import TrajectoryHeader
 

@@ -22,7 +22,8 @@ from s2t_recipes.commands import recipe
 from s2t_recipes.estimates import bootstrap_interval
 from s2t_recipes.evaluation.rows import mcnemar
 from s2t_recipes.paper.jobs import Job
-from s2t_recipes.paper.pipeline import METHODS, SAMPLED, Best, Pipeline, Sweep, as_arguments, tag
+from s2t_recipes.paper.pipeline import Pipeline, as_arguments, tag
+from s2t_recipes.paper.sweep import METHODS, SAMPLED, BestTraining, Sweep
 from s2t_recipes.records import read_records
 from s2t_recipes.row_names import label_of, name_of
 from transformers_s2t.labels.folder import read_labels
@@ -166,7 +167,7 @@ class Base:
     selector_labels: Job
     calibration: Job
     sweep: Sweep | None
-    adapters: list[Job | Best]
+    adapters: list[Job | BestTraining]
 
     @classmethod
     def of(cls, pipeline: Pipeline, thresholds: bool = True, route: bool = True) -> Base:
@@ -600,7 +601,7 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
                 if seed == 0:  # the other seeds are other students
                     rates = spec.get("learning_rates", {}).get(kind)
                     sweeps[method, kind] = on_top.sweep(kind, labels, seeds=[seed], rates=rates, **settings)
-                    trained[kind] = Best(sweeps[method, kind])
+                    trained[kind] = BestTraining(sweeps[method, kind])
                 else:
                     trained[kind] = on_top.train(kind, labels, seed, sweeps[method, kind], **settings)
             runs[method, seed] = on_top.evaluation(
