@@ -20,6 +20,8 @@ from s2t_recipes.paper import results, tables
 from s2t_recipes.paper.pair import MAX_FURTHER_RATES, Pair
 from s2t_recipes.paper.pipeline import Pipeline
 from s2t_recipes.paper.sweep import JUDGED_BY
+from s2t_recipes.paper.tables.accuracy import flips_by_kind, kind_of_token
+from s2t_recipes.paper.tables.result import difference, sentence, training_rate_note
 from transformers_s2t.labels.folder import write_header, write_shard
 from transformers_s2t.labels.schema import TrajectoryHeader
 
@@ -144,14 +146,14 @@ def test_a_difference_is_paired_by_problem_and_a_mean_over_seeds(make_pipeline, 
     ours_SN, theirs_SN = random.random((3, NUM_PROBLEMS)) < 0.6, random.random((2, NUM_PROBLEMS)) < 0.4
     write_report(one, {"s2t-local:always": ours_SN})
     write_report(other, {"sft": theirs_SN})
-    found = tables.difference(one, "s2t-local:always", other, "sft")
+    found = difference(one, "s2t-local:always", other, "sft")
     expected = points_between(ours_SN, theirs_SN)
     assert found["difference"] == pytest.approx(sum(expected) / NUM_PROBLEMS)
     assert found["difference_ci"] == pytest.approx(interval_of(expected))
     low, high = found["difference_ci"]
     said = f"A minus B: {found['difference']:+.1f} [{low:+.1f}, {high:+.1f}] points"
-    assert tables.sentence("A", "B", found) == said
-    nothing = tables.difference(one, "s2t-local:always", one, "s2t-local:always")
+    assert sentence("A", "B", found) == said
+    nothing = difference(one, "s2t-local:always", one, "s2t-local:always")
     assert nothing == {"difference": 0.0, "difference_ci": [0.0, 0.0]}
 
 
@@ -164,18 +166,18 @@ def test_rows_that_do_not_belong_together_are_refused(make_pipeline, random):
     with pytest.raises(
         ValueError, match="one/report.json has no records of 'kd'; its rows: greedy, maj@8, best@8, sft"
     ):
-        tables.difference(one, "kd", one, "greedy")
+        difference(one, "kd", one, "greedy")
     with pytest.raises(
         ValueError, match="has no records of 'best@8'"
     ):  # what is right of its samples is in the vote's
-        tables.difference(one, "greedy", one, "best@8")
+        difference(one, "greedy", one, "best@8")
     with pytest.raises(
         ValueError, match="other/report.json: 'greedy' is of other problems than 'sft' of .*one/report"
     ):
-        tables.difference(one, "sft", other, "greedy")
+        difference(one, "sft", other, "greedy")
     (one.output.parent / "records" / "sft_adapter1.jsonl").unlink()
     with pytest.raises(ValueError, match="has no records of 'sft'"):  # one seed of two is not both
-        tables.difference(one, "sft", one, "greedy")
+        difference(one, "sft", one, "greedy")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_rows_that_do_not_belong_together_are_refused(make_pipeline, random):
     + [("=", "operator"), (" so", "word or other"), (".", "word or other"), ("x2", "word or other")],
 )
 def test_tokens_have_kinds(text, kind):
-    assert tables.kind_of_token(text) == kind
+    assert kind_of_token(text) == kind
 
 
 def test_first_flips_are_told_by_kind_and_by_what_became_of_the_text(make_pipeline, tmp_path):
@@ -209,7 +211,7 @@ def test_first_flips_are_told_by_kind_and_by_what_became_of_the_text(make_pipeli
     ]
     for name, lines in (("greedy.jsonl", greedy), ("a", selected), ("b", selected)):
         records.write_records(folder / "records" / name, {"totals": {}}, lines)
-    found = tables.flips_by_kind(job, "s2t-local:always", "recipes/embedded/student")
+    found = flips_by_kind(job, "s2t-local:always", "recipes/embedded/student")
     assert found == "number 2 (1 helped, 1 hurt), operator 2 (1 helped, 0 hurt)"
 
 
@@ -319,7 +321,7 @@ def test_a_best_rate_at_the_end_of_what_was_tried_is_called_so(make_pipeline):
     sweep = pipeline.sweep("sft", pipeline.labels("label"), calibration=pipeline.labels("calibration"))
     for rate, accuracy in {0.3: 50.0, 0.4: 60.0, 0.8: 70.0, 1.6: 80.0, 3.2: 90.0}.items():
         write_json(sweep.reports[rate].output, {"rows": [{"label": "sft", "accuracy": accuracy}]})
-    assert tables.training_rate_note("sft", sweep).endswith("3.2: 90.0; 3.2 taken (the end of what was tried)")
+    assert training_rate_note("sft", sweep).endswith("3.2: 90.0; 3.2 taken (the end of what was tried)")
 
 
 def test_policies_with_several_numbers_of_candidates(make_pipeline, random):
