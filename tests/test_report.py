@@ -153,6 +153,24 @@ def unpacked(page):
 # The page
 
 
+def test_panels_of_a_picture_of_few_policies_stand_clear_of_one_another(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(report, "save_png", lambda figure, path: figures.append(figure) or path)
+    meta = {"model": "m", "dataset": "d", "num_problems": 4}
+    meta["selector_metrics"] = {"student_first": 0.5, "second_candidate": 0.25, "agree_at_1": 0.75}
+    content = {"meta": meta, "rows": [make_row("greedy", [[0, 1]])], "hit_at_k": {"1": 0.5, "8": 0.975}}
+    assert report.draw(content, tmp_path / "x.png") == tmp_path / "x.png"
+    (figure,) = figures
+    bars, hits, agreement = figure.axes
+    assert ["50.0", "97.5"] == [text.get_text() for text in hits.texts if "." in text.get_text()]
+    assert ["50.0", "25.0", "75.0"] == [text.get_text() for text in agreement.texts]
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    for place, box in enumerate(boxes):
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert not any(box.overlaps(other) for other in boxes[:place])
+    canvas.plt.close(figure)
+
+
 def test_the_page_holds_the_records_and_needs_nothing_else(folder):
     text = page_of(folder)
     page = Page(text)

@@ -18,6 +18,8 @@ matplotlib.use("Agg")
 
 from matplotlib import patheffects  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Polygon  # noqa: E402
 
 
@@ -163,12 +165,19 @@ def to_png(canvas: Canvas, path: Path, title: str) -> Path:
     head = 44
     height = canvas.height + head
     figure = plt.figure(figsize=(canvas.width / 100, height / 100), dpi=PNG_DPI, facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, canvas.width), ylim=(canvas.height, -head))
+    paint(canvas, figure.add_axes((0, 0, 1, canvas.height / height)))
+    above = Canvas(canvas.width, head, title)
+    above.text(14, head / 2 + 2, title, size=16, bold=True)
+    paint(above, figure.add_axes((0, canvas.height / height, 1, head / height)))
+    return save_png(figure, path)
+
+
+def paint(canvas: Canvas, axes: Axes) -> None:
+    """Draws a canvas on matplotlib's `axes`, which it fills; a hundred of its pixels make an inch."""
+    axes.set(xlim=(0, canvas.width), ylim=(canvas.height, 0))
     axes.axis("off")
     points = 72 / 100  # of a pixel
-    texts = [("text", 14, -head / 2 + 2, title, "ink", "start", 16, True)]
-    for order, (kind, *shape) in enumerate([*canvas.shapes, *texts]):
+    for order, (kind, *shape) in enumerate(canvas.shapes):
         if kind == "line":
             line, color, width, dash, opacity = shape
             style = {"color": COLORS[color], "linewidth": width * points, "alpha": opacity, "zorder": order}
@@ -207,9 +216,14 @@ def to_png(canvas: Canvas, path: Path, title: str) -> Path:
                 zorder=order,
             )
             drawn.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
+
+
+def save_png(figure: Figure, path: Path) -> Path:
+    """Writes a figure at its own resolution, whole or not at all, closes it and returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp.png")
     try:
-        figure.savefig(temporary, dpi=PNG_DPI, format="png", metadata={"Software": None})
+        figure.savefig(temporary, dpi=figure.dpi, format="png", metadata={"Software": None})
         temporary.replace(path)
     finally:
         plt.close(figure)

@@ -40,10 +40,10 @@ class Point:
     """A labelled decision point.
 
     Attributes:
-        divergence: of the teacher from the student, nats.
-        rank: of the teacher's token among the student's candidates, from 1; `None` where it is not among them.
-        best: the candidate above the floor that the teacher likes best, from 1.
-        num_above: candidates above the floor.
+        divergence: divergence of the teacher from the student, nats.
+        rank: rank of the teacher's token among the student's candidates, from 1; `None` where it is not among them.
+        best: rank of the candidate above the floor that the teacher likes best, from 1.
+        num_above: number of candidates above the floor.
     """
 
     divergence: float
@@ -290,36 +290,36 @@ def label_end(where: Box, point: tuple[float, float]) -> tuple[tuple[float, floa
 def hits_chart(hit_at_k: dict[str, float]) -> Chart | None:
     if not hit_at_k:
         return None
-    hits = {int(size): 100 * share for size, share in hit_at_k.items()}
-    sizes = sorted(hits)
-
-    def draw(width: float) -> Canvas:
-        canvas = Canvas(
-            width, 360, "Line of Hit@K: " + ", ".join(f"{hits[size]:.1f} per cent at {size}" for size in sizes)
-        )
-        axes = Axes(canvas, Box(52, 20, width - 24, 360 - 50), (-0.3, len(sizes) - 0.7), (0, 106))
-        axes.grid(
-            [(place, str(size)) for place, size in enumerate(sizes)],
-            [0, 25, 50, 75, 100],
-            "K: the student's best candidates",
-            " %",
-        )
-        points = [(axes.x(place), axes.y(hits[size])) for place, size in enumerate(sizes)]
-        canvas.line(points, "free", 2.5)
-        for (x, y), size in zip(points, sizes):
-            canvas.mark("circle", x, y, 5, "free", tip=f"Hit@{size}: {hits[size]:.2f} %")
-            canvas.text(x + (12 if size == sizes[0] else 0), y + 20, f"{hits[size]:.1f}", "ink", "middle", bold=True)
-        return canvas
-
     return Chart(
         "hits",
         "Hit@K: is the teacher's token within reach?",
         "Share of the points where student and teacher diverge most at which the teacher's own token is among the "
         "student's first K candidates.",
-        *_both(draw, HALF),
+        *_both(lambda width: draw_hits(hit_at_k, width), HALF),
         ("K", "share of points"),
-        [(str(size), f"{hits[size]:.2f} %") for size in sizes],
+        [(str(size), f"{100 * share:.2f} %") for size, share in sorted_hits(hit_at_k)],
     )
+
+
+def sorted_hits(hit_at_k: dict[str, float]) -> list[tuple[int, float]]:
+    """K and Hit@K as a share, by growing K."""
+    return sorted((int(size), share) for size, share in hit_at_k.items())
+
+
+def draw_hits(hit_at_k: dict[str, float], width: float, height: float = 360) -> Canvas:
+    """Hit@K in per cent as a line over K, every point with its figure."""
+    hits = [(size, 100 * share) for size, share in sorted_hits(hit_at_k)]
+    name = "Line of Hit@K: " + ", ".join(f"{value:.1f} per cent at {size}" for size, value in hits)
+    canvas = Canvas(width, height, name)
+    axes = Axes(canvas, Box(52, 20, width - 24, height - 50), (-0.3, len(hits) - 0.7), (0, 106))
+    x_ticks = [(place, str(size)) for place, (size, _) in enumerate(hits)]
+    axes.grid(x_ticks, [0, 25, 50, 75, 100], "K: the student's best candidates", " %")
+    points = [(axes.x(place), axes.y(value)) for place, (_, value) in enumerate(hits)]
+    canvas.line(points, "free", 2.5)
+    for place, ((x, y), (size, value)) in enumerate(zip(points, hits)):
+        canvas.mark("circle", x, y, 5, "free", tip=f"Hit@{size}: {value:.2f} %")
+        canvas.text(x + (0 if place else 12), y + 20, f"{value:.1f}", "ink", "middle", bold=True)
+    return canvas
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,9 +426,9 @@ def buckets_chart(points: list[Point], num_candidates: int, fidelity: dict | Non
     """Agreement with the teacher by how far it diverges, in buckets with about as many points each.
 
     Args:
-        points: of the labels; read only where there is no `fidelity`.
-        num_candidates: offered to a selector.
-        fidelity: of a report whose adapters were compared with the teacher: they get a line too.
+        points: labelled points; read only where there is no `fidelity`.
+        num_candidates: number of candidates that a selector is offered.
+        fidelity: the report's comparison of its adapters with the teacher; with one they get a line too.
     """
     buckets = fidelity["buckets"] if fidelity else buckets_of(points, num_candidates)
     if buckets is None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
+from s2t_recipes.report import charts
+from s2t_recipes.report.canvas import paint, save_png
 from s2t_recipes.report.html_report import read_report, write_page
 from s2t_recipes.row_names import GROUPS, group_of, grouped, label_of
 
@@ -66,11 +68,10 @@ def draw_bars(axes: Axes, rows: list[dict]) -> None:
         y += 0.95
         for row in members:
             accuracy, (low, high) = row["accuracy"], row["accuracy_ci"]
-            axes.barh(y, accuracy, height=0.68, color=color, zorder=2)
+            draw_bar(axes, y, accuracy, color)
             axes.plot([low, high], [y, y], color=INK, linewidth=1.3, zorder=3, solid_capstyle="butt")
             for edge in (low, high):
                 axes.plot([edge, edge], [y - 0.16, y + 0.16], color=INK, linewidth=1.3, zorder=3)
-            axes.text(111, y, f"{accuracy:.1f}", va="center", ha="right", color=INK, size=9.5, weight="bold")
             if row.get("helped") is not None:
                 axes.text(120, y, f"+{row['helped']:.0f}", va="center", ha="right", color=FAINT, size=9)
                 axes.text(129, y, f"−{row['hurt']:.0f}", va="center", ha="right", color=FAINT, size=9)
@@ -81,8 +82,8 @@ def draw_bars(axes: Axes, rows: list[dict]) -> None:
     greedy = next((row["accuracy"] for row in rows if row["policy"] == "greedy"), None)
     if greedy is not None:
         axes.axvline(greedy, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.set(xlim=(0, 100), ylim=(y - 0.5, -0.7), yticks=ticks, yticklabels=labels)
-    axes.tick_params(axis="y", length=0, labelsize=9.5, labelcolor=INK)
+    name_bars(axes, ticks, labels)
+    axes.set(xlim=(0, 100), ylim=(y - 0.5, -0.7))
     axes.tick_params(axis="x", length=0, labelsize=9, labelcolor=FAINT)
     axes.set_xlabel(
         "accuracy in per cent, 95 % interval;  + problems helped, − hurt against greedy", size=9, color=INK
@@ -91,17 +92,34 @@ def draw_bars(axes: Axes, rows: list[dict]) -> None:
     clear_frame(axes)
 
 
-def draw_hits(axes: Axes, report: dict) -> None:
-    """Hit@K: how often the teacher's token is within reach of a selector."""
-    hits = {int(size): 100 * share for size, share in report["hit_at_k"].items()}
-    sizes = sorted(hits)
-    axes.plot(range(len(sizes)), [hits[size] for size in sizes], color=GROUPS["local"][1], marker="o", linewidth=2)
-    for place, size in enumerate(sizes):
-        axes.annotate(
-            f"{hits[size]:.1f}", (place, hits[size]), (4, -16), textcoords="offset points", ha="center", size=9
-        )
-    axes.set(xlim=(-0.4, len(sizes) - 0.6), ylim=(0, 105), xticks=range(len(sizes)), xticklabels=sizes)
-    axes.set_xlabel("K, the student's best candidates", size=9, color=INK)
+def draw_agreement(axes: Axes, metrics: dict) -> None:
+    """Agree@1 on the trainer's held-out labels, one short bar each."""
+    labels = []
+    for y, (name, (label, group)) in enumerate(item for item in AGREEMENT.items() if item[0] in metrics):
+        draw_bar(axes, y, 100 * metrics[name], GROUPS[group][1])
+        labels.append(label)
+    name_bars(axes, range(len(labels)), labels)
+    axes.set(xlim=(0, 112), xticks=[], ylim=(len(labels) - 0.5, -0.5))
+    axes.set_title("Agree@1 with the teacher, held-out decision points", size=10, loc="left", color=INK, x=-0.52)
+    clear_frame(axes)
+
+
+def draw_bar(axes: Axes, y: float, value: float, color: str) -> None:
+    """A horizontal bar from 0 to `value` per cent, and the figure in a column right of the axes."""
+    axes.barh(y, value, height=0.68, color=color, zorder=2)
+    axes.text(111, y, f"{value:.1f}", va="center", ha="right", color=INK, size=9.5, weight="bold")
+
+
+def name_bars(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
+    """Names left of the bars at these places."""
+    axes.set(yticks=places, yticklabels=labels)
+    axes.tick_params(axis="y", length=0, labelsize=9.5, labelcolor=INK)
+
+
+def draw_hits(axes: Axes, hit_at_k: dict[str, float]) -> None:
+    """The page's chart of Hit@K at the size of `axes`, with a title."""
+    width, height = axes.get_position().size * axes.figure.get_size_inches() * 100
+    paint(charts.draw_hits(hit_at_k, width, height), axes)
     axes.set_title(
         "Hit@K: is the teacher's token among the student's first K?\n"
         "(per cent of the points where they disagree most)",
@@ -109,22 +127,6 @@ def draw_hits(axes: Axes, report: dict) -> None:
         loc="left",
         color=INK,
     )
-    axes.tick_params(length=0, labelsize=9, labelcolor=FAINT)
-    axes.yaxis.grid(True, color=GRID)
-    clear_frame(axes)
-
-
-def draw_agreement(axes: Axes, metrics: dict) -> None:
-    """Agree@1 on the trainer's held-out labels, one short bar each."""
-    for y, (name, (label, group)) in enumerate(item for item in AGREEMENT.items() if item[0] in metrics):
-        value = 100 * metrics[name]
-        axes.barh(y, value, height=0.62, color=GROUPS[group][1])
-        axes.text(-2, y, label, ha="right", va="center", size=9, color=INK)
-        axes.text(value + 2, y, f"{value:.1f}", va="center", size=9, weight="bold", color=INK)
-    axes.set(xlim=(0, 112), xticks=[], yticks=[])
-    axes.invert_yaxis()
-    axes.set_title("Agree@1 with the teacher, held-out decision points", size=10, loc="left", color=INK, x=-0.52)
-    clear_frame(axes)
 
 
 def clear_frame(axes: Axes) -> None:
@@ -295,8 +297,11 @@ def draw(report: dict, path: str | Path) -> Path:
     if not rows:
         raise ValueError("`report` has no rows: there is nothing to draw.")
     has_hits = bool(report.get("hit_at_k"))
+    metrics = report["meta"].get("selector_metrics") or {}
+    has_metrics = any(name in metrics for name in AGREEMENT)
     num_groups = len({group_of(row) for row in rows})
-    bars_height = max(0.245 * (len(rows) + 1.2 * num_groups) + 0.2, 3.2)
+    least = 4.2 if has_hits and has_metrics else 3.2  # as tall as what stands beside the bars
+    bars_height = max(0.245 * (len(rows) + 1.2 * num_groups) + 0.2, least)
     text_height = max(map(example_height, examples), default=0.0)
     head, gap = 0.85, 0.65
     height = head + bars_height + gap + (0.5 + text_height if examples else 0.0) + 0.1
@@ -307,13 +312,11 @@ def draw(report: dict, path: str | Path) -> Path:
         return figure.add_axes((left / WIDTH, 1 - (top + tall) / height, width / WIDTH, tall / height))
 
     draw_title(figure, report["meta"], height)
-    metrics = report["meta"].get("selector_metrics") or {}
-    has_metrics = any(name in metrics for name in AGREEMENT)
     draw_bars(place(2.95, head, 4.7 if has_hits or has_metrics else 8.2, bars_height), rows)
     agreement_height = 1.35 if has_metrics else 0.0
     if has_hits:
         room = bars_height - 0.45 - (agreement_height + 1.0 if has_metrics else 0.0)
-        draw_hits(place(9.75, head + 0.45, 3.9, max(min(room, 3.4), 1.2)), report)
+        draw_hits(place(9.35, head + 0.4, 4.5, max(min(room, 3.4), 1.2) + 0.45), report["hit_at_k"])
     if has_metrics:
         top = head + (bars_height - agreement_height if has_hits else 0.45)
         draw_agreement(place(11.1, top, 2.55, agreement_height), metrics)
@@ -323,16 +326,7 @@ def draw(report: dict, path: str | Path) -> Path:
         for number, example in enumerate(examples):
             left, tall = 0.35 + 6.85 * number, example_height(example)
             draw_example(place(left, top + 0.35, EXAMPLE_WIDTH, tall), example)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    try:
-        figure.savefig(temporary, dpi=DPI, format="png")
-        temporary.replace(path)
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
-    return path
+    return save_png(figure, Path(path))
 
 
 def draw_title(figure: Figure, meta: dict, height: float) -> None:
