@@ -25,7 +25,7 @@ class Pipeline:
 
     Args:
         pair: models, data, settings.
-        jobs: where they are added.
+        jobs: the run that the jobs are added to.
         folder: output folder of the pair; the jobs write into it.
         model: a student other than the pair's, as a job that makes it (a tuned one, for a selector on top of it).
         prefix: beginning of the names of everything that depends on that student.
@@ -77,11 +77,11 @@ class Pipeline:
         """A job of this pair.
 
         Args:
-            name: what is added to the pair's name.
+            name: end of the job's name; it begins with the pair's.
             output, command, folder: see `Job`. A command that names the best training of a sweep is a function,
                 because the sweep's reports are written while jobs run.
             needs: jobs whose output it reads; a sweep or the best training of one stands for all jobs of the sweep.
-            only_if: where it depends on reports whether the job is run at all.
+            only_if: condition on which the job is run; by default it always is.
         """
         needs = [*needs, *(only_if.known_after if only_if else ())]
         flat = tuple(dict.fromkeys(job for need in needs for job in jobs_behind(need)))
@@ -152,7 +152,7 @@ class Pipeline:
             route: train a router.
             decode: calibrate thresholds by decoding; otherwise fusion weights only, which is enough without a trigger.
             rate: learning rate, or the sweep that finds it; by default the pair's.
-            only_if: where it depends on reports whether the selector is trained at all.
+            only_if: condition on which it is trained; by default it always is.
             options: further arguments of recipes/train.py.
         """
         pair = self.pair
@@ -304,7 +304,7 @@ class Pipeline:
     # learning rates
 
     def train(self, method: str, labels: Job, seed: int, rate: float | Sweep, *, calibration: Job, **options) -> Job:
-        """A selector without thresholds, or a baseline: what sweeps and curves compare."""
+        """A selector without thresholds, or a baseline, as sweeps and curves compare them."""
         if method != "s2t-local":
             return self.baseline(method, labels, seed, rate=rate, **options)
         return self.selector(labels, seed, calibration=calibration, decode=False, rate=rate, **options)

@@ -247,11 +247,11 @@ def place_labels(
 
     Args:
         anchors: the points, in pixels.
-        texts: of the labels.
-        size: of the font.
+        texts: texts of the labels, one for each point.
+        size: size of the font, in pixels.
         room: they stay inside it.
-        obstacles: what no label may lie on.
-        thin: what a label had better not lie on.
+        obstacles: boxes that no label may lie on.
+        thin: boxes that a label had better not lie on.
 
     Returns:
         the label's box, and whether it is far enough from its point to need a line to it.

@@ -200,7 +200,7 @@ def draw_cost(rows: list[dict], crowd: list[dict], width: float) -> Canvas:
 
 
 def short(row: dict) -> str:
-    """The label beside a point: who selects in S2T, its colour says."""
+    """The label beside a point. It leaves out who selects in S2T, which the colour says."""
     return label_of(row).replace(" (teacher selects)", "")
 
 

@@ -181,10 +181,10 @@ def pack(run: Run, texts: dict, place: dict[int, int], drop: tuple[str, ...] = (
 
     Args:
         run: a policy and seed.
-        texts: of `texts.json`.
+        texts: content of `texts.json`.
         place: token id -> its place in the vocabulary.
         drop: "candidates" leaves them out.
-        number: of problems; `None` for all.
+        number: number of problems; `None` for all.
     """
     records = [_renumber(record, place) for record in run.records[:number]]
     packed = {
@@ -423,10 +423,10 @@ def build(report: dict, folder: Path, charts: list[Chart], max_megabytes: float 
     """The page as a text.
 
     Args:
-        report: as recipes/eval.py writes it.
-        folder: where it lies.
-        charts: of [`charts_of`].
-        max_megabytes: of the records in it; what does not fit is left out, seeds first.
+        report: content of a report.json of recipes/eval.py.
+        folder: folder of the report.
+        charts: charts of the report, see [`charts_of`].
+        max_megabytes: size of the records in the page; what does not fit is left out, seeds first.
     """
     meta = report["meta"]
     runs, notes = read_runs(folder, report["rows"])

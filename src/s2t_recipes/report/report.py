@@ -284,8 +284,8 @@ def draw(report: dict, path: str | Path) -> Path:
     """Draws a report as one PNG, 1400 pixels wide.
 
     Args:
-        report: as recipes/eval.py writes it.
-        path: of the picture.
+        report: content of a report.json of recipes/eval.py.
+        path: file of the picture.
 
     Returns:
         `path`.
