@@ -12,11 +12,11 @@ import corpus
 import pytest
 import yaml
 
+from s2t_recipes import jobs as jobs_module
 from s2t_recipes import splits
 from s2t_recipes.evaluation import agreement, retention
 from s2t_recipes.evaluation import run as evaluation
 from s2t_recipes.labeling import label
-from s2t_recipes.paper import jobs as jobs_module
 from s2t_recipes.paper import pipeline as pipeline_module
 from s2t_recipes.paper import results
 from s2t_recipes.paper import run as paper

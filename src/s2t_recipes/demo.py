@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from s2t_recipes.commands import RECIPES, recipe
+from s2t_recipes.jobs import typed
 from s2t_recipes.models import load_pretrained
-from s2t_recipes.paper.jobs import typed
 from s2t_recipes.problems import PROMPT_SETTINGS, encode_prompts, load_problems, read_template_kwargs
 from s2t_recipes.splits import is_bed, split_command
 from transformers_s2t.config import CALIBRATION_NAME

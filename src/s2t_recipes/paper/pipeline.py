@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from s2t_recipes.commands import recipe
-from s2t_recipes.paper.jobs import Job, Jobs
+from s2t_recipes.jobs import Job, Jobs
 from s2t_recipes.splits import BED_PARTS, PROBLEM_PARTS, is_bed, split_command
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME
 from transformers_s2t.files import write_json

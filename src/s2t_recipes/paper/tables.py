@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from s2t_recipes.commands import recipe
 from s2t_recipes.estimates import bootstrap_interval
 from s2t_recipes.evaluation.rows import mcnemar
-from s2t_recipes.paper.jobs import Job
+from s2t_recipes.jobs import Job
 from s2t_recipes.paper.pipeline import METHODS, SAMPLED, Best, Pipeline, Sweep, as_arguments, tag
 from s2t_recipes.records import read_records
 from s2t_recipes.row_names import label_of, name_of
