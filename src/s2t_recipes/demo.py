@@ -223,16 +223,8 @@ def plan(args: argparse.Namespace, jobs: Jobs, dtype: list[str]) -> list[Stage]:
         command += ["--output_dir", str(adapter), "--seed", str(seed)]
         output, needs = adapter / "trainer_state.json", (labelled["label"], labelled["tuning"])
         trained.append(jobs.add(f"selector-seed{seed}", output, command, needs, folder=adapter))
-        command = [
-            recipe("train_router.py"),
-            "--adapter",
-            str(adapter),
-            *student,
-            *fitted,
-            "--seed",
-            str(seed),
-            *dtype,
-        ]
+        command = [recipe("train_router.py"), "--adapter", str(adapter), *student, *fitted]
+        command += ["--seed", str(seed), *dtype]
         needs = (trained[-1], *needs)
         routed.append(jobs.add(f"router-seed{seed}", adapter / ROUTER_WEIGHTS_NAME, command, needs))
         command = [recipe("calibrate.py"), "--adapter", str(adapter), *student, *teacher]

@@ -14,11 +14,12 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -82,6 +83,16 @@ class JobFailed(CommandFailed):
         self.status = status
 
 
+class OwnProcess(subprocess.Popen):
+    """A command in a Python of its own, with the names of a forked process."""
+
+    join = subprocess.Popen.wait
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.poll()
+
+
 @dataclass
 class Jobs:
     """The jobs of a run.
@@ -90,9 +101,9 @@ class Jobs:
         folder: where stamps and logs go.
         num_parallel: jobs side by side.
         env: environment variables of the jobs' processes, beside those of this one.
-        forks: fork the processes from one that has imported the libraries already, and that has `env` as it was in
-            the first run: with hundreds of short jobs the imports would cost more than the work. Otherwise each job
-            starts its own Python.
+        forks: fork the processes from one that has imported the libraries already, with `env` as it was in the first
+            run: with hundreds of short jobs the imports would cost more than the work. Otherwise each job is started
+            as a user would, and may have the terminal.
         keep: leave what a job wrote with another command or other inputs to its recipe, which goes on from it or
             skips what is finished. Otherwise it is removed before the job runs again.
     """
@@ -175,6 +186,7 @@ class Jobs:
 
         Raises:
             JobFailed: where a command failed; at the end, unless `stop`.
+            ValueError: for `on_terminal` with `forks`.
         """
         todo = self.missing(asked)
         chain = chains_behind(todo)
@@ -182,10 +194,12 @@ class Jobs:
         failures, behind_failures = [], set()
         if not todo:
             return
-        context = multiprocessing.get_context("forkserver" if self.forks else "spawn")
+        if on_terminal and self.forks:
+            raise ValueError("`on_terminal` must be False for jobs that are forked, got True: these only have logs.")
         if self.forks:
-            context.set_forkserver_preload(list(PRELOAD))
-        with environment(self.env), progress_bar(len(todo), disable=on_terminal) as bar:
+            os.environ.update(self.env)  # of the process that all are forked from, so before it starts
+            multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+        with progress_bar(len(todo), disable=on_terminal) as bar:
             shares: dict[Job, float] = {}
             try:
                 while waiting or running:
@@ -207,8 +221,11 @@ class Jobs:
                         if job.alone and running:
                             continue
                         waiting.remove(job)
-                        running[job] = (self._start(context, job, on_terminal), time.monotonic())
-                    wait([process.sentinel for process, _ in running.values()], timeout=0.5)
+                        running[job] = (self._start(job, on_terminal), time.monotonic())
+                    if self.forks:
+                        wait([process.sentinel for process, _ in running.values()], timeout=0.5)
+                    else:
+                        time.sleep(0.1)
                     for job, (process, began) in list(running.items()):
                         if process.exitcode is None:
                             shares[job] = max(shares.get(job, 0.0), 0.99 * read_progress(self.log_of(job)))
@@ -222,7 +239,7 @@ class Jobs:
                                 raise
                             behind_failures.add(job)
                             failures.append(str(error))
-                            bar.write(f"{job.name} failed, see {self.log_of(job)}")
+                            bar.write(f"{job.name} failed" + (f", see {self.log_of(job)}" if not on_terminal else ""))
                     beside = ", ".join(f"{job.name} {shares[job]:.0%}" for job in running)
                     bar.set_postfix_str(beside, refresh=False)
                     bar.update(sum(shares.values()) - bar.n)
@@ -249,7 +266,7 @@ class Jobs:
         file = self._stamp_of(job)
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def _start(self, context, job: Job, on_terminal: bool):
+    def _start(self, job: Job, on_terminal: bool) -> multiprocessing.process.BaseProcess | OwnProcess:
         if self._stamp_of(job).is_file():  # what is there was made in another way: nothing of it may be taken for new
             if not self.keep:
                 remove(job.output)
@@ -261,9 +278,12 @@ class Jobs:
         else:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(f"$ {typed(command)}\n", encoding="utf-8")
-        process = context.Process(target=run_command, args=(command, None if on_terminal else str(log)))
-        process.start()
-        return process
+        if self.forks:
+            process = multiprocessing.get_context("forkserver").Process(target=run_command, args=(command, str(log)))
+            process.start()
+            return process
+        with nullcontext() if on_terminal else open(log, "ab") as output:
+            return OwnProcess([sys.executable, *command], env=os.environ | self.env, stdout=output, stderr=output)
 
     def _finish(self, job: Job, code: int, seconds: float) -> None:
         if code or not job.output.exists():
@@ -291,18 +311,6 @@ def chains_behind(jobs: list[Job]) -> dict[Job, int]:
     return length
 
 
-@contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Has these environment variables set, for processes that are started meanwhile."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def progress_bar(total: int, disable: bool) -> tqdm:
     """One for jobs, of which parts are done; in a file it is written every five seconds."""
     layout = "{percentage:3.0f}%|{bar:30}| {n:.1f}/{total} jobs [{elapsed}<{remaining}{postfix}]"
@@ -320,15 +328,14 @@ def read_progress(log: Path) -> float:
     return min(share, 1.0)
 
 
-def run_command(command: list[str], log: str | None) -> None:
-    """Runs a recipe in this process as `python` would, with its output appended to a file, if one is given."""
+def run_command(command: list[str], log: str) -> None:
+    """Runs a recipe in this process as `python` would, with its output appended to a file."""
     import runpy
 
     gc.freeze()  # what was imported before the fork stays: no collection has to look through it
-    if log is not None:
-        handle = os.open(log, os.O_WRONLY | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(handle, stream)
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).resolve().parent))
     try:
