@@ -1,8 +1,12 @@
 """recipes/eval.py and report.py: policies, votes, intervals, and one run on tiny random models."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -21,10 +25,12 @@ from s2t_recipes.evaluation.bench import Bench, count_tokens, majority_vote
 from s2t_recipes.evaluation.policies import DEFAULT_POLICIES, Policy, choose_policies
 from s2t_recipes.evaluation.rows import format_table, make_example, mcnemar, summarize
 from s2t_recipes.evaluation.run import evaluate
+from s2t_recipes.jobs import Jobs, read_progress
 from s2t_recipes.problems import Problem
 from s2t_recipes.records import read_records
 from s2t_recipes.report import report
 from transformers_s2t import FusionWeights, SelectorConfig
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME
 from transformers_s2t.fusion import fused_scores
 from transformers_s2t.labels.folder import read_header, read_labels, write_header, write_shard
 from transformers_s2t.labels.schema import TrajectoryHeader
@@ -677,4 +683,162 @@ def test_demo_refuses_a_folder_of_other_settings(tmp_path):
 def test_progress_of_a_log(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"load: 3/3 [00:00<00:00]\r 10/500 [00:01<\r 125/500 [00:02<\r 2/6 [00:00<")
-    assert demo.read_progress(log) == 0.25
+    assert read_progress(log) == 0.25
+    assert read_progress(tmp_path / "none") == 0
+
+
+#: In place of each recipe: notes its output and threads, and writes what the demo reads. Fails where there is `fail`.
+STAND_IN = """
+import os, sys, time
+from pathlib import Path
+folder, output = Path(__file__).parent, Path(sys.argv[1])
+with open(folder / "order", "a") as order:
+    order.write(f"{output.relative_to(folder / 'run')} {os.environ['OMP_NUM_THREADS']}\\n")
+name = (folder / "fail").read_text() if (folder / "fail").exists() else "nothing"
+if name in str(output):
+    print("out of luck")
+    sys.exit(5)
+time.sleep(60 * (name == "none, but wait"))
+if output.suffix:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text('{"prompt": "p", "answer": "1"}')
+    (output.parent / "s2t_config.json").write_text('{"metrics": {"agree_at_1": 0.5}}')
+else:
+    output.mkdir(parents=True, exist_ok=True)
+"""
+
+
+@pytest.fixture
+def plan_demo(tmp_path):
+    """Plans the demo, with a stand-in for each recipe."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+
+    def plan(*flags, num_parallel=2, threads="3"):
+        args = demo.parse_arguments(["--num_seeds", "1", "--max_new_tokens", "9", "--batch_size", "8", *flags])
+        jobs = Jobs(tmp_path / "run", num_parallel, {"OMP_NUM_THREADS": threads}, forks=False, keep=True)
+        stages = demo.plan(args, jobs, ["--dtype", "float32"])
+        for job in jobs.all.values():
+            job.command = [str(tmp_path / "stand_in.py"), str(job.output), *job.command[1:]]
+        return jobs, stages
+
+    return plan
+
+
+FIRST = ["data/test.jsonl"]
+LABELLED = [f"labels/{part}" for part in ("label", "tuning", "calibration", "test")]
+SELECTOR = [f"adapter-seed0/{name}" for name in ("trainer_state.json", ROUTER_WEIGHTS_NAME, CALIBRATION_NAME)]
+LAST = ["report.json", "report.html"]
+
+
+def outputs_of(order) -> list[str]:
+    return [line.split()[0] for line in order.read_text().splitlines()]
+
+
+def test_the_demo_plans_each_recipe_behind_what_it_reads(tmp_path):
+    args = demo.parse_arguments(["--max_new_tokens", "9", "--batch_size", "8", "--num_seeds", "2", "--seed", "4"])
+    jobs = Jobs(tmp_path)
+    stages = demo.plan(args, jobs, ["--dtype", "float32"])
+    scripts = [{Path(job.arguments()[0]).name for job in stage.jobs} for stage in stages]
+    assert scripts == [
+        {name} for name in "corpus.py label.py train.py train_router.py calibrate.py eval.py report.py".split()
+    ]
+    assert [len(stage.jobs) for stage in stages] == [1, 4, 2, 2, 2, 1, 1]
+    assert {job for stage in stages for job in stage.jobs} == {*jobs.all.values()}
+    before = set()
+    for job in (job for stage in stages for job in stage.jobs):
+        assert before.issuperset(job.needs)
+        command = job.arguments()
+        read = {other for other in before if any(str(other.path) == word for word in command)}
+        assert read <= behind(job), job.name  # nothing is read that may not be there
+        before.add(job)
+    train, calibrate = (jobs.all[name].arguments() for name in ("selector-seed5", "calibration-seed5"))
+    assert train[train.index("--seed") + 1] == "5" and "--dtype" in train
+    assert calibrate[calibrate.index("--labels") + 1] == str(tmp_path / "labels" / "calibration")
+    assert "--dtype" not in jobs.all["evaluation"].arguments()
+
+
+def behind(job) -> set:
+    """All that a job waits for."""
+    return set(job.needs).union(*map(behind, job.needs))
+
+
+def test_the_demo_runs_each_job_once_and_evaluates_again(tmp_path, plan_demo, capfd):
+    demo.run_stages(*plan_demo(), began=time.monotonic())
+    done = outputs_of(tmp_path / "order")
+    assert done[:1] == FIRST and sorted(done[1:5]) == sorted(LABELLED) and done[5:] == [*SELECTOR, *LAST]
+    threads = {line.split()[0]: line.split()[1] for line in (tmp_path / "order").read_text().splitlines()}
+    assert {threads[name] for name in LABELLED} == {"1"}  # side by side
+    assert {threads[name] for name in [*FIRST, *SELECTOR, *LAST]} == {"3"}
+    text = capfd.readouterr().out
+    for number in range(1, 8):
+        assert f"\n[{number}/7] " in text
+    assert text.count("$ python ") == 10 and "so far)" in text and "seed 0, held-out decision points: agree_a" in text
+
+    (tmp_path / "order").unlink()
+    demo.run_stages(*plan_demo("--policies", "greedy"), began=time.monotonic())
+    assert outputs_of(tmp_path / "order") == LAST  # it alone tells which of its policies are to be run
+    text = capfd.readouterr().out
+    assert text.count("Finished before.") == 5 and text.count("$ python ") == 2 and "agree_at_1 0.500" in text
+
+
+def test_the_demo_asks_every_recipe_in_a_folder_without_stamps(tmp_path, plan_demo):
+    """One of an earlier version: each of them skips what it finished; calibrating, which would not, is left out."""
+    demo.run_stages(*plan_demo(num_parallel=1), began=time.monotonic())
+    shutil.rmtree(tmp_path / "run" / "done")
+    (tmp_path / "run" / "labels" / "test" / "kept").touch()
+    (tmp_path / "order").unlink()
+    demo.run_stages(*plan_demo(num_parallel=1), began=time.monotonic())
+    assert outputs_of(tmp_path / "order") == [*FIRST, *LABELLED, *SELECTOR[:2], *LAST]
+    (tmp_path / "order").unlink()
+    demo.run_stages(*plan_demo("--batch_size", "4", num_parallel=1), began=time.monotonic())
+    assert outputs_of(tmp_path / "order") == [*LABELLED, *SELECTOR[:2], *LAST]  # their commands, or inputs, are new
+    assert (tmp_path / "run" / "labels" / "test" / "kept").exists()  # another batch size costs no label
+
+
+@pytest.mark.parametrize("num_parallel", [1, 2])
+def test_a_job_of_the_demo_that_fails_tells_how_to_run_it_alone(tmp_path, plan_demo, capfd, num_parallel):
+    (tmp_path / "fail").write_text("labels/label")
+    with pytest.raises(SystemExit) as error:
+        demo.run_stages(*plan_demo(num_parallel=num_parallel), began=time.monotonic())
+    assert error.value.code == 5  # that of the recipe
+    out, err = capfd.readouterr()
+    command = f"python {tmp_path / 'stand_in.py'} {tmp_path / 'run' / 'labels' / 'label'} "
+    assert f"Failed (exit status 5): {command}" in err and "Stage 2 of 7 failed; the command above" in err
+    assert "out of luck" in (out if num_parallel == 1 else err)
+    assert outputs_of(tmp_path / "order")[-1] in LABELLED  # no later stage has begun
+    if num_parallel == 1:
+        assert outputs_of(tmp_path / "order") == [*FIRST, "labels/label"]
+    (tmp_path / "fail").unlink()
+    before = outputs_of(tmp_path / "order")
+    demo.run_stages(*plan_demo(num_parallel=num_parallel), began=time.monotonic())
+    assert outputs_of(tmp_path / "order")[len(before) :][-5:] == [*SELECTOR, *LAST]
+    assert "data/test.jsonl" not in outputs_of(tmp_path / "order")[len(before) :]
+
+
+def test_a_demo_that_is_stopped_goes_on_where_it_was(tmp_path, plan_demo):
+    """Ctrl-C reaches the demo and the recipes beside each other."""
+    jobs, stages = plan_demo()
+    demo.run_stage(jobs, stages[0])
+    (tmp_path / "fail").write_text("none, but wait")
+    code = f"import sys\nsys.path[:0] = {sys.path!r}\nfrom s2t_recipes import demo\nfrom s2t_recipes.jobs import *\n"
+    code += "from s2t_recipes.commands import run\n"
+    code += f"jobs = Jobs(Path({str(tmp_path / 'run')!r}), 2, {jobs.env!r}, forks=False, keep=True)\n"
+    for job in stages[1].jobs:
+        code += f"jobs.add({job.name!r}, Path({str(job.output)!r}), {job.command!r})\n"
+    code += "def main():\n    demo.run_stages(jobs, [demo.Stage('x', list(jobs.all.values()))], 0.0)\n"
+    (tmp_path / "demo_script.py").write_text(code + "if __name__ == '__main__':\n    run(main)\n")
+    process = subprocess.Popen([sys.executable, str(tmp_path / "demo_script.py")], start_new_session=True)
+    try:
+        for _ in range(600):
+            if len(outputs_of(tmp_path / "order")) == 3:
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        if process.poll() is None:
+            process.kill()
+    (tmp_path / "fail").unlink()
+    assert not list((tmp_path / "run" / "done").glob("labels*"))
+    demo.run_stages(jobs, stages, began=time.monotonic())
+    assert sorted(outputs_of(tmp_path / "order")[3:7]) == sorted(LABELLED)

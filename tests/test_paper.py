@@ -12,11 +12,11 @@ import corpus
 import pytest
 import yaml
 
+from s2t_recipes import jobs as jobs_module
 from s2t_recipes import splits
 from s2t_recipes.evaluation import agreement, retention
 from s2t_recipes.evaluation import run as evaluation
 from s2t_recipes.labeling import label
-from s2t_recipes.paper import jobs as jobs_module
 from s2t_recipes.paper import pair as pair_module
 from s2t_recipes.paper import pipeline as pipeline_module
 from s2t_recipes.paper import results
@@ -313,6 +313,54 @@ def test_a_command_that_writes_nothing_or_cannot_be_told_has_failed(tmp_path):
     with pytest.raises(jobs_module.JobFailed, match=r"done\n\n\nFailed \(it wrote no .*a.out\)"):
         jobs.run()
     assert not (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_only_what_was_asked_for_runs_and_the_first_failure_may_end_it(tmp_path, make, forks):
+    jobs = Jobs(tmp_path, 1, forks=forks)
+    a, b = make(jobs, "a"), make(jobs, "b", more=["fail"])
+    c = make(jobs, "c")
+    jobs.run([a])
+    assert (tmp_path / "order").read_text() == "a"
+    with pytest.raises(jobs_module.JobFailed, match="exit status 3") as error:
+        jobs.run([b, c], stop=True)
+    assert error.value.status == 3 and (tmp_path / "order").read_text() == "a"
+    with pytest.raises(jobs_module.JobFailed, match="1 failed, 0 that read them") as error:
+        jobs.run()
+    assert error.value.status == 1 and (tmp_path / "order").read_text() == "ac"
+
+
+def test_environment_variables_of_jobs_are_theirs_alone(tmp_path):
+    before = dict(os.environ)
+    jobs = Jobs(tmp_path, env={"S2T_TEST": "x"}, forks=False)
+    job = add_script(jobs, tmp_path, "a", "output.write_text(os.environ['S2T_TEST'])")
+    jobs.run()
+    assert job.output.read_text() == "x" and dict(os.environ) == before
+
+
+def test_output_on_the_terminal_leaves_no_log(tmp_path, capfd):
+    jobs = Jobs(tmp_path, forks=False)
+    job = add_script(jobs, tmp_path, "a", "print('here')\nsys.exit(4)")
+    with pytest.raises(jobs_module.JobFailed, match=r"^Failed \(exit status 4\): python .*a.out$"):
+        jobs.run(on_terminal=True, stop=True)
+    out, err = capfd.readouterr()
+    assert out.startswith("$ python ") and out.endswith("a.out\nhere\n") and "jobs [" not in err
+    assert not jobs.log_of(job).exists()
+    with pytest.raises(ValueError, match="`on_terminal` must be False for jobs that are forked"):
+        Jobs(tmp_path, all=jobs.all).run(on_terminal=True)
+
+
+def test_what_is_kept_is_for_its_recipe_to_judge(tmp_path, make):
+    jobs = Jobs(tmp_path, keep=True)
+    text = "output.write_text((output.read_text() if output.exists() else '') + sys.argv[2])"
+    job = add_script(jobs, tmp_path, "a", text)
+    for setting in "xyy":
+        job.command = [*job.command[:2], setting]
+        jobs.run()
+    assert job.output.read_text() == "xy"
+    job.again = True
+    jobs.run()
+    assert job.output.read_text() == "xyy" and not jobs.is_done(job)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ import pytest
 from tiny_labels import make_labels
 from transformers import AutoTokenizer
 
+from s2t_recipes import jobs as jobs_module
 from s2t_recipes import records
 from s2t_recipes.evaluation import retention
 from s2t_recipes.evaluation.policies import Policy
 from s2t_recipes.evaluation.rows import make_rows
-from s2t_recipes.paper import jobs as jobs_module
 from s2t_recipes.paper import results, tables
 from s2t_recipes.paper.pair import MAX_FURTHER_RATES, Pair
 from s2t_recipes.paper.pipeline import Pipeline

@@ -18,7 +18,7 @@ from typing import Any
 
 from s2t_recipes.commands import RECIPES, CommandFailed, recipe
 from s2t_recipes.demo import LABELLED_PARTS, check_same_run
-from s2t_recipes.paper.jobs import Job, Jobs, typed
+from s2t_recipes.jobs import Job, Jobs, typed
 from s2t_recipes.records import read_records
 from transformers_s2t import SelectorConfig
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME

@@ -3,9 +3,10 @@
     python recipes/demo.py --model recipes/embedded/student --teacher_model recipes/embedded/teacher \
         --dataset recipes/embedded --output_dir runs/demo
 
-Runs the recipes one after the other, each as the command that a user would type (it is printed). A stage that fails
-stops everything with its own error; every recipe skips what it finished, so the same command goes on where it stopped.
-This file knows which recipe comes when; it does not know what any of them does.
+Plans one job for each command that a user would type (it is printed) and runs them stage by stage. A job that fails
+stops everything with its own error. What is finished is kept: a job with a stamp in OUTPUT_DIR/done is not run again,
+and in a folder without stamps, or where a command changed, every recipe skips what it finished. This file knows which
+recipe comes when; it does not know what any of them does.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from s2t_recipes.commands import RECIPES, recipe
+from s2t_recipes.jobs import Job, JobFailed, Jobs, typed
 from s2t_recipes.models import load_pretrained
-from s2t_recipes.paper.jobs import typed
 from s2t_recipes.problems import PROMPT_SETTINGS, encode_prompts, load_problems, read_template_kwargs
 from s2t_recipes.splits import is_bed, split_command
-from transformers_s2t.config import CALIBRATION_NAME
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
 from transformers_s2t.files import write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
 
@@ -37,115 +38,6 @@ from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserve
 LABELLED_PARTS = ("label", "tuning", "calibration", "test")
 #: Tuning and calibration problems for each label problem, as in the embedded bed.
 HELD_OUT_SHARE = 0.6
-_PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running stages
-
-
-@dataclass
-class Stages:
-    """Counts the stages and runs their commands.
-
-    Args:
-        total: number of stages.
-        env: of the commands.
-        logs: folder for the output of commands that run side by side.
-    """
-
-    total: int
-    env: dict[str, str]
-    logs: Path
-    number: int = 0
-    began: float = field(default_factory=time.monotonic)
-
-    def start(self, title: str) -> None:
-        self.number += 1
-        elapsed = int(time.monotonic() - self.began)
-        print(f"\n[{self.number}/{self.total}] {title}  ({elapsed // 60}:{elapsed % 60:02d} so far)", flush=True)
-
-    def run(self, command: list[str]) -> None:
-        """Runs one command with its output on the terminal."""
-        print(f"$ {typed(command)}", flush=True)
-        code = subprocess.run(executable(command), env=self.env).returncode
-        if code:
-            self.fail(command, code)
-
-    def run_side_by_side(self, commands: dict[str, list[str]], num_parallel: int) -> None:
-        """Runs commands, at most `num_parallel` at a time, with one progress bar; their output goes into `logs`.
-
-        Args:
-            commands: name -> command. A single one gets the terminal.
-            num_parallel: how many at a time.
-        """
-        if num_parallel == 1 or len(commands) == 1:
-            for command in commands.values():
-                self.run(command)
-            return
-        self.logs.mkdir(parents=True, exist_ok=True)
-        for command in commands.values():
-            print(f"$ {typed(command)}", flush=True)
-        env = self.env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        waiting, running = list(commands), {}
-        done = dict.fromkeys(commands, 0.0)
-        layout = "{percentage:3.0f}%|{bar:30}| {elapsed}  {desc}"
-        wait = 0.5 if sys.stderr.isatty() else 5.0
-        shown = 0.0
-        with tqdm(total=len(commands), bar_format=layout) as bar:
-            try:
-                while waiting or running:
-                    while waiting and len(running) < num_parallel:
-                        name = waiting.pop(0)
-                        with open(self.log_of(name), "wb") as log:
-                            running[name] = subprocess.Popen(
-                                executable(commands[name]), env=env, stdout=log, stderr=subprocess.STDOUT
-                            )
-                    time.sleep(0.5)
-                    for name, process in list(running.items()):
-                        code = process.poll()
-                        done[name] = 1.0 if code == 0 else max(done[name], 0.99 * read_progress(self.log_of(name)))
-                        if code is not None:
-                            del running[name]
-                        if code:
-                            bar.close()
-                            print(self.log_of(name).read_bytes().decode(errors="replace")[-3000:], file=sys.stderr)
-                            self.fail(commands[name], code)
-                    shares = "  ".join(f"{name} {100 * share:.0f} %" for name, share in done.items())
-                    bar.set_description_str(shares, refresh=False)
-                    bar.n = sum(done.values())
-                    if time.monotonic() - shown >= wait or not (waiting or running):
-                        shown = time.monotonic()
-                        bar.refresh()
-            finally:
-                for process in running.values():
-                    process.terminate()
-                    process.wait()
-
-    def log_of(self, name: str) -> Path:
-        return self.logs / f"stage{self.number}-{name}.log".replace(" ", "-")
-
-    def fail(self, command: list[str], code: int) -> None:
-        print(
-            f"\nStage {self.number} of {self.total} failed (exit status {code}). To run it alone:\n\n"
-            f"    {typed(command)}\n\nWhat is done is kept: started again, the same command goes on from here.",
-            file=sys.stderr,
-        )
-        sys.exit(code if code > 0 else 1)
-
-
-def executable(command: list[str]) -> list[str]:
-    return [sys.executable, *command]
-
-
-def read_progress(log: Path) -> float:
-    """Share of the longest progress bar in a log, 0 where there is none."""
-    longest, share = 0, 0.0
-    for match in _PROGRESS.finditer(log.read_bytes()):
-        current, total = int(match[1]), int(match[2])
-        if total >= longest and total > 0:
-            longest, share = total, current / total
-    return min(share, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,16 +49,14 @@ def part_sizes(num_train: int, num_test: int) -> dict[str, int]:
     return {"label": num_train, "tuning": held_out, "calibration": held_out, "test": num_test}
 
 
-def make_data(args: argparse.Namespace, data: Path, stages: Stages) -> None:
-    """Writes label, tuning, calibration and test .jsonl into `data`; keeps them where they are there already."""
-    stamp = data / "made-from.json"
-    wanted = {"dataset": args.dataset, "sizes": part_sizes(args.limit_train, args.limit_test), "seed": args.seed}
-    there = all((data / f"{name}.jsonl").is_file() for name in wanted["sizes"])
-    if there and stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
-        print(f"{data} is there already.")
-        return
-    stages.run(split_command(recipe("splits.py"), args.dataset, str(data), wanted["sizes"], args.seed))
-    stamp.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+def check_answers(file: Path) -> None:
+    """Raises a ValueError where problems have no answer."""
+    problems = load_problems(str(file))
+    if unanswered := sum(problem.answer is None for problem in problems):
+        raise ValueError(
+            f"`dataset`: {unanswered} of the {len(problems)} problems of the part test have no answer to check "
+            "generated texts against."
+        )
 
 
 def check_same_run(file: Path, settings: dict) -> None:
@@ -188,7 +78,7 @@ def check_same_run(file: Path, settings: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The stages
+# Arguments
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -274,6 +164,141 @@ def prompt_arguments(args: argparse.Namespace) -> list[str]:
     return arguments + ([] if kwargs is None else ["--chat_template_kwargs", json.dumps(kwargs)])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages
+
+
+class Stage(NamedTuple):
+    """Jobs that may run side by side, and what is looked at when they are finished."""
+
+    title: str
+    jobs: list[Job]
+    then: Callable[[], None] | None = None
+
+
+def is_missing(file: Path) -> bool:
+    return not file.is_file()
+
+
+def print_metrics(adapters: dict[int, Path]) -> None:
+    for seed, adapter in adapters.items():
+        metrics = json.loads((adapter / S2T_CONFIG_NAME).read_text(encoding="utf-8"))["metrics"]
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        print(f"seed {seed}, held-out decision points: {figures}")
+
+
+def plan(args: argparse.Namespace, jobs: Jobs, dtype: list[str]) -> list[Stage]:
+    """Adds the jobs of the demo, and returns them by stages, in the order in which these run.
+
+    Args:
+        args: with `max_new_tokens`, `batch_size`, `chat_template` and `chat_template_kwargs` as they are to be used.
+        jobs: where they are added; its folder is that of the demo.
+        dtype: arguments that name the data type, for the recipes that load a model and are not to choose it.
+
+    Raises:
+        ValueError: see [`prompt_arguments`].
+    """
+    out, bed, chat = jobs.folder, is_bed(args.dataset), prompt_arguments(args)
+    student, teacher = ["--model", args.model], ["--teacher_model", args.teacher_model]
+    length, batch = ["--max_new_tokens", str(args.max_new_tokens)], ["--batch_size", str(args.batch_size)]
+    problems = {part: out / "data" / f"{part}.jsonl" for part in LABELLED_PARTS}
+    sizes = part_sizes(args.limit_train, args.limit_test)
+    command = split_command(recipe("splits.py"), args.dataset, str(out / "data"), sizes, args.seed)
+    data = jobs.add("data", problems["test"], command)
+
+    labelled = {}
+    for part in LABELLED_PARTS:
+        folder = out / "labels" / part
+        command = [recipe("label.py"), *(config_of("label", args) if part == "label" else []), *student, *teacher]
+        command += ["--dataset", str(problems[part]), "--output_dir", str(folder), *length, *batch, *chat, *dtype]
+        labelled[part] = jobs.add(f"labels-{part}", folder, command, (data,))
+    labels = {part: str(job.path) for part, job in labelled.items()}
+
+    adapters = {seed: out / f"adapter-seed{seed}" for seed in range(args.seed, args.seed + args.num_seeds)}
+    fitted = ["--labels", labels["label"], "--eval_labels", labels["tuning"]]
+    reserved = ["--add_reserved_tokens", "true"] if args.add_reserved_tokens else []
+    trained, routed, calibrated = [], [], []
+    for seed, adapter in adapters.items():
+        command = [recipe("train.py"), *config_of("train", args), *student, *dtype, *fitted, *reserved]
+        command += ["--output_dir", str(adapter), "--seed", str(seed)]
+        output, needs = adapter / "trainer_state.json", (labelled["label"], labelled["tuning"])
+        trained.append(jobs.add(f"selector-seed{seed}", output, command, needs, folder=adapter))
+        command = [recipe("train_router.py"), "--adapter", str(adapter), *student, *fitted]
+        command += ["--seed", str(seed), *dtype]
+        needs = (trained[-1], *needs)
+        routed.append(jobs.add(f"router-seed{seed}", adapter / ROUTER_WEIGHTS_NAME, command, needs))
+        command = [recipe("calibrate.py"), "--adapter", str(adapter), *student, *teacher]
+        command += ["--labels", labels["calibration"], *batch, *dtype]
+        output, needs = adapter / CALIBRATION_NAME, (routed[-1], labelled["calibration"])
+        wanted = partial(is_missing, output)  # the one recipe that would not skip what it finished
+        calibrated.append(jobs.add(f"calibration-seed{seed}", output, command, needs, only_if=wanted))
+
+    command = [recipe("eval.py"), *student, *teacher, "--adapters", *map(str, adapters.values())]
+    command += ["--dataset", str(problems["test"]), "--answer_style", "hash" if bed else "auto", *length, *batch]
+    # labels of the part test tell how good the premise is
+    command += ["--label_dirs", *(labels[part] for part in LABELLED_PARTS if part != "test")]
+    command += ["--eval_labels", labels["test"], "--prior_labels", labels["label"]]
+    command += ["--zero_shot_text", "?"] if bed else []
+    command += ["--policies", *args.policies] if args.policies else []
+    command += [*chat, "--output_dir", str(out)]
+    evaluated = jobs.add("evaluation", out / "report.json", command, (data, *labelled.values(), *calibrated))
+    evaluated.again = True  # its records know more than a stamp: the weights, and thresholds calibrated by hand
+    drawn = jobs.add("picture", out / "report.html", [recipe("report.py"), str(out / "report.json")], (evaluated,))
+
+    count = f"{args.num_seeds} selector{'s' if args.num_seeds > 1 else ''}"
+    return [
+        Stage(
+            "Problems: label, tuning, calibration and test, disjoint", [data], partial(check_answers, problems["test"])
+        ),
+        Stage("Labels: the small model writes, the large one scores its candidates", [*labelled.values()]),
+        Stage(f"Training: {count}, one for each seed", trained, partial(print_metrics, adapters)),
+        Stage("Routers: a light head for each selector that says when to ask it, without the large model", routed),
+        Stage("Calibration: fusion weights and thresholds, on problems that training has not seen", calibrated),
+        Stage("Evaluation: the test problems, every policy with the same settings", [evaluated]),
+        Stage("Picture", [drawn]),
+    ]
+
+
+def run_stage(jobs: Jobs, stage: Stage) -> None:
+    """Runs what is missing of a stage: with the terminal one after the other, with logs side by side.
+
+    Raises:
+        JobFailed: where a command failed.
+    """
+    todo = jobs.missing(stage.jobs)
+    if not todo:
+        print("Finished before.")
+    if jobs.num_parallel == 1 or len(stage.jobs) == 1:
+        jobs.run(todo, on_terminal=True, stop=True)
+    else:
+        for job in todo:
+            print(f"$ {typed(job.arguments())}", flush=True)
+        env = jobs.env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        replace(jobs, env=env).run(todo, stop=True)
+    if stage.then is not None:
+        stage.then()
+
+
+def run_stages(jobs: Jobs, stages: list[Stage], began: float) -> None:
+    """Runs stages one after the other; ends the program where a job fails. `began`: what `time.monotonic()` was."""
+    for number, stage in enumerate(stages, 1):
+        print(f"\n[{number}/{len(stages)}] {stage.title}  ({minutes_since(began)} so far)", flush=True)
+        try:
+            run_stage(jobs, stage)
+        except JobFailed as error:
+            print(
+                f"\n{error}\n\nStage {number} of {len(stages)} failed; the command above runs that job alone. "
+                "What is done is kept: started again, the same command goes on from here.",
+                file=sys.stderr,
+            )
+            sys.exit(error.status)
+
+
+def minutes_since(began: float) -> str:
+    elapsed = int(time.monotonic() - began)
+    return f"{elapsed // 60}:{elapsed % 60:02d}"
+
+
 def main() -> None:
     args = parse_arguments()
     import torch
@@ -282,10 +307,10 @@ def main() -> None:
 
     has_gpu = torch.cuda.is_available()
     bed, out = is_bed(args.dataset), Path(args.output_dir)
-    max_new_tokens = str(args.max_new_tokens or (72 if bed else 256))
-    batch_size = str(args.batch_size or (250 if bed else 64))
+    args.max_new_tokens = args.max_new_tokens or (72 if bed else 256)
+    args.batch_size = args.batch_size or (250 if bed else 64)
     num_parallel = args.num_parallel or (1 if has_gpu else min(2, os.cpu_count() or 1))
-    env = dict(os.environ)
+    env = {}
     if all(Path(source).exists() for source in (args.model, args.teacher_model, args.dataset)):
         env["HF_HUB_OFFLINE"] = "1"  # nothing to ask the Hub for
     for name in ("model", "teacher_model"):
@@ -299,16 +324,14 @@ def main() -> None:
         given = getattr(args, f"{stage}_config")
         if given is not None and not Path(given).is_file():
             raise FileNotFoundError(f"`{stage}_config`: {given!r} does not exist.")
-    configs = {stage: config_of(stage, args) for stage in ("train", "label")}
     if args.chat_template is None:
         args.chat_template = tokenizers[0].chat_template is not None
-    if not has_gpu:
-        env.setdefault("OMP_NUM_THREADS", "1" if bed else str(os.cpu_count() or 1))  # tiny models gain nothing
+    if not has_gpu and "OMP_NUM_THREADS" not in os.environ:
+        env["OMP_NUM_THREADS"] = "1" if bed else str(os.cpu_count() or 1)  # tiny models gain nothing
     args.chat_template_kwargs = read_template_kwargs(args.chat_template_kwargs)
-    chat = prompt_arguments(args)
+    jobs = Jobs(out, num_parallel, env, forks=False, keep=True)
+    stages = plan(args, jobs, dtype=[] if has_gpu else ["--dtype", "float32"])
     encode_prompts(tokenizers[0], ["a prompt"], **{name: getattr(args, name) for name in PROMPT_SETTINGS})
-    dtype = [] if has_gpu else ["--dtype", "float32"]
-    stages = Stages(total=7, env=env, logs=out / "logs")
 
     names = (
         "model",
@@ -319,92 +342,13 @@ def main() -> None:
         "label_config",
         *PROMPT_SETTINGS,
         "seed",
+        "max_new_tokens",
     )
-    settings = {name: getattr(args, name) for name in names} | {"max_new_tokens": int(max_new_tokens)}
-    check_same_run(out / "demo.json", settings)
+    check_same_run(out / "demo.json", {name: getattr(args, name) for name in names})
+    began = time.monotonic()
+    run_stages(jobs, stages, began)
 
-    stages.start("Problems: label, tuning, calibration and test, disjoint")
-    make_data(args, out / "data", stages)
-    problems = load_problems(str(out / "data" / "test.jsonl"))
-    if unanswered := sum(problem.answer is None for problem in problems):
-        raise ValueError(
-            f"`dataset`: {unanswered} of the {len(problems)} problems of the part test have no answer to check "
-            "generated texts against."
-        )
-
-    stages.start("Labels: the small model writes, the large one scores its candidates")
-    labels = {part: str(out / "labels" / part) for part in LABELLED_PARTS}
-    fitted = [labels[part] for part in LABELLED_PARTS if part != "test"]  # that of test: how good the premise is
-    stages.run_side_by_side(
-        {
-            part: [recipe("label.py"), *(configs["label"] if part == "label" else [])]
-            + ["--model", args.model, "--teacher_model", args.teacher_model]
-            + ["--dataset", str(out / "data" / f"{part}.jsonl"), "--output_dir", folder]
-            + ["--max_new_tokens", max_new_tokens, "--batch_size", batch_size, *chat, *dtype]
-            for part, folder in labels.items()
-        },
-        num_parallel,
-    )
-
-    stages.start(f"Training: {args.num_seeds} selector{'s' if args.num_seeds > 1 else ''}, one for each seed")
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    adapters = {seed: str(out / f"adapter-seed{seed}") for seed in seeds}
-    stages.run_side_by_side(
-        {
-            f"seed {seed}": [recipe("train.py"), *configs["train"], "--model", args.model, *dtype]
-            + ["--labels", labels["label"], "--eval_labels", labels["tuning"]]
-            + (["--add_reserved_tokens", "true"] if args.add_reserved_tokens else [])
-            + ["--output_dir", adapter, "--seed", str(seed)]
-            for seed, adapter in adapters.items()
-        },
-        num_parallel,
-    )
-    for seed, adapter in adapters.items():
-        metrics = json.loads((Path(adapter) / "s2t_config.json").read_text(encoding="utf-8"))["metrics"]
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        print(f"seed {seed}, held-out decision points: {figures}")
-
-    stages.start("Routers: a light head for each selector that says when to ask it, without the large model")
-    stages.run_side_by_side(
-        {
-            f"seed {seed}": [recipe("train_router.py"), "--adapter", adapter, "--model", args.model]
-            + ["--labels", labels["label"], "--eval_labels", labels["tuning"], "--seed", str(seed), *dtype]
-            for seed, adapter in adapters.items()
-        },
-        num_parallel,
-    )
-
-    calibrated = {seed: (Path(adapter) / CALIBRATION_NAME).is_file() for seed, adapter in adapters.items()}
-    stages.start("Calibration: fusion weights and thresholds, on problems that training has not seen")
-    stages.run_side_by_side(
-        {
-            f"seed {seed}": [recipe("calibrate.py"), "--adapter", adapter, "--model", args.model]
-            + ["--teacher_model", args.teacher_model, "--labels", labels["calibration"]]
-            + ["--batch_size", batch_size, *dtype]
-            for seed, adapter in adapters.items()
-            if not calibrated[seed]
-        },
-        num_parallel,
-    )
-    if all(calibrated.values()):
-        print("The adapters are calibrated already.")
-
-    stages.start("Evaluation: the test problems, every policy with the same settings")
-    stages.run(
-        [recipe("eval.py"), "--model", args.model, "--teacher_model", args.teacher_model]
-        + ["--adapters", *adapters.values(), "--dataset", str(out / "data" / "test.jsonl")]
-        + ["--answer_style", "hash" if bed else "auto", "--max_new_tokens", max_new_tokens]
-        + ["--batch_size", batch_size, "--label_dirs", *fitted, "--eval_labels", labels["test"]]
-        + ["--prior_labels", labels["label"], *(["--zero_shot_text", "?"] if bed else [])]
-        + (["--policies", *args.policies] if args.policies else [])
-        + [*chat, "--output_dir", str(out)]
-    )
-
-    stages.start("Picture")
-    stages.run([recipe("report.py"), str(out / "report.json")])
-
-    elapsed = int(time.monotonic() - stages.began)
-    print(f"\nDone in {elapsed // 60}:{elapsed % 60:02d}. Look at")
+    print(f"\nDone in {minutes_since(began)}. Look at")
     print(f"    {out / 'report.html'}   every problem, token by token, in a browser")
     print(f"    {out / 'report.png'}    the picture")
     print(f"    {out / 'report.json'}   every figure, with its settings")

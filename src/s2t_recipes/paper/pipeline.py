@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from s2t_recipes.commands import recipe
-from s2t_recipes.paper.jobs import Job, Jobs
+from s2t_recipes.jobs import Job, Jobs
 from s2t_recipes.paper.pair import Pair
 from s2t_recipes.paper.sweep import JUDGED_BY, BestTraining, Condition, Sweep, jobs_behind
 from s2t_recipes.splits import split_command

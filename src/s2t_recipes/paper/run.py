@@ -28,8 +28,8 @@ import yaml
 
 from s2t_recipes.commands import RECIPES
 from s2t_recipes.evaluation.rows import versions
+from s2t_recipes.jobs import Jobs
 from s2t_recipes.paper import results
-from s2t_recipes.paper.jobs import Jobs
 from s2t_recipes.paper.pair import Pair, note_pair
 from s2t_recipes.paper.pipeline import Pipeline
 from s2t_recipes.paper.tables import KINDS

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
-from s2t_recipes.paper.jobs import Job
+from s2t_recipes.jobs import Job
 
 
 METHODS = ("s2t-local", "sft", "kd")

@@ -6,7 +6,7 @@ import re
 
 from transformers import AutoTokenizer
 
-from s2t_recipes.paper.jobs import Job
+from s2t_recipes.jobs import Job
 from s2t_recipes.paper.pipeline import Pipeline
 from s2t_recipes.paper.sweep import SAMPLED
 from s2t_recipes.paper.tables.base import Base

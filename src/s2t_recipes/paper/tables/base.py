@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from s2t_recipes.paper.jobs import Job
+from s2t_recipes.jobs import Job
 from s2t_recipes.paper.pipeline import Pipeline
 from s2t_recipes.paper.sweep import SAMPLED, BestTraining, Sweep
 

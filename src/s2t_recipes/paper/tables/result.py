@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from s2t_recipes.estimates import bootstrap_interval
-from s2t_recipes.paper.jobs import Job
+from s2t_recipes.jobs import Job
 from s2t_recipes.paper.sweep import Sweep
 from s2t_recipes.records import read_records
 from s2t_recipes.row_names import label_of

@@ -1,9 +1,8 @@
 """Runs many recipes, each after those whose output it reads, several side by side, and none twice.
 
 A job is one command, as a user would type it. Where it finished, a stamp says so, and it is not run again; a job whose
-command changed, or whose inputs were made anew, is. Commands run in processes that are forked from one that has
-imported the libraries already: with hundreds of short jobs the imports would cost more than the work. Knows nothing of
-what a recipe does.
+command changed, or whose inputs were made anew, is. Output goes into logs, of which the progress of running jobs is
+read. Knows nothing of what a recipe does.
 """
 
 from __future__ import annotations
@@ -12,12 +11,15 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -31,6 +33,7 @@ from transformers_s2t.files import write_json
 #: Imported once, before the first job.
 PRELOAD = ("torch", "transformers", "peft", "datasets", "accelerate", "trl.trainer.sft_trainer")
 PRELOAD += ("transformers_s2t.training.s2t_trainer", "transformers_s2t.calibration.router_training")
+_PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
 
 
 @dataclass(eq=False)
@@ -46,6 +49,7 @@ class Job:
         alone: runs with no other job beside it, because it measures time.
         only_if: asked when what it needs is finished. Where it says no the job is not run, and what needs it does not
             wait for it.
+        again: runs whenever it is asked for, finished or not: its recipe looks at more than its command and inputs.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Job:
     folder: Path | None = None
     alone: bool = False
     only_if: Callable[[], bool] | None = field(default=None, repr=False)
+    again: bool = False
 
     @property
     def path(self) -> Path:
@@ -66,7 +71,26 @@ class Job:
 
 
 class JobFailed(CommandFailed):
-    """A command ended with an error; the message holds the command and the end of its output."""
+    """A command ended with an error; the message holds the command and the end of its log.
+
+    Args:
+        message: what is told.
+        status: exit status for the program that ran the command.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class OwnProcess(subprocess.Popen):
+    """A command in a Python of its own, with the names of a forked process."""
+
+    join = subprocess.Popen.wait
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.poll()
 
 
 @dataclass
@@ -76,13 +100,20 @@ class Jobs:
     Args:
         folder: where stamps and logs go.
         num_parallel: jobs side by side.
-        env: environment variables of the jobs' processes.
+        env: environment variables of the jobs' processes, beside those of this one.
+        forks: fork the processes from one that has imported the libraries already, with `env` as it was in the first
+            run: with hundreds of short jobs the imports would cost more than the work. Otherwise each job is started
+            as a user would, and may have the terminal.
+        keep: leave what a job wrote with another command or other inputs to its recipe, which goes on from it or
+            skips what is finished. Otherwise it is removed before the job runs again.
     """
 
     folder: Path
     num_parallel: int = 1
     env: dict[str, str] = field(default_factory=dict)
     all: dict[str, Job] = field(default_factory=dict)
+    forks: bool = True
+    keep: bool = False
 
     def add(
         self,
@@ -129,6 +160,7 @@ class Jobs:
         stamp = self._read_stamp(job)
         return (
             stamp is not None
+            and not job.again
             and job.output.exists()
             and stamp["command"] == typed(job.arguments())
             and stamp["inputs"] == self._inputs(job)
@@ -143,23 +175,32 @@ class Jobs:
             need.name: None if self._is_left_out(need) else self._read_stamp(need)["finished"] for need in job.needs
         }
 
-    def run(self) -> None:
+    def run(self, asked: Iterable[Job] | None = None, on_terminal: bool = False, stop: bool = False) -> None:
         """Runs what is missing: of the jobs whose inputs are there the one with the longest chain of others behind it,
         so that no such chain is left for the end, when it would keep a single process busy.
 
+        Args:
+            asked: run only these (default: all), each behind what it needs; what they need beside is finished.
+            on_terminal: print each command and leave the terminal to it, without a log; for jobs one after the other.
+            stop: at the first failure, ending what runs beside; otherwise all that does not read it is run.
+
         Raises:
-            JobFailed: at the end, where a command failed; what reads its output was not run, everything else was.
+            JobFailed: where a command failed; at the end, unless `stop`.
+            ValueError: for `on_terminal` with `forks`.
         """
-        todo = self.missing()
+        todo = self.missing(asked)
         chain = chains_behind(todo)
         waiting, running = sorted(todo, key=lambda job: -chain[job]), {}
         failures, behind_failures = [], set()
         if not todo:
             return
-        os.environ.update(self.env)  # of the process that all are forked from, so before it starts
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
-        with tqdm(total=len(todo), unit="job", smoothing=0.05) as bar:
+        if on_terminal and self.forks:
+            raise ValueError("`on_terminal` must be False for jobs that are forked, got True: these only have logs.")
+        if self.forks:
+            os.environ.update(self.env)  # of the process that all are forked from, so before it starts
+            multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+        with progress_bar(len(todo), disable=on_terminal) as bar:
+            shares: dict[Job, float] = {}
             try:
                 while waiting or running:
                     dropped = [job for job in waiting if behind_failures.intersection(job.needs)]
@@ -180,20 +221,28 @@ class Jobs:
                         if job.alone and running:
                             continue
                         waiting.remove(job)
-                        running[job] = (self._start(context, job), time.monotonic())
-                    wait([process.sentinel for process, _ in running.values()])
+                        running[job] = (self._start(job, on_terminal), time.monotonic())
+                    if self.forks:
+                        wait([process.sentinel for process, _ in running.values()], timeout=0.5)
+                    else:
+                        time.sleep(0.1)
                     for job, (process, began) in list(running.items()):
                         if process.exitcode is None:
+                            shares[job] = max(shares.get(job, 0.0), 0.99 * read_progress(self.log_of(job)))
                             continue
                         del running[job]
+                        shares[job] = 1.0
                         try:
                             self._finish(job, process.exitcode, time.monotonic() - began)
                         except JobFailed as error:
+                            if stop:
+                                raise
                             behind_failures.add(job)
                             failures.append(str(error))
-                            bar.write(f"{job.name} failed, see {self.log_of(job)}")
-                        bar.update()
-                    bar.set_postfix_str(", ".join(job.name for job in running), refresh=False)
+                            bar.write(f"{job.name} failed" + (f", see {self.log_of(job)}" if not on_terminal else ""))
+                    beside = ", ".join(f"{job.name} {shares[job]:.0%}" for job in running)
+                    bar.set_postfix_str(beside, refresh=False)
+                    bar.update(sum(shares.values()) - bar.n)
             finally:
                 for process, _ in running.values():
                     process.terminate()
@@ -217,22 +266,32 @@ class Jobs:
         file = self._stamp_of(job)
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def _start(self, context, job: Job):
-        if self._stamp_of(job).is_file():  # what is there was made in another way: nothing of it may be kept
-            remove(job.output)
+    def _start(self, job: Job, on_terminal: bool) -> multiprocessing.process.BaseProcess | OwnProcess:
+        if self._stamp_of(job).is_file():  # what is there was made in another way: nothing of it may be taken for new
+            if not self.keep:
+                remove(job.output)
             self._stamp_of(job).unlink()
-        self.log_of(job).parent.mkdir(parents=True, exist_ok=True)
-        command = job.arguments()
-        self.log_of(job).write_text(f"$ {typed(command)}\n", encoding="utf-8")
-        process = context.Process(target=run_command, args=(command, str(self.log_of(job))))
-        process.start()
-        return process
+        command, log = job.arguments(), self.log_of(job)
+        if on_terminal:
+            log.unlink(missing_ok=True)
+            print(f"$ {typed(command)}", flush=True)
+        else:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(f"$ {typed(command)}\n", encoding="utf-8")
+        if self.forks:
+            process = multiprocessing.get_context("forkserver").Process(target=run_command, args=(command, str(log)))
+            process.start()
+            return process
+        with nullcontext() if on_terminal else open(log, "ab") as output:
+            return OwnProcess([sys.executable, *command], env=os.environ | self.env, stdout=output, stderr=output)
 
     def _finish(self, job: Job, code: int, seconds: float) -> None:
         if code or not job.output.exists():
-            end = self.log_of(job).read_bytes().decode(errors="replace")[-3000:]
             why = f"exit status {code}" if code else f"it wrote no {job.output}"
-            raise JobFailed(f"{end}\n\nFailed ({why}): {typed(job.arguments())}\nLog: {self.log_of(job)}")
+            message, log = f"Failed ({why}): {typed(job.arguments())}", self.log_of(job)
+            if log.is_file():  # else its output was on the terminal
+                message = f"{log.read_bytes().decode(errors='replace')[-3000:]}\n\n{message}\nLog: {log}"
+            raise JobFailed(message, status=max(code, 1))
         stamp = {
             "command": typed(job.arguments()),
             "inputs": self._inputs(job),
@@ -250,6 +309,23 @@ def chains_behind(jobs: list[Job]) -> dict[Job, int]:
             if need in length:
                 length[need] = max(length[need], length[job] + 1)
     return length
+
+
+def progress_bar(total: int, disable: bool) -> tqdm:
+    """One for jobs, of which parts are done; in a file it is written every five seconds."""
+    layout = "{percentage:3.0f}%|{bar:30}| {n:.1f}/{total} jobs [{elapsed}<{remaining}{postfix}]"
+    interval = 0.5 if sys.stderr.isatty() else 5.0
+    return tqdm(total=total, bar_format=layout, smoothing=0, mininterval=interval, miniters=0, disable=disable)
+
+
+def read_progress(log: Path) -> float:
+    """Share of the longest progress bar in a log, 0 where there is none."""
+    longest, share = 0, 0.0
+    for match in _PROGRESS.finditer(log.read_bytes() if log.is_file() else b""):
+        current, total = int(match[1]), int(match[2])
+        if total >= longest and total > 0:
+            longest, share = total, current / total
+    return min(share, 1.0)
 
 
 def run_command(command: list[str], log: str) -> None:
