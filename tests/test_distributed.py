@@ -33,7 +33,7 @@ def run(folder, scope, config=None, *options):
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["world_size"] == num_processes
-    return figures, load_file(folder / "out" / "adapter_model.safetensors")
+    return figures, load_file(folder / "out" / "s2t" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module", params=["candidate", pytest.param("sequence", marks=pytest.mark.slow)])

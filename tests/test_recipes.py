@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import load_dataset
-from huggingface_hub.utils import filter_repo_objects
 from tiny import RESERVED, prompts, tiny_model
+from tiny_hub import TinyHub
 from tiny_labels import tiny_tokenizer
 
 from s2t_recipes.evaluation import agreement
@@ -21,9 +21,9 @@ from s2t_recipes.labeling import label
 from s2t_recipes.training import calibrate, train
 from s2t_recipes.training import router as train_router
 from transformers_s2t import FusionWeights, LocalSelector, S2TDecodingConfig, S2TTrace, SelectorConfig, s2t_generate
-from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, SEEN_PROBLEMS_NAME
 from transformers_s2t.labels.folder import read_labels, shard_files
-from transformers_s2t.labels.seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems
+from transformers_s2t.labels.seen_problems import read_seen_problems
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -256,7 +256,7 @@ def test_a_router_that_is_taken_leaves_the_files_that_training_it_leaves(
         before = dataclasses.replace(SelectorConfig.from_pretrained(adapter), **calibrated)
         before.save_pretrained(adapter)
         assert before.fusion is not None and (adapter / CALIBRATION_NAME).is_file()
-        assert contents(adapter)["adapter_model.safetensors"] != contents(source)["adapter_model.safetensors"]
+        assert contents(adapter)["s2t/adapter_model.safetensors"] != contents(source)["s2t/adapter_model.safetensors"]
     unchanged = contents(source)
     options = ["--labels", str(run["folder"] / "labels" / "train"), "--target", "differs", "--overwrite", "true"]
     run["train_router"].main(["--adapter", str(ways["trained"]), *options])
@@ -463,7 +463,7 @@ def test_one_folder_of_labels_holds_what_is_trained_on_and_what_is_held_out(run,
 
 
 def test_a_trained_folder_is_not_trained_again_unless_asked(run, capsys):
-    weights = run["folder"] / "adapter" / "adapter_model.safetensors"
+    weights = run["folder"] / "adapter" / "s2t" / "adapter_model.safetensors"
     before = weights.stat().st_mtime_ns
     run["train"].main(run["arguments"])
     assert "already holds" in capsys.readouterr().out
@@ -494,20 +494,15 @@ def test_agreement_reports_the_controls_and_refuses_shared_problems(run, tmp_pat
         run["agreement"].main(["--labels", same, "--train_labels", same, *arguments])
 
 
-def test_pushing_uploads_the_calibrated_adapter_without_checkpoints(run, monkeypatch):
-    calls = []
-
-    class FakeApi:
-        def create_repo(self, repo_id, exist_ok):
-            calls.append(("create", repo_id))
-
-        def upload_folder(self, repo_id, folder_path, ignore_patterns):
-            calls.append(("upload", repo_id, folder_path))
-            assert "checkpoint-*" in ignore_patterns
-            pushed = set(filter_repo_objects(os.listdir(folder_path), ignore_patterns=ignore_patterns))
-            assert {"adapter_model.safetensors", "s2t_config.json", "seen_problems.json"} <= pushed
-
-    monkeypatch.setattr(run["calibrate"], "HfApi", FakeApi)
-    adapter, labels = str(run["folder"] / "adapter"), str(run["folder"] / "labels" / "held-out")
-    run["calibrate"].main(["--adapter", adapter, "--labels", labels, "--push_to_hub", "you/selector"])
-    assert calls == [("create", "you/selector"), ("upload", "you/selector", adapter)]
+def test_pushing_uploads_the_calibrated_adapter_and_nothing_else(run, monkeypatch):
+    """A checkpoint and the arguments of a training, which may hold a token, stay here."""
+    adapter, labels = run["folder"] / "adapter", str(run["folder"] / "labels" / "held-out")
+    (adapter / "checkpoint-9").mkdir(exist_ok=True)
+    (adapter / "checkpoint-9" / "s2t_config.json").write_text("{}")
+    assert (adapter / "training_args.bin").is_file()
+    with TinyHub(monkeypatch) as hub:
+        run["calibrate"].main(["--adapter", str(adapter), "--labels", labels, "--push_to_hub", "you/selector"])
+    pushed = hub.files("you/selector")
+    assert {"s2t/adapter_model.safetensors", "s2t_config.json", "seen_problems.json", "README.md"} <= pushed.keys()
+    assert not [name for name in pushed if "checkpoint" in name or "training_args" in name]
+    assert pushed["s2t_config.json"] == (adapter / "s2t_config.json").read_bytes()

@@ -192,7 +192,7 @@ def test_saved_adapter_scores_the_same_after_loading(tmp_path, scope, tied):
         _, scores_BNK, _ = trainer._loss(trainer.data_collator(rows))
     trainer.save_model()
     folder = tmp_path / "out"
-    assert sum(file.stat().st_size for file in folder.glob("adapter_model*")) < 60_000  # rows, never the whole head
+    assert sum(file.stat().st_size for file in folder.rglob("adapter_model*")) < 60_000  # rows, never the whole head
     selector = LocalSelector.from_pretrained(folder, tiny_model(tie_word_embeddings=tied))
     assert selector.selector_config.adapter_scope == scope
     points = score_labels(selector, labels, num_candidates=K, min_prob_ratio=0.0)
@@ -210,7 +210,7 @@ def test_what_is_saved_names_figures_settings_and_how_to_load(tmp_path):
     assert 0 <= config.metrics["agree_at_1"] <= 1
     card = (tmp_path / "out" / "README.md").read_text()
     assert "LocalSelector.from_pretrained" in card and "agree_at_1" in card
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    assert json.loads((tmp_path / "out" / "s2t" / "adapter_config.json").read_text())["r"] == 4
 
 
 def test_long_trajectories_are_cut_into_blocks_with_the_same_figures(tmp_path):
@@ -441,7 +441,9 @@ def test_compiled_layers_train_the_same(tmp_path):
         assert torch.allclose(value, whole[name], atol=1e-5), name
     assert counters["stats"]["unique_graphs"] > 0
     compiled.save_model()
-    assert not any("_orig_mod" in name for name in load_file(tmp_path / "b" / "out" / "adapter_model.safetensors"))
+    assert not any(
+        "_orig_mod" in name for name in load_file(tmp_path / "b" / "out" / "s2t" / "adapter_model.safetensors")
+    )
 
 
 def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):

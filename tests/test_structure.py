@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "transformers_s2t"
 
 #: What stands on nothing but each other.
-GROUND = {"config", "files", "fingerprints", "fusion", "losses", "proposals", "reserved_tokens", "triggers"}
+GROUND = {"config", "files", "fingerprints", "fusion", "losses", "proposals", "reserved_tokens", "selector_card"}
+GROUND |= {"selector_files", "triggers"}
 #: Wing, or a file that belongs to none -> the wings and files that it may import, beside the ground and itself.
 MAY_IMPORT = {
     "models": set(),

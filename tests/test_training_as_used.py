@@ -23,6 +23,7 @@ from transformers_s2t import LocalSelector, S2TConfig, SelectorConfig
 from transformers_s2t.calibration.scored_points import score_labels
 from transformers_s2t.labels.folder import write_header, write_shard
 from transformers_s2t.labels.schema import TrajectoryHeader
+from transformers_s2t.selector_files import ADAPTER_FOLDER
 
 
 PROMPT = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 20, "do_sample": False}
@@ -113,17 +114,18 @@ def test_a_loaded_adapter_that_is_not_trainable_is_refused_by_name(tmp_path):
     trainer = make_trainer(tmp_path, **TWO_STEPS)
     trainer.train()
     trainer.save_model()
-    trainable = PeftModel.from_pretrained(tiny_model(), tmp_path / "out", is_trainable=True)
+    trainable = PeftModel.from_pretrained(tiny_model(), tmp_path / "out" / ADAPTER_FOLDER, is_trainable=True)
     make_trainer(tmp_path / "b", trainable, **TWO_STEPS).train()
     with pytest.raises(ValueError, match="is_trainable=True"):
-        make_trainer(tmp_path / "c", PeftModel.from_pretrained(tiny_model(), tmp_path / "out"))
+        make_trainer(tmp_path / "c", PeftModel.from_pretrained(tiny_model(), tmp_path / "out" / ADAPTER_FOLDER))
 
 
 def test_a_saved_lora_config_can_be_used_again(tmp_path):
     """`save_pretrained` writes inference_mode=true: without a word nothing would be trainable."""
     trainer = make_trainer(tmp_path, **TWO_STEPS)
     trainer.save_model()
-    make_trainer(tmp_path / "b", peft_config=LoraConfig.from_pretrained(tmp_path / "out"), **TWO_STEPS).train()
+    saved = LoraConfig.from_pretrained(tmp_path / "out" / ADAPTER_FOLDER)
+    make_trainer(tmp_path / "b", peft_config=saved, **TWO_STEPS).train()
 
 
 def test_the_rows_that_score_are_those_of_the_head(tmp_path):
@@ -158,7 +160,8 @@ def test_low_precision_keeps_what_is_trained_in_float32(tmp_path, scope, form):
         assert value.dtype == torch.float32 and torch.isfinite(value).all(), name
 
 
-def test_a_saved_adapter_loads_as_any_other(tmp_path):
+def test_the_saved_weights_are_an_adapter_of_peft(tmp_path):
+    """In their own folder, which whoever loads it has to name."""
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     trainer = make_trainer(tmp_path, str(tmp_path / "model"), **TWO_STEPS)
@@ -167,8 +170,9 @@ def test_a_saved_adapter_loads_as_any_other(tmp_path):
     ids = PROMPT["input_ids"]
     trainer.model.eval()
     expected = trainer.views().adapted(input_ids=ids).logits
-    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "elsewhere")(input_ids=ids).logits
-    by_auto = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")(input_ids=ids).logits
+    adapter = tmp_path / "elsewhere" / ADAPTER_FOLDER
+    loaded = PeftModel.from_pretrained(tiny_model(), adapter)(input_ids=ids).logits
+    by_auto = AutoModelForCausalLM.from_pretrained(adapter)(input_ids=ids).logits
     text = slice(0, RESERVED[0])  # the trainer's own head never shows the reserved rows
     assert torch.allclose(loaded[..., text], expected[..., text], atol=1e-5)
     assert torch.allclose(by_auto[..., text], expected[..., text], atol=1e-5)
@@ -411,7 +415,7 @@ def test_every_checkpoint_states_its_own_figures(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
-    files = ("adapter_model.safetensors", "adapter_config.json", "s2t_config.json", "README.md")
+    files = ("s2t/adapter_model.safetensors", "s2t/adapter_config.json", "s2t_config.json", "README.md")
     runs = []
     for i in range(2):
         trainer = make_trainer(tmp_path / str(i), peft_config=lora(lora_dropout=0.1), **TWO_STEPS)

@@ -23,6 +23,7 @@ from s2t_recipes.records import read_records
 from transformers_s2t import SelectorConfig
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
 from transformers_s2t.labels.folder import read_header, read_labels
+from transformers_s2t.selector_files import ADAPTER_WEIGHTS_NAME, adapter_folder
 from trigger_study.names import CALIBRATED, TRIGGERS, bare_rate
 
 
@@ -149,8 +150,8 @@ def prepare_embedded(args: argparse.Namespace) -> tuple[str, list[Path], list[Pa
         run_demo(run, args.num_seeds)
     settings = read_settings(run)
     sources = [run / f"adapter-seed{settings['seed'] + k}" for k in range(args.num_seeds)]
-    files = ("adapter_model.safetensors", ROUTER_WEIGHTS_NAME)
-    weights = [digest_of(source / name) for source in sources for name in files]
+    trained = [(adapter_folder(source) / ADAPTER_WEIGHTS_NAME, source / ROUTER_WEIGHTS_NAME) for source in sources]
+    weights = [digest_of(file) for files in trained for file in files]
     made_with = {"num_calibration": args.num_calibration, "rates": args.rates, "weights": weights}
     check_same_run(work / "made-with.json", made_with)
     write_fresh_problems(work / "calibration.jsonl", run, args.num_calibration, settings["seed"] + 1000)

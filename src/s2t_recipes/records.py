@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from transformers_s2t.files import atomic_write
+from transformers_s2t.selector_files import adapter_folder
 
 
 def fingerprint(source: str) -> str:
@@ -21,7 +22,9 @@ def fingerprint(source: str) -> str:
         return source
     digest = hashlib.sha256()
     suffixes = (".json", ".safetensors", ".bin", ".parquet")
-    for file in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
+    adapter = adapter_folder(folder)
+    files = [*folder.iterdir(), *(adapter.iterdir() if adapter != folder else ())]
+    for file in sorted(path for path in files if path.suffix in suffixes):
         digest.update(file.name.encode())
         stat = file.stat()
         small = stat.st_size < 64_000_000

@@ -5,6 +5,7 @@ This file knows nothing of torch or of models; every other file may import it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from transformers_s2t.files import write_json
 S2T_CONFIG_NAME = "s2t_config.json"
 ROUTER_WEIGHTS_NAME = "s2t_router.safetensors"
 CALIBRATION_NAME = "calibration.json"
+SEEN_PROBLEMS_NAME = "seen_problems.json"
 #: Triggers, what makes each fire, and whether it needs the teacher at every step.
 TRIGGERS = ("always", "never", "entropy", "margin", "router", "kl", "random")
 #: Triggers that compare a value with a threshold.
@@ -160,6 +162,31 @@ class S2TDecodingConfig:
         if self.fusion is not None:
             object.__setattr__(self, "fusion", FusionWeights.from_any(self.fusion))
 
+    @classmethod
+    def from_any(cls, value: S2TDecodingConfig | Mapping[str, Any] | str) -> S2TDecodingConfig:
+        """Accepts an instance, a mapping of field names, or such a mapping as JSON.
+
+        Raises:
+            TypeError: for anything else.
+            ValueError: for JSON that is none, or an unknown field, with the nearest known one.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"The decoding config must be JSON of an S2TDecodingConfig: {error}.") from None
+        if not isinstance(value, Mapping):
+            raise TypeError(f"The decoding config must be an S2TDecodingConfig, a mapping or JSON, got {type(value)}.")
+        legal = [f.name for f in fields(cls)]
+        for name in value:
+            if name not in legal:
+                near = difflib.get_close_matches(str(name), legal, n=1)
+                hint = f", did you mean {near[0]!r}?" if near else "."
+                raise ValueError(f"The decoding config has no field {name!r}{hint} Legal: {', '.join(legal)}.")
+        return cls(**value)
+
     def resolve_threshold(self, thresholds: Mapping[str, Mapping[float, float]] | None) -> float | None:
         """The threshold to use: the one given, else the calibrated one for `target_rate`, else an error.
 
@@ -220,6 +247,8 @@ class SelectorConfig:
         thresholds: trigger -> {target rate: threshold}, written by `recipes/calibrate.py`.
         warmup_tokens (`int`): number of first new tokens that never triggered during calibration.
         fusion ([`FusionWeights`], *optional*): weights that calibration fitted.
+        decoding ([`S2TDecodingConfig`], mapping or JSON, *optional*): how a call selects that says nothing itself,
+            written by `s2t calibrate --deploy`; `None` for every step with a choice.
         router (`str`): fingerprint of the router beside the adapter, "" for none.
         base_model (`str`): name or path of the model that the adapter was trained on.
         teacher_model (`str`): name or path of the teacher that scored the labels.
@@ -237,6 +266,7 @@ class SelectorConfig:
     thresholds: dict[str, dict[float, float]] = field(default_factory=dict)
     warmup_tokens: int = DEFAULT_WARMUP_TOKENS
     fusion: FusionWeights | None = None
+    decoding: S2TDecodingConfig | None = None
     router: str = ""
     base_model: str = ""
     teacher_model: str = ""
@@ -259,6 +289,8 @@ class SelectorConfig:
             raise ValueError("`proposals='adapted'` needs `adapter_scope='sequence'`, got adapter_scope='candidate'.")
         if self.fusion is not None:
             object.__setattr__(self, "fusion", FusionWeights.from_any(self.fusion))
+        if self.decoding is not None:
+            object.__setattr__(self, "decoding", S2TDecodingConfig.from_any(self.decoding))
         table = {
             trigger: {float(rate): float(value) for rate, value in by_rate.items()}
             for trigger, by_rate in self.thresholds.items()
@@ -283,7 +315,7 @@ class SelectorConfig:
             FileNotFoundError: where the folder or repository has none.
             ValueError: where it holds unknown or illegal fields.
         """
-        folder = Path(path)
+        folder = Path(path) / hub_kwargs.get("subfolder", "")
         file = folder / S2T_CONFIG_NAME
         if folder.is_dir() and not file.is_file():
             raise FileNotFoundError(

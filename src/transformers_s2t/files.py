@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+#: A repository of the Hub, as its owner and name.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @contextmanager

@@ -72,6 +72,7 @@ from transformers_s2t.labeling.teachers import CrossTokenizerTeacher, Teacher, a
 from transformers_s2t.labels.folder import done_problem_ids, label_splits, read_labels, shard_files
 from transformers_s2t.labels.schema import CORRECTED_ROLLOUTS, HEADER_NAME, TrajectoryHeader
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids, vocab_hash
+from transformers_s2t.selector_files import ADAPTER_WEIGHTS_NAME, adapter_folder
 
 
 STATS_NAME = "label_stats.json"
@@ -279,7 +280,7 @@ class LabelArguments:
             return {}
         settings = {"trigger": config.trigger, "target_rate": config.target_rate, "threshold": config.threshold}
         if self.adapter is not None:
-            file = Path(self.adapter, "adapter_model.safetensors")
+            file = adapter_folder(self.adapter) / ADAPTER_WEIGHTS_NAME
             if not file.is_file():
                 raise ValueError(f"`adapter` must be the folder of a trained selector, got {self.adapter!r}.")
             settings["adapter"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]

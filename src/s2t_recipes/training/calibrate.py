@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -46,10 +45,11 @@ from transformers_s2t.labels.folder import read_held_out_labels, share_of
 from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.labels.seen_problems import check_unseen, read_seen_problems, write_seen_problems
 from transformers_s2t.reserved_tokens import check_same_vocabulary
+from transformers_s2t.selector_card import with_calibration
+from transformers_s2t.selector_files import push_selector
 
 
 TRIGGERS = ("entropy", "margin", "router", "kl")
-CARD_TITLE = "## Calibration"
 
 
 @dataclass
@@ -243,10 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     print_report(table, measured, fusion, was_seen, len(labels), *counts)
     print(f"\nwritten to {Path(folder) / S2T_CONFIG_NAME}")
     if args.push_to_hub is not None:
-        HfApi().create_repo(args.push_to_hub, exist_ok=True)
-        HfApi().upload_folder(
-            repo_id=args.push_to_hub, folder_path=folder, ignore_patterns=["checkpoint-*", "training_args.bin"]
-        )
+        push_selector(folder, args.push_to_hub, commit_message="Calibrated S2T selector")
         print(f"pushed to {args.push_to_hub}")
 
 
@@ -325,9 +322,8 @@ def card_section(table, measured, num_check: int) -> str:
 def write_card(file: Path, section: str) -> None:
     """Puts the section at the end of a model card, in place of the one of an earlier calibration."""
     card = file.read_text(encoding="utf-8") if file.is_file() else ""
-    card = card.split(f"\n{CARD_TITLE}\n")[0].rstrip()
     with atomic_write(file) as out:
-        out.write(f"{card}\n\n{CARD_TITLE}\n\n{section}".lstrip().encode())
+        out.write(with_calibration(card, section).encode())
 
 
 def print_report(table, measured, fusion, was_seen, num_labels: int, num_fit: int, num_check: int) -> None:

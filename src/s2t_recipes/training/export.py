@@ -18,6 +18,7 @@ from s2t_recipes.adapters import check_model, check_trained_on, merge_adapter
 from s2t_recipes.training.merge import check_new, load_tokenizer, save_checkpoint
 from transformers_s2t import SelectorConfig
 from transformers_s2t.reserved_tokens import resize_for_reserved_tokens
+from transformers_s2t.selector_files import find_adapter
 
 
 def check_exportable(adapter: str, config: SelectorConfig) -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype)
     check_trained_on(model, config)
     resize_for_reserved_tokens(model, max(config.reserved_token_ids) + 1)
-    merged = merge_adapter(model, args.adapter)
+    merged = merge_adapter(model, str(find_adapter(args.adapter).folder))
     suppressed = {*(merged.generation_config.suppress_tokens or ()), *config.reserved_token_ids}
     merged.generation_config.suppress_tokens = sorted(suppressed)
     save_checkpoint(merged, tokenizer, args.output_dir)

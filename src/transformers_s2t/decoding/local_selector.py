@@ -5,23 +5,32 @@ Legend: B rows, A asked rows, K candidates, M appended tokens, T tokens so far, 
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import re
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from transformers_s2t.config import (
     S2TDecodingConfig,
     SelectorConfig,
 )
 from transformers_s2t.decoding.selectors import NextStep, Scores, Selector, name_of
+from transformers_s2t.files import atomic_write
 from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
 from transformers_s2t.model_checks import (
     check_causal_lm,
@@ -36,8 +45,11 @@ from transformers_s2t.models.views import (
     adapted_layers,
     adapter_is_on,
     adapter_state,
+    adapters_in,
     merge_adapter,
+    plain_view,
     switch_adapter,
+    take_out_adapter,
 )
 from transformers_s2t.proposals import Proposals
 from transformers_s2t.reserved_tokens import resize_for_reserved_tokens, vocab_hash
@@ -50,12 +62,23 @@ from transformers_s2t.scoring.candidates import (
     supports_tree,
 )
 from transformers_s2t.scoring.reserved_rows import ReservedRows, bin_logits, candidate_scores
+from transformers_s2t.selector_card import CARD_NAME, selector_card
+from transformers_s2t.selector_files import (
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS_NAME,
+    SelectorFiles,
+    find_adapter,
+    guard,
+    push_selector,
+    write_custom_generate,
+)
 
 
 if TYPE_CHECKING:
     from transformers_s2t.decoding.session import S2TSession
 
 ADAPTER_NAME = "s2t"
+_PEFT_PREFIX = "base_model.model."  # in the names of an adapter's weights
 _TRAINED_ROWS = "trainable_tokens_delta"  # PEFT's name for them, in files as in modules
 MAX_CATCH_UP = 512  # tokens that ride along with candidates under one tree mask; longer texts are fed first
 
@@ -81,6 +104,7 @@ class LocalSelector(Selector):
     """
 
     appends_candidates = True
+    _is_unloaded = False
 
     def __init__(
         self,
@@ -108,6 +132,9 @@ class LocalSelector(Selector):
         switch_adapter(self.model, adapter_name, self.writes_adapted)
         self.can_split = ModelViews(self.model, adapter_name).can_split
         check_reads_in_parts("model", self.model)
+        self.model.save_pretrained = functools.partial(_save_without, self.model, adapter_name)
+        self._files = SelectorFiles()
+        self._trainable: list[torch.nn.Parameter] = []
 
     @classmethod
     def from_pretrained(
@@ -125,16 +152,18 @@ class LocalSelector(Selector):
         Args:
             path: local folder or Hub repository.
             model: the base model that the adapter was trained on; PEFT injects the adapter in place. A model that
-                holds this very adapter already, as `AutoModelForCausalLM.from_pretrained(path)` returns it, is used
-                as it is, and the adapter is switched off for the model's own text.
+                holds this very adapter already is used as it is, and the adapter is switched off for its own text.
             processing_class: the model's tokenizer. It is compared with the one that the labels were made with.
             adapter_name: name inside the model. Loading another adapter under the same name is an error.
             allow_other_model: skip the comparison of the model's weights with those that the adapter was trained on.
-            hub_kwargs: `revision`, `token`, `cache_dir` ... as in `from_pretrained` of transformers.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder` ... as in `from_pretrained` of transformers.
 
         Raises:
-            FileNotFoundError: where the folder or repository holds no `s2t_config.json`.
+            FileNotFoundError: where the folder or repository holds no `s2t_config.json`, or no adapter.
             ValueError: where the name is taken, or the adapter was trained for another model or tokenizer.
+
+        Warns:
+            UserWarning: where the adapter lies where PEFT and transformers would load it by themselves.
         """
         config = SelectorConfig.from_pretrained(path, **hub_kwargs)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -142,36 +171,161 @@ class LocalSelector(Selector):
             raise TypeError(f"`model` must be a loaded causal language model, got {type(model)}.")
         check_causal_lm("model", model)
         check_without_virtual_tokens("model", model)
-        weights = _find_weights(path, hub_kwargs)
-        _check_fits(base, path, weights, config)
+        place = find_adapter(path, **hub_kwargs)
+        if not place.is_guarded:
+            warnings.warn(
+                f"The adapter in {str(path)!r} lies where PEFT and transformers load it as an ordinary one, which "
+                "ruins the text without an error. `selector.save_pretrained(folder)` writes it where they do not.",
+                stacklevel=2,
+            )
+        _check_fits(base, path, place.weights, config)
         _check_trained_on(base, path, config, allow_other_model)
         if processing_class is not None:
             _check_vocabulary(config, processing_class)
         router = None
         if config.router:  # trained on the same base model, which was compared above
             router = Router.from_pretrained(path, base, expected=config.router, allow_other_model=True, **hub_kwargs)
-        if held := _held_as(base, weights):
-            return cls(base, config, held, router)
+        files = SelectorFiles.read(path, processing_class, **hub_kwargs)
+        if held := _held_as(base, place.weights):
+            selector = cls(base, config, held, router)
+            selector._files = files
+            return selector
         if adapter_name in _adapter_names(model, base):
             raise ValueError(
                 f"`model` already holds an adapter named {adapter_name!r}; pass another `adapter_name` or a new model."
             )
         state, training = adapter_state(base), base.training
+        trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
         resize_for_reserved_tokens(base, max(config.reserved_token_ids) + 1)
         try:
             try:
                 with without_peft_warnings():
                     if isinstance(model, PeftModel):
-                        model.load_adapter(str(path), adapter_name=adapter_name, **hub_kwargs)
+                        model.load_adapter(str(place.folder), adapter_name=adapter_name)
                     else:
-                        model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, **hub_kwargs)
+                        model = PeftModel.from_pretrained(model, str(place.folder), adapter_name=adapter_name)
                 model.train(training)
             finally:
                 switch_adapter(base, adapter_name, False, state)
         except BaseException:  # off also where it is half loaded; an interrupt may have hit the line above
             switch_adapter(base, adapter_name, False, state)
             raise
-        return cls(model, config, adapter_name, router)
+        selector = cls(model, config, adapter_name, router)
+        selector._files, selector._trainable = files, trainable
+        return selector
+
+    def unload(self) -> PreTrainedModel:
+        """Takes the adapter out of the model, and returns the model as it was before. The selector is of no use then.
+
+        Embeddings and head keep rows that were added for reserved tokens; text never shows them.
+
+        Raises:
+            ValueError: where the adapter is merged into the weights.
+        """
+        take_out_adapter(self.model, self.adapter_name)
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        configs = getattr(self.model, "peft_config", {})
+        configs.pop(self.adapter_name, None)
+        if not configs and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+            self.model._hf_peft_config_loaded = False
+        self.model.__dict__.pop("save_pretrained", None)
+        self._is_unloaded = True
+        return self.model
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        include_base: bool = False,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **card: Any,
+    ) -> Path:
+        """Writes the selector into a folder that [`from_pretrained`] reads and everything else refuses.
+
+        Thresholds and fusion weights are written as they are now; router, calibration, tokenizer and the ids of seen
+        problems as they were loaded.
+
+        Args:
+            folder: made where need be.
+            include_base: write the base model too, as a checkpoint that any program loads and that writes the base
+                model's text, and, with `trust_remote_code=True`, selects.
+            processing_class: the tokenizer to write, by default the one that was loaded.
+            card: arguments of [`selector_card`]: `license`, `language`, `tags`, `datasets`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: where the adapter is merged, or `include_base` would not write the base model.
+        """
+        return self._write(Path(folder), Path(folder).resolve().name, include_base, processing_class, card)
+
+    def _write(
+        self,
+        folder: Path,
+        repository: str,
+        include_base: bool,
+        processing_class: PreTrainedTokenizerBase | None,
+        card: dict[str, Any],
+    ) -> Path:
+        if self._is_unloaded or (self.writes_adapted and not adapted_layers(self.model, self.adapter_name)):
+            raise ValueError("The adapter is no longer in the model (`merge` or `unload` took it out): load it again.")
+        tokenizer = processing_class or self._files.processing_class
+        peft_config = copy.deepcopy(self.model.peft_config[self.adapter_name])
+        peft_config.inference_mode = True
+        state = get_peft_model_state_dict(self.model, adapter_name=self.adapter_name, save_embedding_layers=False)
+        state = {f"{_PEFT_PREFIX}{name}": tensor.contiguous().cpu() for name, tensor in state.items()}
+        if include_base:
+            self.model.save_pretrained(folder)
+        adapter = folder / ADAPTER_FOLDER
+        with atomic_write(adapter / ADAPTER_WEIGHTS_NAME) as out:
+            out.write(save(state, metadata={"format": "pt"}))
+        peft_config.save_pretrained(str(adapter))
+        router = self.selector_config.router if self.router is None else self.router.save_pretrained(folder)
+        config = replace(self.selector_config, thresholds=self.thresholds, fusion=self.fusion, router=router)
+        self._files.write(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_custom_generate(folder)
+        if not include_base:
+            guard(folder)
+        config.save_pretrained(folder)
+        card = {"calibration": self._files.calibration, "include_base": include_base} | card
+        (folder / CARD_NAME).write_text(selector_card(config, repository, **card), encoding="utf-8")
+        return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload S2T selector",
+        include_base: bool = False,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **card: Any,
+    ) -> CommitInfo:
+        """Uploads what [`save_pretrained`] writes to the Hub, and nothing else.
+
+        Args:
+            repo_id: "you/name"; made where there is none.
+            private: whether a new repository is private; `None` for the organization's default.
+            token: of the Hub, with write access; `None` for the one that was stored by `hf auth login`.
+            revision: branch.
+            commit_message: of the upload.
+            include_base, processing_class, card: as in [`save_pretrained`].
+
+        Raises:
+            ValueError: as [`save_pretrained`].
+            HfHubHTTPError: where the Hub refuses.
+        """
+        settings = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(Path(folder), repo_id, include_base, processing_class, card)
+            return push_selector(folder, repo_id, **settings)
 
     def merge(self) -> LocalSelector:
         """Merges the adapter into the model, so that a step costs what it costs without one. Returns the selector.
@@ -194,7 +348,9 @@ class LocalSelector(Selector):
     @property
     def config(self) -> S2TDecodingConfig:
         names = ("num_candidates", "min_prob_ratio", "warmup_tokens")
-        return S2TDecodingConfig(**{name: getattr(self.selector_config, name) for name in names})
+        deployed = self.selector_config.decoding or S2TDecodingConfig()
+        open_fields = [name for name in names if getattr(deployed, name) is None]
+        return replace(deployed, **{name: getattr(self.selector_config, name) for name in open_fields})
 
     def check_tokenizer(self, processing_class: PreTrainedTokenizerBase) -> None:
         _check_vocabulary(self.selector_config, processing_class)
@@ -231,6 +387,8 @@ class LocalSelector(Selector):
         model: PreTrainedModel | None = None,
         watches: Mapping[int, Callable[[torch.Tensor], None]] | None = None,
     ) -> ModelViews:
+        if self._is_unloaded:
+            raise ValueError("This selector's adapter was taken out of the model (`unload`): load it again.")
         return ModelViews(self.model, self.adapter_name, watches)
 
     def writer(self, views: ModelViews) -> PreTrainedModel:
@@ -348,16 +506,18 @@ class LocalSelector(Selector):
         return Scores(self.read_scores(hidden_AKD).to(ids_BM.device), advance)
 
 
-def _find_weights(path: str | os.PathLike, hub_kwargs: dict) -> str:
-    """The adapter's file of weights.
+def _save_without(model: PreTrainedModel, adapter_name: str, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    """`model.save_pretrained` while the adapter is in it: a checkpoint of the base model, without the adapter.
 
     Raises:
-        FileNotFoundError: where the folder or repository holds none.
+        ValueError: see [`plain_view`].
     """
-    file = cached_file(str(path), SAFETENSORS_WEIGHTS_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        raise FileNotFoundError(f"{str(path)!r} holds no {SAFETENSORS_WEIGHTS_NAME}: the adapter itself is missing.")
-    return file
+    held = {name for module in model.modules() if isinstance(module, BaseTunerLayer) for name in adapters_in(module)}
+    if held - {adapter_name} and getattr(model, "_hf_peft_config_loaded", False):  # writes the active one alone
+        return type(model).save_pretrained(model, save_directory, **kwargs)
+    plain = plain_view(model, adapter_name)
+    plain._hf_peft_config_loaded = False
+    return type(model).save_pretrained(plain, save_directory, **kwargs)
 
 
 def _check_fits(base: PreTrainedModel, path: str | os.PathLike, weights: str, config: SelectorConfig) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -93,17 +93,16 @@ class Selector:
             warmup_tokens=DEFAULT_WARMUP_TOKENS,
         )
 
-    def resolve_config(self, config: S2TDecodingConfig | None) -> S2TDecodingConfig:
+    def resolve_config(self, config: S2TDecodingConfig | Mapping[str, Any] | str | None) -> S2TDecodingConfig:
         """The config given, with what it leaves open filled in from this selector's defaults.
 
         Raises:
-            TypeError: where it is no [`S2TDecodingConfig`].
+            TypeError, ValueError: see [`S2TDecodingConfig.from_any`].
         """
         own = self.config
         if config is None:
             return own
-        if not isinstance(config, S2TDecodingConfig):
-            raise TypeError(f"The decoding config must be an S2TDecodingConfig, got {type(config)}.")
+        config = S2TDecodingConfig.from_any(config)
         names = ("num_candidates", "min_prob_ratio", "warmup_tokens")
         return replace(config, **{name: getattr(own, name) for name in names if getattr(config, name) is None})
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, get_dataset_split_names, load_dataset
 
 from transformers_s2t.config import check_choice
-from transformers_s2t.files import atomic_write, write_json
+from transformers_s2t.files import HUB_ID, atomic_write, write_json
 from transformers_s2t.labels.schema import FEATURES, HEADER_NAME, TrajectoryHeader, check_columns, validate_row
 
 
@@ -25,7 +25,6 @@ CARD_NAME = "README.md"
 SPLITS = ("train", "validation")
 _SHARD = re.compile(r"(train|validation)-(\d{5,})\.parquet")
 #: Form of the name of a repository on the Hub.
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def card_metadata(splits: Sequence[str]) -> str:

@@ -12,11 +12,10 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from transformers_s2t.config import check_choice
+from transformers_s2t.config import SEEN_PROBLEMS_NAME, check_choice
 from transformers_s2t.files import write_json
 
 
-SEEN_PROBLEMS_NAME = "seen_problems.json"
 #: Stages that use problems: training the adapter, choosing among checkpoints and settings, a router, calibration.
 STAGES = ("training", "tuning", "router", "calibration")
 

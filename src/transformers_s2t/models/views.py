@@ -375,6 +375,67 @@ def merge_adapter(model: nn.Module, adapter_name: str) -> None:
         parent._modules[name] = layer.base_layer
 
 
+def take_out_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Takes an adapter, and layers that hold no other one, out of a model, whose own weights stay as they are.
+
+    Raises:
+        ValueError: where it is merged into the weights.
+    """
+    places = [place for place in _places(model) if _holds_adapter(place[2], adapter_name)]
+    for _, _, layer in places:
+        if isinstance(layer, BaseTunerLayer) and adapter_name in layer.merged_adapters:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is merged into the model's weights: `unmerge_adapter()` first."
+            )
+    for parent, name, layer in places:
+        if adapters_in(layer) == {adapter_name}:
+            parent._modules[name] = _without(layer, adapter_name)
+            continue
+        for part in _parts(layer):
+            if adapter_name in part:
+                del part[adapter_name]
+        layer._active_adapter = [active for active in _names(layer._active_adapter) if active != adapter_name]
+
+
+def plain_view(model: PreTrainedModel, adapter_name: str) -> PreTrainedModel:
+    """A view of a model as it was before an adapter came, with the names that its weights had.
+
+    Raises:
+        ValueError: where the adapter writes the text or is merged, or other adapters lie in the same model.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    held = set().union(*map(adapters_in, layers))
+    if held - {adapter_name}:
+        raise ValueError(
+            f"The model holds the adapters {sorted(held)}, and with them its weights have other names: save them "
+            "through their PeftModel, or merge them first (`merge_and_unload`)."
+        )
+    if adapter_is_on(model, adapter_name) or any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(
+            f"The adapter {adapter_name!r} writes this model's text, which a checkpoint of the base model would not "
+            "do: merge it first (`LocalSelector.merge()`), or use `s2t export`."
+        )
+    return make_view(model, {id(layer): _without(layer, adapter_name) for layer in layers}, own=[model])
+
+
+def adapters_in(layer: nn.Module) -> set[str]:
+    """Names of the adapters in a layer of PEFT."""
+    return {name for part in _parts(layer) for name in part}
+
+
+def _parts(layer: nn.Module) -> list[Any]:
+    """What a layer of PEFT has for each adapter: mappings from their names."""
+    names = (*layer.adapter_layer_names, *layer.other_param_names)
+    return [functools.reduce(lambda held, part: getattr(held, part, {}), name.split("."), layer) for name in names]
+
+
+def _without(layer: nn.Module, adapter_name: str) -> nn.Module:
+    """The model's own module in a layer of PEFT, or in a layer in such a layer."""
+    while _holds_adapter(layer, adapter_name):
+        layer = layer.original_module if isinstance(layer, AuxiliaryTrainingWrapper) else layer.base_layer
+    return layer
+
+
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Every module of a model as (parent, name in it, module)."""
     for parent in model.modules():
@@ -385,10 +446,7 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 def _holds_adapter(layer: nn.Module, adapter_name: str) -> bool:
     if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         return False
-    for name in layer.adapter_layer_names + layer.other_param_names:
-        if adapter_name in functools.reduce(lambda held, part: getattr(held, part, ()), name.split("."), layer):
-            return True
-    return False
+    return adapter_name in adapters_in(layer)
 
 
 def _names(active: str | list[str]) -> list[str]:

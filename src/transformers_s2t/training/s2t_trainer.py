@@ -8,6 +8,7 @@ Legend: B trajectories, T tokens, N decision points, K candidates, M packed cand
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import os
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -32,17 +34,22 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import find_adapter_config_file
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.utils import PushInProgress, find_adapter_config_file
 
 from transformers_s2t import losses
-from transformers_s2t.config import CALIBRATION_NAME, DEFAULT_NUM_CANDIDATES, ROUTER_WEIGHTS_NAME, SelectorConfig
+from transformers_s2t.config import (
+    CALIBRATION_NAME,
+    DEFAULT_NUM_CANDIDATES,
+    ROUTER_WEIGHTS_NAME,
+    SEEN_PROBLEMS_NAME,
+    SelectorConfig,
+)
 from transformers_s2t.fingerprints import model_hash
 from transformers_s2t.fusion import cross_fitted_choice
 from transformers_s2t.labels.collator import TrajectoryCollator
-from transformers_s2t.labels.folder import HUB_ID
 from transformers_s2t.labels.schema import TrajectoryHeader
-from transformers_s2t.labels.seen_problems import SEEN_PROBLEMS_NAME, read_seen_problems, write_seen_problems
+from transformers_s2t.labels.seen_problems import read_seen_problems, write_seen_problems
 from transformers_s2t.model_checks import check_causal_lm, check_without_virtual_tokens
 from transformers_s2t.models.forwards import text_logits
 from transformers_s2t.models.shared_prefix import is_random, runs_alone
@@ -51,6 +58,14 @@ from transformers_s2t.models.views import ModelViews, get_decoder, switch_adapte
 from transformers_s2t.reserved_tokens import vocab_hash
 from transformers_s2t.scoring.packing import PackedPoints, packed_hidden, supports_packing, warn_without_tree
 from transformers_s2t.scoring.reserved_rows import ReservedRows, bin_logits, candidate_scores, valid_candidates
+from transformers_s2t.selector_card import CARD_NAME, selector_card
+from transformers_s2t.selector_files import (
+    ADAPTER_FOLDER,
+    adapter_folder,
+    guard,
+    push_selector,
+    write_custom_generate,
+)
 from transformers_s2t.training.attach import attach_adapter, whole_weights
 from transformers_s2t.training.blocks import cut_to_blocks, text_mask
 from transformers_s2t.training.label_checks import (
@@ -533,9 +548,21 @@ class S2TTrainer(Trainer):
         self._row_metrics["train"].clear()  # what an earlier training has counted in its last steps
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(self._weights_of(resume_from_checkpoint), model)
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        checkpoint = self.state.best_model_checkpoint
+        try:
+            self.state.best_model_checkpoint = self._weights_of(checkpoint)
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = checkpoint
         self._holds_best = True
+
+    def _weights_of(self, checkpoint: str) -> str:
+        """Where `Trainer` is to look for a checkpoint's weights: FSDP has its own files at the top."""
+        return checkpoint if self.is_fsdp_enabled else str(adapter_folder(checkpoint))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As in `Trainer`, without the reserved rows: decay would pull them to zero, not to where they started."""
@@ -595,15 +622,19 @@ class S2TTrainer(Trainer):
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
         name = self.adapter_name
-        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, selected_adapters=[name])
-        if name != "default":  # PEFT gives it a folder of its own, where neither `Trainer` nor `LocalSelector` looks
-            for file in (folder / name).glob("adapter_*"):
-                file.replace(folder / file.name)
-            shutil.rmtree(folder / name)
+        inner = folder / ADAPTER_FOLDER
+        model.save_pretrained(inner, state_dict=state_dict, save_embedding_layers=False, selected_adapters=[name])
+        (inner / CARD_NAME).unlink(missing_ok=True)  # PEFT's card says how to load an ordinary adapter
+        if name != "default":  # PEFT gives it a folder of its own
+            for file in (inner / name).glob("adapter_*"):
+                file.replace(inner / file.name)
+            shutil.rmtree(inner / name)
+        guard(folder)
         self._save_beside_adapter(folder)
         self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
-        (folder / "README.md").write_text(self._card(folder), encoding="utf-8")
+        write_custom_generate(folder)
+        torch.save(_without_secrets(self.args), folder / "training_args.bin")
+        (folder / CARD_NAME).write_text(self._card(folder), encoding="utf-8")
 
     def _save_beside_adapter(self, folder: Path) -> None:
         """Writes `s2t_config.json` and `seen_problems.json`, and removes router and calibration of earlier weights."""
@@ -613,61 +644,112 @@ class S2TTrainer(Trainer):
             write_seen_problems(folder, stage, ids)
         self.selector_config().save_pretrained(folder)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in `Trainer`, with the selector's files beside the adapter, so that every pushed state can be loaded."""
-        if self.is_world_process_zero():
-            self._save_beside_adapter(Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """As in `Trainer`; of `output_dir` only what belongs to the selector is uploaded (`PUBLISHED`).
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the model card with the held-out figures into `output_dir`."""
+        Args:
+            kwargs: for [`create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        where = {"token": token, "revision": revision, "private": private}
+        return self._push(self.args.output_dir, commit_message, run_as_future=not blocking, **where)
+
+    def _push(
+        self,
+        folder: str,
+        commit_message: str | None,
+        run_as_future: bool,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ):
+        return push_selector(
+            folder,
+            self.hub_model_id,
+            private=self.args.hub_private_repo if private is None else private,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            run_as_future=run_as_future,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in `Trainer`. A checkpoint holds all of a selector's files, so every pushed state can be loaded."""
+        strategy, running = self.args.hub_strategy, self.push_in_progress
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and running is not None and not running.is_done():
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._push(checkpoint_folder, message, run_as_future=True)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            upload = HfApi(token=self.args.hub_token).upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=checkpoint_folder,
+                path_in_repo=name,
+                commit_message=f"{message}, checkpoint",
+                revision=self.args.hub_revision,
+                ignore_patterns=["training_args.bin"],
+                run_as_future=True,
+            )
+            jobs.append(upload)
+        if running is None or running.is_done():
+            self.push_in_progress = PushInProgress(jobs)
+        else:
+            running.jobs.extend(jobs)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        **unused: Any,
+    ) -> None:
+        """Writes the model card with the held-out figures into `output_dir`.
+
+        Args:
+            model_name: title, by default the name of the repository or folder.
+            dataset_name: Hub ids of the labels.
+            tags: beside those that every selector has.
+            language, license: metadata for the Hub.
+            unused: what `Trainer` takes beside.
+        """
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
-            (folder / "README.md").write_text(self._card(folder), encoding="utf-8")
+            card = {"language": language, "license": license, "tags": tags or (), "datasets": dataset_name or ()}
+            (folder / CARD_NAME).write_text(self._card(folder, model_name=model_name, **card), encoding="utf-8")
 
-    def _card(self, folder: Path) -> str:
-        config = self.selector_config()
-        base = config.base_model or "the base model"
-        tags = "\n".join(f"- {tag}" for tag in (*self._tag_names, "lora"))
-        is_hub_id = HUB_ID.fullmatch(base) and not os.path.exists(base)
-        hub_base = f"base_model: {base}\n" if is_hub_id else ""
+    def _card(self, folder: Path, **card: Any) -> str:
         repository = self.hub_model_id or self.args.hub_model_id or folder.resolve().name
-        rows = "\n".join(f"| {key} | {value:.3f} |" for key, value in config.metrics.items())
-        figures = (
-            "Agreement with the teacher's best candidate at held-out decision points (Agree@1), and the controls:\n\n"
-            f"| figure | value |\n|---|---|\n{rows}\n"
-            if rows
-            else "No held-out figures were measured (pass `eval_dataset`).\n"
-        )
-        return f"""---
-library_name: peft
-{hub_base}pipeline_tag: text-generation
-tags:
-{tags}
----
+        return selector_card(self.selector_config(), repository, **card)
 
-# {repository.split("/")[-1]}
 
-An S2T-Local selector for `{os.path.basename(base)}`: at uncertain tokens the model chooses among its own proposals
-the one that {os.path.basename(config.teacher_model) or "a larger model"} would choose, without that model at
-inference ([Select to Think](https://arxiv.org/abs/2604.26940)). The text itself is written by the
-{"base model" if config.proposals == "base" else "adapted model"}.
-
-```python
-from transformers_s2t import S2T, LocalSelector, s2t_generate
-
-selector = LocalSelector.from_pretrained("{repository}", model)
-model.generate(**inputs, logits_processor=S2T(selector))
-model.generate(**inputs, custom_generate=s2t_generate, selector=selector)  # faster, the same tokens in float32
-```
-
-Load it through `LocalSelector`, not as an ordinary LoRA adapter: adapter scope "{config.adapter_scope}", proposals
-"{config.proposals}", {len(config.reserved_token_ids)} reserved tokens, {config.num_candidates} candidates
-(`s2t_config.json`).
-
-## Figures
-
-{figures}"""
+def _without_secrets(args: S2TConfig) -> S2TConfig:
+    """The arguments for `training_args.bin`, without tokens of the Hub."""
+    clean = copy.copy(args)
+    clean.hub_token = None
+    secrets = {"token", "use_auth_token", "hub_token"}
+    clean.model_init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k not in secrets} or None
+    return clean
 
 
 class _HeldOutPoints(NamedTuple):
