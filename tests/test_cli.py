@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny import EOS, PAD, RESERVED, disagreeing_pair, lora_model, prompts, tiny_model
+from tiny import EOS, PAD, RESERVED, disagreeing_pair, lora_model, make_selector, prompts, tiny_model
 from tiny_labels import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import get_peft_config
@@ -198,13 +198,12 @@ def test_lazy_names_are_listed():
 
 @pytest.mark.parametrize("as_peft_model", [False, True])
 def test_loading_a_selector_warns_of_nothing(tmp_path, as_peft_model):
-    lora_model(tiny_model(), name="default").save_pretrained(tmp_path)
-    SelectorConfig(RESERVED).save_pretrained(tmp_path)
+    make_selector(tiny_model()).save_pretrained(tmp_path)
     model = tiny_model()
     if as_peft_model:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = lora_model(model, name="mine")
+            model = lora_model(model, seed=2, name="mine")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LocalSelector.from_pretrained(tmp_path, model)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import EOS, RESERVED, tiny_model
+from tiny_hub import TinyHub
 from tiny_labels import NUM_CANDIDATES as K
 from tiny_labels import make_labels, make_uneven_labels, tiny_tokenizer
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -566,21 +566,31 @@ def test_eos_is_a_candidate_like_any_other(tmp_path):
     assert torch.isfinite(trainer._loss(trainer.data_collator([trainer.train_dataset[0]]))[0])
 
 
-def test_push_to_hub_uploads_adapter_config_and_card(tmp_path, monkeypatch):
-    """Without a network: what `Trainer.push_to_hub` hands to the Hub client."""
-    import transformers.trainer
-
-    trainer = make_trainer(tmp_path, hub_model_id="you/selector")
-    trainer.evaluate()
-    uploads = []
-    hub = SimpleNamespace(upload_folder=lambda **kwargs: uploads.append(kwargs))
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *args, **kwargs: hub)
-    monkeypatch.setattr(trainer, "init_hf_repo", lambda **kwargs: setattr(trainer, "hub_model_id", "you/selector"))
-    trainer.push_to_hub()
-    assert uploads[0]["repo_id"] == "you/selector"
-    files = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "s2t_config.json", "README.md"} <= files
-    assert 'LocalSelector.from_pretrained("you/selector", model)' in (tmp_path / "out" / "README.md").read_text()
+def test_what_training_pushes_is_the_selector_without_secrets(tmp_path, monkeypatch):
+    """At the end, at every save, and the checkpoint itself; the arguments of a training hold tokens."""
+    settings = {"push_to_hub": True, "hub_model_id": "you/selector", "hub_token": "hf_abc", "hub_always_push": True}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "checkpoint", "max_steps": 2}
+    with TinyHub(monkeypatch) as hub:
+        trainer = make_trainer(tmp_path, **settings)
+        trainer.train()
+        trainer._finish_current_push()
+        during = hub.files("you/selector")
+        trainer.push_to_hub(model_name="A name", dataset_name="you/labels", tags="math", license="mit", language="en")
+        loaded = LocalSelector.from_pretrained("you/selector", tiny_model())
+    pushed = hub.files("you/selector")
+    assert hub.tokens == {"hf_abc"} and loaded.selector_config.reserved_token_ids == RESERVED
+    selector = {"s2t/adapter_model.safetensors", "adapter_config.json", "s2t_config.json", "README.md"}
+    assert selector <= during.keys() and selector <= pushed.keys()
+    beside = {name for name in pushed if name.startswith("last-checkpoint/")}
+    assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= beside
+    assert not [
+        name for name in pushed if name.endswith("training_args.bin") or "checkpoint-" in name.split("/")[0][5:]
+    ]
+    assert not [name for name, data in pushed.items() if b"hf_abc" in data]
+    assert b"hf_abc" not in (tmp_path / "out" / "training_args.bin").read_bytes()
+    card = pushed["README.md"].decode()
+    assert 'LocalSelector.from_pretrained("you/selector", model)' in card and "# A name" in card
+    assert all(line in card for line in ("license: mit", "- en", "- math", "- you/labels"))
 
 
 def test_the_seed_decides_the_adapter_and_nothing_else_does(tmp_path):

@@ -6,7 +6,6 @@ import json
 import pickle
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_s2t_trainer import make_trainer, randomise, spoil, trained
 from tiny import RESERVED, tiny_model
+from tiny_hub import TinyHub
 from tiny_labels import NUM_CANDIDATES as K
 from tiny_labels import make_labels, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -445,17 +445,15 @@ def test_a_card_names_no_folder_of_this_machine(tmp_path):
 
 def test_a_stopped_run_that_pushed_a_checkpoint_goes_on(tmp_path, monkeypatch):
     """recipes/train.py takes `s2t_config.json` in `output_dir` for the sign that all is done."""
-    import transformers.trainer
-
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    trainer = make_trainer(tmp_path, str(tmp_path / "model"), save_strategy="steps", save_steps=1, **TWO_STEPS)
-    trainer.train()
-    hub = SimpleNamespace(upload_folder=lambda **kwargs: SimpleNamespace(done=lambda: True))
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *args, **kwargs: hub)
-    trainer.hub_model_id, trainer.push_in_progress, trainer.args.hub_strategy = "you/selector", None, "every_save"
-    trainer._push_from_checkpoint(str(tmp_path / "out" / "checkpoint-1"))
-    assert {"s2t_config.json", "seen_problems.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    settings = {"push_to_hub": True, "hub_model_id": "you/selector", "hub_token": "hf_abc"}
+    with TinyHub(monkeypatch) as hub:
+        settings |= {"save_strategy": "steps", "save_steps": 1, **TWO_STEPS}
+        trainer = make_trainer(tmp_path, str(tmp_path / "model"), **settings)
+        trainer.train()
+        trainer._finish_current_push()
+    assert {"s2t_config.json", "seen_problems.json"} <= hub.files("you/selector").keys()
     options = {"model": tmp_path / "model", "labels": folder_of_labels(tmp_path / "labels"), "num_candidates": K}
     options |= {"output_dir": tmp_path / "out", "use_cpu": "true", "dtype": "float32", "min_prob_ratio": 0}
     prepared = train.prepare([part for name, value in options.items() for part in (f"--{name}", str(value))])
