@@ -6,11 +6,13 @@ the model in the first call and kept as long as the model is.
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
 
 from transformers_s2t.config import S2TDecodingConfig
 from transformers_s2t.decoding.call import running_calls
@@ -60,6 +62,30 @@ def generate(
         trace=trace,
         **kwargs,
     )
+
+
+def _guard_continuous_batching() -> None:
+    """Makes continuous batching refuse a checkpoint that decodes with S2T by itself.
+
+    It never calls `generate`, so it would return the base model's text without a word.
+    """
+    owner = next(kind for kind in GenerationMixin.__mro__ if "init_continuous_batching" in vars(kind))
+    init_continuous_batching = owner.init_continuous_batching
+
+    @functools.wraps(init_continuous_batching)
+    def guarded(self, *args, **kwargs):
+        own = vars(self).get("generate")
+        if isinstance(own, functools.partial) and own.func is generate:
+            raise ValueError(
+                "This checkpoint decodes with S2T, which continuous batching would leave out: serve it without "
+                "`--continuous-batching`, or load it without `trust_remote_code` for the base model's text."
+            )
+        return init_continuous_batching(self, *args, **kwargs)
+
+    owner.init_continuous_batching = guarded
+
+
+_guard_continuous_batching()
 
 
 def _selector(model: PreTrainedModel, repository: str, hub: dict[str, Any]) -> LocalSelector:
