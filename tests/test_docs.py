@@ -7,6 +7,8 @@ in a comment above it, `<!-- not run: reason -->`.
 """
 
 import argparse
+import importlib.util
+import inspect
 import json
 import math
 import re
@@ -253,6 +255,13 @@ def check_command(words: list[str], monkeypatch) -> None:
             parse_script(ROOT / "recipes" / f"{S2T[command]}.py", arguments, monkeypatch)
         case ["accelerate", "launch", *arguments]:
             check_command(["python", *parse_launch(arguments)], monkeypatch)
+        case ["python", "-m", module, *arguments]:
+            parse_script(Path(importlib.util.find_spec(module).origin), arguments, monkeypatch)
+        case ["transformers", "serve", _, *flags]:
+            from transformers.cli.serve import Serve
+
+            known = inspect.signature(Serve.__init__).parameters
+            assert all(flag.removeprefix("--").replace("-", "_") in known for flag in flags if flag.startswith("--"))
         case ["python", script, *arguments]:
             assert (ROOT / script).is_file(), script
             parse_script(ROOT / script, arguments, monkeypatch)
