@@ -27,7 +27,9 @@ from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.models.views import adapted_layers, get_decoder
 
 
-def make_trainer(tmp_path, model=None, labels=None, peft_config=None, eval_dataset=None, callbacks=None, **config):
+def make_trainer(
+    tmp_path, model=None, labels=None, peft_config=None, eval_dataset=None, callbacks=None, trainer=None, **config
+):
     settings = {
         "output_dir": str(tmp_path / "out"),
         "learning_rate": 5e-3,
@@ -51,6 +53,7 @@ def make_trainer(tmp_path, model=None, labels=None, peft_config=None, eval_datas
         processing_class=tiny_tokenizer(),
         peft_config=peft_config,
         callbacks=callbacks,
+        **(trainer or {}),
     )
 
 

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_s2t_trainer import make_trainer, randomise, spoil, trained
-from tiny import RESERVED, tiny_model
+from tiny import PAD, RESERVED, tiny_model
 from tiny_hub import TinyHub
 from tiny_labels import NUM_CANDIDATES as K
 from tiny_labels import make_labels, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from s2t_recipes.training import train
 from transformers_s2t import LocalSelector, S2TConfig, SelectorConfig
 from transformers_s2t.calibration.scored_points import score_labels
+from transformers_s2t.labels.collator import TrajectoryCollator
 from transformers_s2t.labels.folder import write_header, write_shard
 from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.selector_files import ADAPTER_FOLDER
@@ -201,6 +202,12 @@ def test_lora_settings_of_every_kind_train_save_and_leave_the_text_alone(tmp_pat
     trainer.train()
     assert trainer.model.generate(**PROMPT).tolist() == tiny_model().generate(**PROMPT).tolist()
     assert_scores_survive(trainer)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.lm_head"])
+def test_a_second_copy_of_the_head_is_refused_in_our_words(tmp_path, module):
+    with pytest.raises(ValueError, match="`modules_to_save` of `peft_config` must not name the head"):
+        make_trainer(tmp_path, peft_config=lora(target_modules=["q_proj"], modules_to_save=[module]))
 
 
 @pytest.mark.parametrize(
@@ -484,3 +491,51 @@ def test_a_second_training_reports_its_own_figures_alone(tmp_path):
     hits, count = (sum(float(step["hit_at_2"][i].sum()) for step in seen[:2]) for i in (0, 1))
     first = next(log for log in trainer.state.log_history if "hit_at_2" in log)
     assert first["hit_at_2"] == pytest.approx(hits / count, abs=1e-5)
+
+
+# ---- what `Trainer` takes ----
+
+
+def test_the_users_own_metrics_collator_and_optimizer_take_part(tmp_path):
+    """`compute_metrics` sees every held-out point that has a choice once, whatever the batches are."""
+    seen, batches = [], []
+
+    def metrics(prediction):
+        seen.append(prediction)
+        picks, target_N = prediction.predictions.argmax(-1), prediction.label_ids
+        return {"agreement": float((picks == target_N).mean())}
+
+    def collate(rows):
+        batches.append(len(rows))
+        return TrajectoryCollator(PAD, K)(rows)
+
+    optimizer = (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.5})
+    settings = {"compute_metrics": metrics, "data_collator": collate, "optimizer_cls_and_kwargs": optimizer}
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=2, trainer=settings, **TWO_STEPS)
+    figures = trainer.evaluate()
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD) and len(batches) > 2
+    assert figures["eval_agreement"] == pytest.approx(figures["eval_agree_at_1"])
+    assert len(seen[0].label_ids) == len(seen[0].predictions) and seen[0].predictions.shape[1] == K
+    assert "eval_selection_loss" not in figures, "it was eval_loss once more"
+
+
+def test_other_forms_of_a_dataset_are_refused_with_what_to_do(tmp_path):
+    labels = make_labels()
+    with pytest.raises(TypeError, match=r"`train_dataset` must be one split.*labels\['train'\]"):
+        make_trainer(tmp_path, labels=DatasetDict(train=labels, validation=labels))
+    with pytest.raises(TypeError, match="Dataset.from_generator"):
+        make_trainer(tmp_path, labels=labels.to_iterable_dataset())
+    streamed = labels.to_iterable_dataset()
+    made = Dataset.from_generator(lambda: iter(streamed), features=labels.features, cache_dir=str(tmp_path / "cache"))
+    make_trainer(tmp_path, labels=made)
+
+
+@pytest.mark.parametrize(
+    "has_gpu, settings, expected", [(True, {}, True), (True, {"fp16": True}, False), (False, {}, False)]
+)
+def test_mixed_precision_is_the_default_where_the_gpu_has_it(tmp_path, monkeypatch, has_gpu, settings, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+    assert S2TConfig(output_dir=str(tmp_path), **settings).bf16 is expected

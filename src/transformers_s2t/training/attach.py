@@ -69,7 +69,7 @@ def attach_adapter(
             )
         if not set(args.reserved_token_ids or ids) <= set(ids):
             raise ValueError(f"`reserved_token_ids` must be among those that `model` trains, {list(ids)}.")
-        _check_lora(model.peft_config[model.active_adapter], "model")
+        _check_lora(model.peft_config[model.active_adapter], "model", _head_name(base))
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 "`model` is a PeftModel without a trainable weight: load it with `PeftModel.from_pretrained(..., "
@@ -103,7 +103,7 @@ def attach_adapter(
         peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(f"`peft_config` must be a LoraConfig, got {type(peft_config)}.")
-    _check_lora(peft_config, "peft_config")
+    _check_lora(peft_config, "peft_config", head_name)
     if peft_config.trainable_token_indices not in (None, {head_name: list(ids)}):
         raise ValueError(
             f"`trainable_token_indices` of `peft_config` must be None, or the reserved rows of the head alone, which "
@@ -123,8 +123,9 @@ def _head_name(model: PreTrainedModel) -> str:
     return next(name for name, module in model.named_modules() if module is head).split(".")[-1]
 
 
-def _check_lora(config: PeftConfig, name: str) -> None:
-    """Raises a ValueError for settings that change the base model itself, adapter on or off, and so its text."""
+def _check_lora(config: PeftConfig, name: str, head_name: str) -> None:
+    """Raises a ValueError for settings that change the base model itself, adapter on or off, and so its text, and for
+    a second copy of the head."""
     legal = (True, False, "gaussian", "eva", "orthogonal")  # others take away from the base what they put into LoRA
     for setting, ok, what in (
         ("bias", config.bias == "none", "'none'"),
@@ -136,3 +137,8 @@ def _check_lora(config: PeftConfig, name: str) -> None:
                 f"`{setting}` of `{name}` must be {what}, got {getattr(config, setting)!r}: it changes the base "
                 "model, whose text a selector leaves alone."
             )
+    if any(head_name == module.split(".")[-1] for module in config.modules_to_save or ()):
+        raise ValueError(
+            f"`modules_to_save` of `{name}` must not name the head ({head_name!r}): S2TTrainer trains and saves its "
+            "reserved rows by itself."
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import (
     PreTrainedTokenizerBase,
 )
@@ -22,6 +22,13 @@ def load_labels(
 ) -> tuple[Dataset, TrajectoryHeader | None]:
     if isinstance(source, (str, os.PathLike)):
         source, header = read_labels(source) if name == "train_dataset" else read_held_out_labels(source)
+    if isinstance(source, DatasetDict):
+        raise TypeError(f"`{name}` must be one split, got all of {sorted(source)}: pass e.g. labels[{min(source)!r}].")
+    if isinstance(source, IterableDataset):
+        raise TypeError(
+            f"`{name}` must be a datasets.Dataset, got {type(source)}: labels are checked and cut to blocks before "
+            "training. `Dataset.from_generator(lambda: iter(labels), features=labels.features)` makes one, on disk."
+        )
     if not isinstance(source, Dataset):
         raise TypeError(f"`{name}` must be a datasets.Dataset, a folder of labels or a Hub id, got {type(source)}.")
     if len(source) == 0:

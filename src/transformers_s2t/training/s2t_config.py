@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from transformers_s2t.config import MAX_CANDIDATES, SelectorConfig, check_range
@@ -31,6 +32,7 @@ class S2TConfig(TrainingArguments):
       its steps of four points, where one of ours holds hundreds (recipes/qwen2.5-1.5b/paper.yaml has both). Models far
       below 100 M parameters want about 2e-3 (docs/training.md).
     - `warmup_steps=10`, `logging_steps=10`.
+    - `bf16` where the GPU has it, as in TRL; float32 on a CPU.
     - `remove_unused_columns=False`: the collator reads every column.
     - `metric_for_best_model="agree_at_1"` where `load_best_model_at_end`: the share of held-out points at which the
       selector picks the teacher's best candidate.
@@ -76,6 +78,9 @@ class S2TConfig(TrainingArguments):
     learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate."})
     warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision; by default where the GPU has it."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: all columns are read."})
 
     adapter_scope: str = field(
@@ -165,6 +170,9 @@ class S2TConfig(TrainingArguments):
                 )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the collator reads every column of the labels.")
+        if self.bf16 is None:
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "agree_at_1"  # transformers would take the loss
         self._check_compile()

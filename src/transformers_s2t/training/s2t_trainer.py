@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction, HubStrategy, get_last_checkpoint
 from transformers.utils import PushInProgress, find_adapter_config_file
 
 from transformers_s2t import losses
@@ -97,7 +97,11 @@ class S2TTrainer(Trainer):
         quantization_config: passed to `from_pretrained` where `model` is a name or path. The adapter stays in float32
             beside quantized weights: in bfloat16 a step of 5e-5 would leave two fifths of its weights unchanged.
         label_header: header of `train_dataset` where that is a `Dataset`; checked against the model.
-        callbacks, optimizers: as in `Trainer`.
+        callbacks, optimizers, optimizer_cls_and_kwargs: as in `Trainer`.
+        data_collator: makes a batch of rows; `None` for [`TrajectoryCollator`], whose names it must give.
+        compute_metrics: called once for each evaluation with all N held-out points that have a choice: `predictions`
+            are the scores (N, K), -inf below the floor, `label_ids` the teacher's best candidates (N,). What it
+            returns is added to the figures.
 
     Raises:
         ValueError: before the first step, for labels made with another tokenizer, model or K, illegal rows, an empty
@@ -123,6 +127,9 @@ class S2TTrainer(Trainer):
         label_header: TrajectoryHeader | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        data_collator: Callable[[list[dict]], dict[str, torch.Tensor]] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         if args is not None and not isinstance(args, S2TConfig):
             raise TypeError(f"`args` must be an S2TConfig, got {type(args)}.")
@@ -246,13 +253,15 @@ class S2TTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=TrajectoryCollator(pad_token_id=pad_token_id, num_candidates=args.num_candidates),
+            data_collator=data_collator or TrajectoryCollator(pad_token_id, args.num_candidates),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self._compute_selection_metrics = compute_metrics  # `Trainer` would gather logits for it
         sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         if sharded and not supports_packing(self.base_model):
             raise ValueError(
@@ -522,6 +531,7 @@ class S2TTrainer(Trainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
             fused = self._cross_fitted_agreement()
+            own = self._own_metrics()
         finally:
             self._held_out = None
         for name, (hits, count) in self._row_metrics["eval"].items():
@@ -531,9 +541,20 @@ class S2TTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_fused_agree_at_1"] = fused
         loss = output.metrics.get(f"{metric_key_prefix}_selection_loss")
         if loss is not None:
-            kl = output.metrics.get(f"{metric_key_prefix}_prefix_kl", 0.0)
-            output.metrics[f"{metric_key_prefix}_loss"] = loss + self.args.prefix_kl_weight * kl
+            kl = output.metrics.get(f"{metric_key_prefix}_prefix_kl")
+            if kl is None:  # the loss has no other part
+                del output.metrics[f"{metric_key_prefix}_selection_loss"]
+            output.metrics[f"{metric_key_prefix}_loss"] = loss + self.args.prefix_kl_weight * (kl or 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in own.items()})
         return output
+
+    def _own_metrics(self) -> dict[str, float]:
+        """What the user's `compute_metrics` makes of the held-out points."""
+        if self._compute_selection_metrics is None or not self._held_out:
+            return {}
+        points = _HeldOutPoints(*(torch.cat(parts) for parts in zip(*self._held_out)))
+        scores_NK = points.scores_NK.masked_fill(~points.mask_NK, float("-inf"))
+        return self._compute_selection_metrics(EvalPrediction(scores_NK.numpy(), points.target_N.numpy()))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in `Trainer`. Problems that the checkpoint has seen, in other labels too, count as seen."""
