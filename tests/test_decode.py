@@ -1134,7 +1134,7 @@ def test_two_different_teachers_are_refused(way, batch):
 def test_a_config_of_another_type_is_refused(way, batch):
     model, selector = set_up("teacher")
     with pytest.raises(TypeError, match="config"):
-        generate(way, model, batch, selector, {"trigger": "always"})
+        generate(way, model, batch, selector, 3)
 
 
 @pytest.mark.parametrize("way", WAYS)

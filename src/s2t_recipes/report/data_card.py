@@ -82,8 +82,7 @@ def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeade
     )
     parts = ", ".join(f"`{split}` {rows}" for split, rows in stats["splits"].items())
     card = f"""---
-{card_metadata(label_splits(folder))}- s2t
----
+{card_metadata(label_splits(folder))}---
 
 # Select to Think labels: {student}, taught by {teacher}
 

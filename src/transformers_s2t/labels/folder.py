@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, get_dataset_split_names, load_dataset
+from huggingface_hub import DatasetCardData
 
 from transformers_s2t.config import check_choice
 from transformers_s2t.files import HUB_ID, atomic_write, write_json
@@ -24,14 +25,19 @@ CARD_NAME = "README.md"
 #: The splits of a folder of labels. A problem, with all its rollouts, is in one of them (`split_of`).
 SPLITS = ("train", "validation")
 _SHARD = re.compile(r"(train|validation)-(\d{5,})\.parquet")
-#: Form of the name of a repository on the Hub.
 
 
-def card_metadata(splits: Sequence[str]) -> str:
+def card_metadata(splits: Sequence[str], license: str | None = None) -> str:
     """The metadata of a card. Without `data_files`, `datasets` would read the commonest type of file, which is JSON
     where shards are few."""
-    files = "".join(f"  - split: {split}\n    path: {split}-*.parquet\n" for split in splits)
-    return f"configs:\n- config_name: default\n  data_files:\n{files}tags:\n- transformers-s2t\n"
+    files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
+    data = DatasetCardData(
+        license=license,
+        task_categories=["text-generation"],
+        tags=["transformers-s2t", "s2t", "arxiv:2604.26940"],
+        configs=[{"config_name": "default", "data_files": files}],
+    )
+    return f"{data.to_yaml()}\n"
 
 
 def write_header(folder: str | os.PathLike, header: TrajectoryHeader, splits: Sequence[str] = ("train",)) -> None:
