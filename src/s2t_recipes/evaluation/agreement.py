@@ -17,12 +17,13 @@ Legend: S seeds (adapters), N decision points, K candidates.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers.hf_argparser import HfArg
 from trl import TrlParser
 
 from s2t_recipes.adapters import check_model
@@ -50,15 +51,15 @@ from transformers_s2t.losses import spearman
 class AgreementArguments:
     """What is compared with the teacher, and where."""
 
-    labels: str = field(metadata={"help": "Labels of held-out prompts (recipes/label.py)."})
-    adapters: list[str] = field(metadata={"help": "Trained adapters, one per seed; figures are their mean."})
-    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
-    train_labels: str | None = field(
-        default=None, metadata={"help": "The adapters' training labels: for the token prior, and checked disjoint."}
+    labels: str = HfArg(help="Labels of held-out prompts (recipes/label.py).")
+    adapters: list[str] = HfArg(help="Trained adapters, one per seed; figures are their mean.")
+    model: str | None = HfArg(default=None, help="Base model; taken from the adapter where not given.")
+    train_labels: str | None = HfArg(
+        default=None, help="The adapters' training labels: for the token prior, and checked disjoint."
     )
-    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
-    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type."})
+    output: str | None = HfArg(default=None, help="JSON file to write.")
+    batch_size: int = HfArg(default=32, help="Trajectories per forward.")
+    dtype: str = HfArg(default="auto", help="Weights' type.")
 
 
 def compare(

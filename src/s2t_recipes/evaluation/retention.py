@@ -26,13 +26,14 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.hf_argparser import HfArg
 from trl import TrlParser
 
 from s2t_recipes.adapters import check_model, check_same_tokenizer, check_tuned, merge_adapter
@@ -77,24 +78,22 @@ class RetentionArguments:
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    model: str = field(metadata={"help": "The base model: a Hub id or a local folder."})
-    labels: str = field(metadata={"help": "Labels of held-out prompts, with text that the base model wrote."})
-    text: str = field(
-        metadata={"help": "Other text: a .jsonl, .json or .parquet file, a folder of them, a Hub id, or a .txt file."}
-    )
-    tuned: list[str] = field(
+    model: str = HfArg(help="The base model: a Hub id or a local folder.")
+    labels: str = HfArg(help="Labels of held-out prompts, with text that the base model wrote.")
+    text: str = HfArg(help="Other text: a .jsonl, .json or .parquet file, a folder of them, a Hub id, or a .txt file.")
+    tuned: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "Adapters that decode by themselves, as name=folder; the same name again is another seed."},
+        help="Adapters that decode by themselves, as name=folder; the same name again is another seed.",
     )
-    adapters: list[str] = field(default_factory=list, metadata={"help": "S2T-Local adapters, one per selector seed."})
-    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
-    text_column: str = field(default="prompt", metadata={"help": "Column with the text; not for .txt."})
-    text_split: str | None = field(default=None, metadata={"help": "Split, of a folder or a Hub id."})
-    text_limit: int = field(default=200, metadata={"help": "Only the first so many documents of `text`."})
-    max_length: int = field(default=256, metadata={"help": "Only the first so many tokens of each document."})
-    batch_size: int = field(default=32, metadata={"help": "Texts per forward, fewer where they are long."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type; auto: float32 on a CPU."})
-    seed: int = field(default=0, metadata={"help": "Seed of the intervals."})
+    adapters: list[str] = HfArg(default_factory=list, help="S2T-Local adapters, one per selector seed.")
+    output: str | None = HfArg(default=None, help="JSON file to write.")
+    text_column: str = HfArg(default="prompt", help="Column with the text; not for .txt.")
+    text_split: str | None = HfArg(default=None, help="Split, of a folder or a Hub id.")
+    text_limit: int = HfArg(default=200, help="Only the first so many documents of `text`.")
+    max_length: int = HfArg(default=256, help="Only the first so many tokens of each document.")
+    batch_size: int = HfArg(default=32, help="Texts per forward, fewer where they are long.")
+    dtype: str = HfArg(default="auto", help="Weights' type; auto: float32 on a CPU.")
+    seed: int = HfArg(default=0, help="Seed of the intervals.")
 
     def __post_init__(self):
         check_least(self, text_limit=1, max_length=2, batch_size=1)

@@ -19,7 +19,7 @@ import hashlib
 import json
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.hf_argparser import HfArg
 
 import transformers_s2t
 from s2t_recipes.adapters import check_model
@@ -83,134 +84,104 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class LabelArguments:
     """Which models label which problems, and how."""
 
-    model: str = field(metadata={"help": "Student: Hub id or local folder."})
-    dataset: str = field(
-        metadata={"help": "Problems: a .jsonl, .json or .parquet file, a folder of such, or a Hub id (id:config)."}
-    )
-    output_dir: str = field(metadata={"help": "Folder of the labels; one that this run began is gone on with."})
-    teacher_model: str | None = field(
+    model: str = HfArg(help="Student: Hub id or local folder.")
+    dataset: str = HfArg(help="Problems: a .jsonl, .json or .parquet file, a folder of such, or a Hub id (id:config).")
+    output_dir: str = HfArg(help="Folder of the labels; one that this run began is gone on with.")
+    teacher_model: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Teacher, of the same tokenizer unless `cross_tokenizer` is set: Hub id or local folder. With "
-            "`teacher_url` its tokenizer is compared and its config read; left out, the server's tokenizer is taken "
-            "to be the student's."
-        },
+        help="Teacher, of the same tokenizer unless `cross_tokenizer` is set: Hub id or local folder. With "
+        "`teacher_url` its tokenizer is compared and its config read; left out, the server's tokenizer is taken "
+        "to be the student's.",
     )
-    cross_tokenizer: bool = field(
+    cross_tokenizer: bool = HfArg(
         default=False,
-        metadata={
-            "help": "The teacher may have another tokenizer: candidates are scored by the log-probability that the "
-            "text goes on with theirs, which is an estimate (docs/labeling.md). With `chat_template` it reads prompts "
-            "in its own template. Not with `teacher_url` or rollout_policy 's2t'."
-        },
+        help="The teacher may have another tokenizer: candidates are scored by the log-probability that the "
+        "text goes on with theirs, which is an estimate (docs/labeling.md). With `chat_template` it reads prompts "
+        "in its own template. Not with `teacher_url` or rollout_policy 's2t'.",
     )
-    teacher_url: str | None = field(
+    teacher_url: str | None = HfArg(
+        default=None, help="vLLM server that runs the teacher, e.g. http://host:8000; key in OPENAI_API_KEY."
+    )
+    teacher_served_name: str | None = HfArg(
         default=None,
-        metadata={"help": "vLLM server that runs the teacher, e.g. http://host:8000; key in OPENAI_API_KEY."},
+        help="Name of the teacher on the server, where it offers several models and none is `teacher_model`.",
     )
-    teacher_served_name: str | None = field(
+    top_logprobs: int = HfArg(
+        default=20, help="Tokens that the server names at each position, at most its own --max-logprobs."
+    )
+    max_concurrency: int = HfArg(default=16, help="Requests to the server at one time.")
+    split: str | None = HfArg(default=None, help="Split on the Hub, or file name in a folder.")
+    prompt_column: str | None = HfArg(
+        default=None, help="Column that holds the prompts: by default 'prompt', or else 'question' or 'problem'."
+    )
+    answer_column: str | None = HfArg(
+        default=None, help="Not used for labels (the teacher is the judge); checked to be there where it is given."
+    )
+    skip: int = HfArg(default=0, help="Leave out the first so many problems.")
+    limit: int | None = HfArg(default=None, help="Label so many problems only.")
+    max_prompt_tokens: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Name of the teacher on the server, where it offers several models and none is `teacher_model`."
-        },
+        help="Cut prompts to their first so many tokens (story models with a short context). With "
+        "`chat_template`, which must not be cut, problems of longer prompts are left out and counted.",
     )
-    top_logprobs: int = field(
-        default=20,
-        metadata={"help": "Tokens that the server names at each position, at most its own --max-logprobs."},
+    num_candidates: int = HfArg(default=16, help="K, the student's tokens stored at each point.")
+    target_rate: float = HfArg(default=0.1, help="Share of generated tokens whose divergence reaches the threshold.")
+    divergence_threshold: float | None = HfArg(
+        default=None, help="In nats; estimated from `target_rate` on the first 200 problems if not given."
     )
-    max_concurrency: int = field(default=16, metadata={"help": "Requests to the server at one time."})
-    split: str | None = field(default=None, metadata={"help": "Split on the Hub, or file name in a folder."})
-    prompt_column: str | None = field(
-        default=None,
-        metadata={"help": "Column that holds the prompts: by default 'prompt', or else 'question' or 'problem'."},
-    )
-    answer_column: str | None = field(
-        default=None,
-        metadata={"help": "Not used for labels (the teacher is the judge); checked to be there where it is given."},
-    )
-    skip: int = field(default=0, metadata={"help": "Leave out the first so many problems."})
-    limit: int | None = field(default=None, metadata={"help": "Label so many problems only."})
-    max_prompt_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Cut prompts to their first so many tokens (story models with a short context). With "
-            "`chat_template`, which must not be cut, problems of longer prompts are left out and counted."
-        },
-    )
-    num_candidates: int = field(default=16, metadata={"help": "K, the student's tokens stored at each point."})
-    target_rate: float = field(
-        default=0.1, metadata={"help": "Share of generated tokens whose divergence reaches the threshold."}
-    )
-    divergence_threshold: float | None = field(
-        default=None,
-        metadata={"help": "In nats; estimated from `target_rate` on the first 200 problems if not given."},
-    )
-    min_prob_ratio: float = field(
-        default=0.05, metadata={"help": "Candidate floor: share of the best candidate's probability."}
-    )
-    points: str = field(
+    min_prob_ratio: float = HfArg(default=0.05, help="Candidate floor: share of the best candidate's probability.")
+    points: str = HfArg(
         default="floor+kl",
-        metadata={"help": "What is stored: 'kl' (paper), 'floor' (two candidates above it), 'floor+kl' or 'all'."},
+        help="What is stored: 'kl' (paper), 'floor' (two candidates above it), 'floor+kl' or 'all'.",
     )
-    max_points: int | None = field(
-        default=None, metadata={"help": "Decision points of one trajectory, at most; spread evenly among its own."}
+    max_points: int | None = HfArg(
+        default=None, help="Decision points of one trajectory, at most; spread evenly among its own."
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Length of a rollout."})
-    rollout_policy: str = field(
+    max_new_tokens: int = HfArg(default=256, help="Length of a rollout.")
+    rollout_policy: str = HfArg(
         default="greedy",
-        metadata={
-            "help": "Who writes: the student ('greedy', 'sample'), or it and who corrects it: the teacher ('s2t') or "
-            "a trained selector ('s2t-local', a second round)."
-        },
+        help="Who writes: the student ('greedy', 'sample'), or it and who corrects it: the teacher ('s2t') or "
+        "a trained selector ('s2t-local', a second round).",
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of 'sample'."})
-    num_rollouts: int = field(default=1, metadata={"help": "Rollouts of each problem, several with 'sample'."})
-    validation_share: float = field(
+    temperature: float = HfArg(default=1.0, help="Of 'sample'.")
+    num_rollouts: int = HfArg(default=1, help="Rollouts of each problem, several with 'sample'.")
+    validation_share: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Share of the problems that is held out, as the split 'validation'. A hash of the prompt decides, "
-            "so it is the same problems in every run."
-        },
+        help="Share of the problems that is held out, as the split 'validation'. A hash of the prompt decides, "
+        "so it is the same problems in every run.",
     )
-    adapter: str | None = field(default=None, metadata={"help": "The trained selector of 's2t-local'."})
-    trigger: str = field(default="always", metadata={"help": "When 's2t' and 's2t-local' correct: a trigger's name."})
-    trigger_rate: float | None = field(
-        default=None, metadata={"help": "Share of tokens at which it fires, as calibrated with the adapter."}
+    adapter: str | None = HfArg(default=None, help="The trained selector of 's2t-local'.")
+    trigger: str = HfArg(default="always", help="When 's2t' and 's2t-local' correct: a trigger's name.")
+    trigger_rate: float | None = HfArg(
+        default=None, help="Share of tokens at which it fires, as calibrated with the adapter."
     )
-    trigger_threshold: float | None = field(default=None, metadata={"help": "Or its threshold."})
-    batch_size: int = field(default=32, metadata={"help": "Rollouts of one forward."})
-    shard_size: int = field(default=100, metadata={"help": "Problems of one file, and the most a kill can lose."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling."})
-    chat_template: bool = field(default=False, metadata={"help": "Put prompts into the tokenizer's chat template."})
-    system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
-    chat_template_kwargs: dict[str, Any] | str | None = field(
+    trigger_threshold: float | None = HfArg(default=None, help="Or its threshold.")
+    batch_size: int = HfArg(default=32, help="Rollouts of one forward.")
+    shard_size: int = HfArg(default=100, help="Problems of one file, and the most a kill can lose.")
+    seed: int = HfArg(default=0, help="Of the sampling.")
+    chat_template: bool = HfArg(default=False, help="Put prompts into the tokenizer's chat template.")
+    system_prompt: str | None = HfArg(default=None, help="System message of the chat template.")
+    chat_template_kwargs: dict[str, Any] | str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Variables of the chat template: a JSON object, e.g. '{\"enable_thinking\": false}', in YAML a "
-            "mapping."
-        },
+        help="Variables of the chat template: a JSON object, e.g. '{\"enable_thinking\": false}', in YAML a mapping.",
     )
-    dtype: str = field(
+    dtype: str = HfArg(
         default="auto",
-        metadata={
-            "help": "Weights' type: 'auto' (the checkpoint's own; float32 on a CPU), 'float32', 'bfloat16', ..."
-        },
+        help="Weights' type: 'auto' (the checkpoint's own; float32 on a CPU), 'float32', 'bfloat16', ...",
     )
-    teacher_load_in_4bit: bool = field(
-        default=False, metadata={"help": "Quantize the teacher to 4 bits (bitsandbytes, nf4) as it is loaded."}
+    teacher_load_in_4bit: bool = HfArg(
+        default=False, help="Quantize the teacher to 4 bits (bitsandbytes, nf4) as it is loaded."
     )
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Or to 8 bits."})
-    device_map: str | None = field(
-        default=None, metadata={"help": "Where weights go, e.g. 'auto' (default with an accelerator) or 'cpu'."}
+    teacher_load_in_8bit: bool = HfArg(default=False, help="Or to 8 bits.")
+    device_map: str | None = HfArg(
+        default=None, help="Where weights go, e.g. 'auto' (default with an accelerator) or 'cpu'."
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace labels that are in output_dir."})
-    push_to_hub: str | None = field(
-        default=None, metadata={"help": "Hub data set (you/name) to which the finished labels are pushed."}
+    overwrite: bool = HfArg(default=False, help="Replace labels that are in output_dir.")
+    push_to_hub: str | None = HfArg(
+        default=None, help="Hub data set (you/name) to which the finished labels are pushed."
     )
-    private: bool = field(default=False, metadata={"help": "Make that data set a private one."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Label a sample, write nothing, and print what the whole job will cost."}
-    )
+    private: bool = HfArg(default=False, help="Make that data set a private one.")
+    dry_run: bool = HfArg(default=False, help="Label a sample, write nothing, and print what the whole job will cost.")
 
     def __post_init__(self):
         self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)

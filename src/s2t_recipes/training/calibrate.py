@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.hf_argparser import HfArg
 
 from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
 from s2t_recipes.commands import typed_command
@@ -60,44 +61,36 @@ class CalibrateArguments:
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    adapter: str = field(metadata={"help": "Folder of the trained adapter; what is found is written into it."})
-    labels: str = field(
-        metadata={"help": "Labels of held-out training problems (`s2t label`); their split 'validation', if any."}
-    )
-    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
-    teacher_model: str | None = field(
+    adapter: str = HfArg(help="Folder of the trained adapter; what is found is written into it.")
+    labels: str = HfArg(help="Labels of held-out training problems (`s2t label`); their split 'validation', if any.")
+    model: str | None = HfArg(default=None, help="Base model; taken from the adapter where not given.")
+    teacher_model: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "For thresholds of the 'kl' trigger under the deployed selector; without it they come from the "
-            "labels' text."
-        },
+        help="For thresholds of the 'kl' trigger under the deployed selector; without it they come from the "
+        "labels' text.",
     )
-    triggers: list[str] | None = field(
-        default=None, metadata={"help": "entropy, margin, router, kl; by default those that can be had."}
+    triggers: list[str] | None = HfArg(
+        default=None, help="entropy, margin, router, kl; by default those that can be had."
     )
-    target_rates: list[float] = field(
-        default_factory=lambda: list(TARGET_RATES), metadata={"help": "Shares of generated tokens that trigger."}
+    target_rates: list[float] = HfArg(
+        default_factory=lambda: list(TARGET_RATES), help="Shares of generated tokens that trigger."
     )
-    deployed: bool = field(
-        default=True,
-        metadata={"help": "false: thresholds from the labels' text, which takes no decoding, and fires too rarely."},
+    deployed: bool = HfArg(
+        default=True, help="false: thresholds from the labels' text, which takes no decoding, and fires too rarely."
     )
-    check_share: float = field(
-        default=0.33, metadata={"help": "Share of the problems on which the achieved rates are measured; 0 for none."}
+    check_share: float = HfArg(
+        default=0.33, help="Share of the problems on which the achieved rates are measured; 0 for none."
     )
-    limit: int | None = field(default=None, metadata={"help": "Problems to decode at most (all are used for fusion)."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Of each text; by default as labelled."})
-    warmup_tokens: int = field(
-        default=DEFAULT_WARMUP_TOKENS, metadata={"help": "First new tokens that never trigger; stored."}
+    limit: int | None = HfArg(default=None, help="Problems to decode at most (all are used for fusion).")
+    max_new_tokens: int | None = HfArg(default=None, help="Of each text; by default as labelled.")
+    warmup_tokens: int = HfArg(default=DEFAULT_WARMUP_TOKENS, help="First new tokens that never trigger; stored.")
+    batch_size: int = HfArg(default=32, help="Trajectories per forward.")
+    dtype: str = HfArg(default="auto", help="Weights' type, the one you deploy.")
+    output_dir: str | None = HfArg(
+        default=None, help="Folder for a calibrated copy of `adapter`, which then stays as it is; by default none."
     )
-    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for a calibrated copy of `adapter`, which then stays as it is; by default none."},
-    )
-    push_to_hub: str | None = field(
-        default=None, metadata={"help": "Hub repository (you/name) to which the calibrated adapter is pushed."}
+    push_to_hub: str | None = HfArg(
+        default=None, help="Hub repository (you/name) to which the calibrated adapter is pushed."
     )
 
     def __post_init__(self):

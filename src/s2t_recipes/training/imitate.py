@@ -16,13 +16,14 @@ seeds. `s2t eval` measures what was trained (`--tuned sft=FOLDER kd=FOLDER`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.hf_argparser import HfArg
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
 from s2t_recipes.adapters import BASELINE_NAME, check_model
@@ -53,31 +54,26 @@ class BaselineArguments(LoraArguments):
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    method: str = field(metadata={"help": "'sft' (the teacher's texts) or 'kd' (its distributions)."})
-    model: str = field(metadata={"help": "Name or path of the small model."})
-    teacher_model: str = field(metadata={"help": "Name or path of the large one, with the same tokenizer."})
-    labels: str = field(metadata={"help": "Folder written by `s2t label`: its problems, and its trajectories."})
-    max_problems: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
-    num_samples: int | None = field(
-        default=None,
-        metadata={"help": "For 'sft': so many texts of each problem, sampled by the teacher, not its greedy one."},
+    method: str = HfArg(help="'sft' (the teacher's texts) or 'kd' (its distributions).")
+    model: str = HfArg(help="Name or path of the small model.")
+    teacher_model: str = HfArg(help="Name or path of the large one, with the same tokenizer.")
+    labels: str = HfArg(help="Folder written by `s2t label`: its problems, and its trajectories.")
+    max_problems: int | None = HfArg(default=None, help="Only the first so many problems.")
+    num_samples: int | None = HfArg(
+        default=None, help="For 'sft': so many texts of each problem, sampled by the teacher, not its greedy one."
     )
-    attn_implementation: str | None = field(
+    attn_implementation: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Attention of the model that is trained, as of from_pretrained. On a CPU a tiny model takes half "
-            "the time with 'eager': the backward pass of 'sdpa' is slow there."
-        },
+        help="Attention of the model that is trained, as of from_pretrained. On a CPU a tiny model takes half "
+        "the time with 'eager': the backward pass of 'sdpa' is slow there.",
     )
-    teacher_batch_size: int = field(default=64, metadata={"help": "Texts of the teacher written at a time."})
-    teacher_texts: str | None = field(
+    teacher_batch_size: int = HfArg(default=64, help="Texts of the teacher written at a time.")
+    teacher_texts: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "For 'sft': a folder that keeps the teacher's texts for other trainings that want the same; by "
-            "default they are written anew each time."
-        },
+        help="For 'sft': a folder that keeps the teacher's texts for other trainings that want the same; by "
+        "default they are written anew each time.",
     )
-    overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
+    overwrite: bool = HfArg(default=False, help="Train again although `output_dir` holds an adapter.")
 
     def __post_init__(self):
         if self.method not in METHODS:

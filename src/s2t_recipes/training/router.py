@@ -22,10 +22,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
+from transformers.hf_argparser import HfArg
 
 from s2t_recipes.adapters import check_model, check_same_tokenizer, check_trained_on, open_adapter
 from s2t_recipes.models import default_device, load_model
@@ -52,53 +53,44 @@ class RouterArguments:
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    adapter: str = field(metadata={"help": "Folder of the trained adapter; the router is written beside it."})
-    labels: str | None = field(
+    adapter: str = HfArg(help="Folder of the trained adapter; the router is written beside it.")
+    labels: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder written by `s2t label`, or a Hub data set; the adapter's own will do. Needed unless "
-            "`router_of` is given."
-        },
+        help="Folder written by `s2t label`, or a Hub data set; the adapter's own will do. Needed unless "
+        "`router_of` is given.",
     )
-    eval_labels: str | None = field(
+    eval_labels: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Labels of other problems, which choose layer and epoch; by default the split 'validation' of "
-            "`labels`, or a fifth of its problems."
-        },
+        help="Labels of other problems, which choose layer and epoch; by default the split 'validation' of "
+        "`labels`, or a fifth of its problems.",
     )
-    router_of: str | None = field(
+    router_of: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Adapter whose router is taken instead of training the same one again: a router depends on the "
-            "model, the labels and the seed, not on the selector. Goes without `labels`; options of training are not "
-            "read."
-        },
+        help="Adapter whose router is taken instead of training the same one again: a router depends on the "
+        "model, the labels and the seed, not on the selector. Goes without `labels`; options of training are not "
+        "read.",
     )
-    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
-    target: str = field(default="gain", metadata={"help": "What is predicted: 'gain', 'differs' or 'kl'."})
-    min_gain: float = field(default=0.5, metadata={"help": "Of 'gain', in nats."})
-    layers: list[int] | None = field(
-        default=None,
-        metadata={"help": "Layers to try, 1 to the number of layers; by default five, evenly spread, with the last."},
+    model: str | None = HfArg(default=None, help="Base model; taken from the adapter where not given.")
+    target: str = HfArg(default="gain", help="What is predicted: 'gain', 'differs' or 'kl'.")
+    min_gain: float = HfArg(default=0.5, help="Of 'gain', in nats.")
+    layers: list[int] | None = HfArg(
+        default=None, help="Layers to try, 1 to the number of layers; by default five, evenly spread, with the last."
     )
-    width: int = field(default=64, metadata={"help": "Of the head's hidden layer."})
-    num_top: int = field(default=8, metadata={"help": "Log-probabilities among the features."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW."})
-    num_epochs: int = field(default=30, metadata={"help": "At most; the best one by held-out loss is kept."})
-    max_steps: int | None = field(
-        default=None,
-        metadata={"help": "Of the head: where labels are many, only as many epochs as fit into these, but one."},
+    width: int = HfArg(default=64, help="Of the head's hidden layer.")
+    num_top: int = HfArg(default=8, help="Log-probabilities among the features.")
+    learning_rate: float = HfArg(default=2e-3, help="Of AdamW.")
+    num_epochs: int = HfArg(default=30, help="At most; the best one by held-out loss is kept.")
+    max_steps: int | None = HfArg(
+        default=None, help="Of the head: where labels are many, only as many epochs as fit into these, but one."
     )
-    head_batch_size: int = field(default=512, metadata={"help": "Positions per step of the head."})
-    max_positions: int = field(
-        default=200_000,
-        metadata={"help": "Positions kept, a random share where there are more (they are held in memory)."},
+    head_batch_size: int = HfArg(default=512, help="Positions per step of the head.")
+    max_positions: int = HfArg(
+        default=200_000, help="Positions kept, a random share where there are more (they are held in memory)."
     )
-    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward of the model."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
-    seed: int = field(default=0, metadata={"help": "Of the head's first weights and the order of positions."})
-    overwrite: bool = field(default=False, metadata={"help": "Write it anew where the adapter has a router."})
+    batch_size: int = HfArg(default=32, help="Trajectories per forward of the model.")
+    dtype: str = HfArg(default="auto", help="Weights' type, the one you deploy.")
+    seed: int = HfArg(default=0, help="Of the head's first weights and the order of positions.")
+    overwrite: bool = HfArg(default=False, help="Write it anew where the adapter has a router.")
 
     def __post_init__(self):
         if (self.labels is None) == (self.router_of is None):

@@ -9,9 +9,10 @@ Every field of S2TConfig (and so of transformers.TrainingArguments) is a command
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
@@ -26,16 +27,14 @@ from transformers_s2t.labels.folder import label_splits
 class ScriptArguments(LoraArguments):
     """What is trained, and on what."""
 
-    model: str = field(metadata={"help": "Name or path of the small model."})
-    labels: str = field(metadata={"help": "Folder written by `s2t label`, or a Hub data set."})
-    eval_labels: str | None = field(
+    model: str = HfArg(help="Name or path of the small model.")
+    labels: str = HfArg(help="Folder written by `s2t label`, or a Hub data set.")
+    eval_labels: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Held-out labels, for Agree@1 during training; the split 'validation' of `labels` by default, "
-            "where there is one."
-        },
+        help="Held-out labels, for Agree@1 during training; the split 'validation' of `labels` by default, "
+        "where there is one.",
     )
-    overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
+    overwrite: bool = HfArg(default=False, help="Train again although `output_dir` holds an adapter.")
 
 
 def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, str | None, S2TTrainer] | None:
