@@ -105,6 +105,29 @@ def test_help_of_the_other_scripts_opens_alike(s2t, name):
 
 
 @pytest.mark.parametrize(
+    ("script", "title"),
+    [
+        ("label", "Which models label which problems, and how:"),
+        ("eval", "What is compared, on which problems, and how:"),
+        ("report", "What is drawn, and where it goes:"),
+        ("merge", "What is merged, and where it goes:"),
+        ("agreement", "What is compared with the teacher, and where:"),
+        ("retention", "What is compared with the base model, and on what:"),
+        ("demo", "What is run, and on what:"),
+        ("paper", "Which tables are made, on which pairs, and where they go:"),
+        ("results", "What is done instead of writing:"),
+        ("splits", "What is divided, and into what:"),
+    ],
+)
+def test_every_help_has_one_usage_line_and_a_titled_list_of_options(s2t, script, title):
+    status, text, _ = s2t("--help", script=ROOT / "recipes" / f"{script}.py")
+    usage, first, *_ = text.split("usage: ")[1].split("\n\n")
+    assert status == 0 and usage.startswith(f"{script}.py [") and "\n" not in usage
+    assert first.startswith(f"{title}\n") and "-h, --help" not in text
+    assert "(default: None)" not in text and "(default: False)" not in text and "(default: []" not in text
+
+
+@pytest.mark.parametrize(
     ("name", "ours", "theirs"),
     [
         ("train", ["model", "labels", "adapter_scope", "temperature"], "transformers.TrainingArguments:"),

@@ -28,8 +28,9 @@ from transformers import AutoConfig, AutoTokenizer
 from s2t_recipes.commands import RECIPES, recipe
 from s2t_recipes.jobs import Job, JobFailed, Jobs, typed
 from s2t_recipes.models import load_pretrained
+from s2t_recipes.options import SmallParser
 from s2t_recipes.problems import PROMPT_SETTINGS, encode_prompts, load_problems, read_template_kwargs
-from s2t_recipes.splits import is_bed, split_command
+from s2t_recipes.splits import has_corpus_script, split_command
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
 from transformers_s2t.files import write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
@@ -82,43 +83,35 @@ def check_same_run(file: Path, settings: dict) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Label, train, calibrate, evaluate and report, with one command.")
+    parser = SmallParser("What is run, and on what")
     embedded = os.path.relpath(RECIPES / "embedded")
-
-    def add(name: str, help: str, **options) -> None:
-        shown = "" if options.get("default") in (None, False) else " (default: %(default)s)"
-        parser.add_argument(name, help=help + shown, **options)
-
-    add("--model", "the small model: a Hub id or a local folder", default=f"{embedded}/student")
-    add("--teacher_model", "the large model, with the same tokenizer", default=f"{embedded}/teacher")
-    add("--dataset", "Hub id, folder with train and test files, one file, or recipes/embedded", default=embedded)
-    add("--output_dir", "where everything goes", default="runs/demo")
-    add("--num_seeds", "selectors to train", type=int, default=3)
-    add(
-        "--limit_train",
-        "problems to label for training; 0.6 times as many for tuning and calibration each",
-        type=int,
-        default=500,
-    )
-    add("--limit_test", "problems to evaluate on", type=int, default=500)
-    add("--max_new_tokens", "tokens of a solution at most (default: 72 for recipes/embedded, else 256)", type=int)
-    add("--batch_size", "sequences per generate call (default: 250 for recipes/embedded, else 64)", type=int)
-    add("--train_config", "YAML for recipes/train.py (default: train.yaml of a data set that has one)")
-    add(
-        "--label_config",
-        "YAML for recipes/label.py, for what selectors learn from (default: label.yaml of a data set that has one)",
-    )
-    add("--add_reserved_tokens", "resize a model that has no reserved tokens", action="store_true")
-    add("--policies", "policies to evaluate (default: those of recipes/eval.py)", nargs="+")
-    add(
-        "--chat_template",
-        "format prompts with the tokenizer's chat template (default: where it has one)",
-        action=argparse.BooleanOptionalAction,
-    )
-    add("--system_prompt", "system message of the chat template")
-    add("--chat_template_kwargs", "variables of the chat template, a JSON object: '{\"enable_thinking\": false}'")
-    add("--num_parallel", "recipes side by side (default: 2 on two or more cores, 1 with a GPU)", type=int)
-    add("--seed", "of the data and of the first selector", type=int, default=0)
+    add = parser.add_argument
+    add("--model", default=f"{embedded}/student", help="Small model: a Hub id or a local folder.")
+    add("--teacher_model", default=f"{embedded}/teacher", help="Large model, with the same tokenizer.")
+    add("--dataset", default=embedded, help="Hub id, folder with train and test files or a corpus.py, or one file.")
+    add("--output_dir", default="runs/demo", help="Folder for everything that is made.")
+    add("--num_seeds", type=int, default=3, help="Number of selectors.")
+    text = "Problems to label for training; 0.6 times as many for tuning and for calibration."
+    add("--limit_train", type=int, default=500, help=text)
+    add("--limit_test", type=int, default=500, help="Problems to evaluate on.")
+    text = "Largest number of tokens of a solution (default: 72 for a folder with a corpus.py, else 256)."
+    add("--max_new_tokens", type=int, help=text)
+    text = "Sequences per generate call (default: 250 for a folder with a corpus.py, else 64)."
+    add("--batch_size", type=int, help=text)
+    text = "YAML for recipes/train.py (default: train.yaml of the data set, where it has one)."
+    add("--train_config", help=text)
+    text = "YAML for recipes/label.py, for what selectors learn from (default: label.yaml of the data set)."
+    add("--label_config", help=text)
+    add("--add_reserved_tokens", action="store_true", help="Resize a model that has no reserved tokens.")
+    add("--policies", nargs="+", help="Policies to evaluate (default: those of recipes/eval.py).")
+    text = "Put prompts into the tokenizer's chat template (default: where it has one)."
+    add("--chat_template", action=argparse.BooleanOptionalAction, help=text)
+    add("--system_prompt", help="System message of the chat template.")
+    text = "Variables of the chat template, a JSON object: '{\"enable_thinking\": false}'."
+    add("--chat_template_kwargs", help=text)
+    text = "Number of recipes side by side (default: 2 on two or more cores, 1 with a GPU)."
+    add("--num_parallel", type=int, help=text)
+    add("--seed", type=int, default=0, help="Seed of the data and of the first selector.")
     args = parser.parse_args(arguments)
     for name in ("num_seeds", "limit_train", "limit_test", "max_new_tokens", "batch_size", "num_parallel"):
         value = getattr(args, name)
@@ -198,7 +191,7 @@ def plan(args: argparse.Namespace, jobs: Jobs, dtype: list[str]) -> list[Stage]:
     Raises:
         ValueError: see [`prompt_arguments`].
     """
-    out, bed, chat = jobs.folder, is_bed(args.dataset), prompt_arguments(args)
+    out, bed, chat = jobs.folder, has_corpus_script(args.dataset), prompt_arguments(args)
     student, teacher = ["--model", args.model], ["--teacher_model", args.teacher_model]
     length, batch = ["--max_new_tokens", str(args.max_new_tokens)], ["--batch_size", str(args.batch_size)]
     problems = {part: out / "data" / f"{part}.jsonl" for part in LABELLED_PARTS}
@@ -306,7 +299,7 @@ def main() -> None:
     from s2t_recipes.adapters import check_model
 
     has_gpu = torch.cuda.is_available()
-    bed, out = is_bed(args.dataset), Path(args.output_dir)
+    bed, out = has_corpus_script(args.dataset), Path(args.output_dir)
     args.max_new_tokens = args.max_new_tokens or (72 if bed else 256)
     args.batch_size = args.batch_size or (250 if bed else 64)
     num_parallel = args.num_parallel or (1 if has_gpu else min(2, os.cpu_count() or 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available, logging
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -25,6 +29,12 @@ def load_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
     own = model.generation_config
     model.generation_config = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id)
     return model
+
+
+def load_quietly() -> None:
+    """Models are loaded without progress bars and warnings of PEFT, which would cut through a recipe's own bar."""
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    logging.disable_progress_bar()
 
 
 def default_device() -> torch.device:

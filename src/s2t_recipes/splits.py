@@ -9,22 +9,22 @@ its own problems (recipes/embedded) is asked for them. Knows files and columns, 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from s2t_recipes.options import SmallParser
 from s2t_recipes.problems import SUFFIXES, Problem, load_problems, split_by_id
 from transformers_s2t.files import atomic_write
 
 
 PROBLEM_PARTS = ("label", "tuning", "calibration", "test", "fresh")
-BED_PARTS = (*PROBLEM_PARTS, "words")  # words: what a bed writes that is no problem
+CORPUS_PARTS = (*PROBLEM_PARTS, "words")  # words: what a bed writes that is no problem
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
 
 
-def is_bed(dataset: str) -> bool:
+def has_corpus_script(dataset: str) -> bool:
     """Whether a data set is a folder that writes its own problems (recipes/embedded)."""
     return (Path(dataset) / "corpus.py").is_file()
 
@@ -42,9 +42,9 @@ def split_command(
         seed: of the division, or of a bed's problems.
         options: more arguments, those of a bed's corpus.py.
     """
-    sign = "--num-" if is_bed(dataset) else "--"
+    sign = "--num-" if has_corpus_script(dataset) else "--"
     counts = [text for name, size in sizes.items() for text in (f"{sign}{name}", str(size))]
-    if is_bed(dataset):
+    if has_corpus_script(dataset):
         start = [f"{dataset}/corpus.py", "--output", output_dir]
     else:
         start = [recipe, "--dataset", dataset, "--output_dir", output_dir]
@@ -128,15 +128,14 @@ def write_problems(file: Path, problems: list[Problem]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write disjoint parts of a data set, one .jsonl each.")
-    parser.add_argument("--dataset", required=True, help="Hub id, folder with train and test files, or one file")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the .jsonl files")
-    parser.add_argument("--seed", type=int, default=0, help="of the division (default: 0)")
+    parser = SmallParser("What is divided, and into what")
+    parser.add_argument("--dataset", required=True, help="Hub id, folder with train and test files, or one file.")
+    parser.add_argument("--output_dir", required=True, type=Path, help="Folder for the .jsonl files.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the division.")
     for name in PROBLEM_PARTS:
-        parser.add_argument(f"--{name}", type=int, default=0, help=f"problems of {name}.jsonl (default: none)")
-    parser.add_argument(
-        "--only", choices=PROBLEM_PARTS, help="write this part alone, divided as with all (default: all)"
-    )
+        parser.add_argument(f"--{name}", type=int, default=0, help=f"Number of problems of {name}.jsonl.")
+    text = "Part that is written alone, divided as with all (default: all are written)."
+    parser.add_argument("--only", choices=PROBLEM_PARTS, help=text)
     args = parser.parse_args()
     sizes = {name: getattr(args, name) for name in PROBLEM_PARTS}
     if min(sizes.values()) < 0 or not any(sizes.values()) or sizes.get(args.only) == 0:

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
-from trl import TrlParser
 
 from s2t_recipes.adapters import check_model
 from s2t_recipes.estimates import mean_over_points
@@ -37,6 +36,7 @@ from s2t_recipes.evaluation.fidelity import (
     rows_with_points,
 )
 from s2t_recipes.models import default_device, load_model
+from s2t_recipes.options import Parser
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration.scored_points import ScoredPoints, score_labels
 from transformers_s2t.files import write_json
@@ -169,7 +169,7 @@ def format_rows(rows: dict[str, dict]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = TrlParser(AgreementArguments).parse_args_and_config(argv)
+    (args,) = Parser(AgreementArguments).parse_args_and_config(argv)
     configs = [SelectorConfig.from_pretrained(adapter) for adapter in args.adapters]
     labels, header, prior = read_labels_and_prior(args, configs)
     runs, fusions = [], []

@@ -1,6 +1,6 @@
 """Everything that is read, checked and decided before a model is loaded: arguments in, one plan out.
 
-Here, and only here, the arguments are read. Problems that an adapter has seen, in training or after (its
+Problems that an adapter has seen, in training or after (its
 seen_problems.json), are refused, and so are those of --label_dirs and --prior_labels.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,10 @@ class Plan:
     """What an evaluation does, decided.
 
     Attributes:
-        arguments: as they were given, for the report.
-        output_dir: where records, texts and the report go.
-        model, teacher_model, dtype: what is loaded, and how.
-        seed: seed of the random control and the intervals.
-        num_candidates, min_prob_ratio: how candidates are offered.
-        bench: the problems and how policies are run on them.
+        args: arguments of the evaluation, checked.
+        bench: problems, and how policies are run on them.
         selectors: S2T-Local adapters.
-        jobs: in the order of the table, seed by seed.
+        jobs: jobs in the order of the table, seed by seed.
         by_length: whether problems share a batch with those of like greedy texts.
         prior: the token prior; `None` without `prior_labels`.
         zero_shot_id: the token that the control `zero-shot` makes unlikely; `None` for the most certain candidate.
@@ -112,14 +108,7 @@ class Plan:
         leaks: problems that were seen before, in words, where that is allowed.
     """
 
-    arguments: dict[str, Any]
-    output_dir: Path
-    model: str
-    teacher_model: str | None
-    dtype: str
-    seed: int
-    num_candidates: int
-    min_prob_ratio: float
+    args: EvaluateArguments
     bench: Bench
     selectors: Selectors
     jobs: list[Job]
@@ -127,9 +116,9 @@ class Plan:
     prior: Counter | None
     zero_shot_id: int | None
     held_out: Labels | None
-    hit_at_k: dict[str, float] = field(default_factory=dict)
-    agree_at_1: dict[str, float] = field(default_factory=dict)
-    leaks: list[str] = field(default_factory=list)
+    hit_at_k: dict[str, float]
+    agree_at_1: dict[str, float]
+    leaks: list[str]
 
     @property
     def policies(self) -> list[Policy]:
@@ -165,17 +154,9 @@ def make_plan(args: EvaluateArguments) -> Plan:
     zero_shot_id = None if args.zero_shot_text is None else first_token(args.zero_shot_text, tokenizer)
     bench = make_bench(args, problems, tokenizer, default_device())
     load_metric("math_answer")  # it is copied into a cache, which may not be writable
-    # else nothing tells the lengths
-    by_length = args.batch_by == "greedy_length" and policies[0] == GREEDY
+    by_length = args.batch_by == "greedy_length" and policies[0] == GREEDY  # else nothing tells the lengths
     return Plan(
-        arguments=asdict(args),
-        output_dir=Path(args.output_dir),
-        model=args.model,
-        teacher_model=args.teacher_model,
-        dtype=args.dtype,
-        seed=args.seed,
-        num_candidates=args.num_candidates,
-        min_prob_ratio=args.min_prob_ratio,
+        args=args,
         bench=bench,
         selectors=selectors,
         jobs=plan_jobs(args, policies, selectors, tuned, bench, prior, by_length),

@@ -22,9 +22,6 @@ Legend: B rows, T tokens, S positions, V vocabulary, D documents, P seeds.
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,15 +31,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.hf_argparser import HfArg
-from trl import TrlParser
 
 from s2t_recipes.adapters import check_model, check_same_tokenizer, check_tuned, merge_adapter
+from s2t_recipes.commands import typed_command
 from s2t_recipes.estimates import bootstrap_interval
-from s2t_recipes.evaluation.arguments import DTYPES, check_least
 from s2t_recipes.evaluation.plan import check_folder
 from s2t_recipes.evaluation.policies import parse_tuned
 from s2t_recipes.evaluation.rows import align, versions
-from s2t_recipes.models import default_device, free_memory, load_model
+from s2t_recipes.models import DTYPES, default_device, free_memory, load_model, load_quietly
+from s2t_recipes.options import Parser, check_least
 from s2t_recipes.problems import Problem, encode_prompts, load_problems
 from transformers_s2t import LocalSelector, SelectorConfig
 from transformers_s2t.config import check_choice
@@ -391,7 +388,7 @@ def measure(args: RetentionArguments) -> dict:
             "settings": asdict(args),
             "device": str(device),
             "versions": versions(),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": typed_command(),
         },
         "rows": [
             {
@@ -432,11 +429,8 @@ def format_table(report: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's
-    logging.disable_progress_bar()  # of loading weights: it would cut through the one bar
-    (args,) = TrlParser(RetentionArguments).parse_args_and_config(argv)
+    load_quietly()
+    (args,) = Parser(RetentionArguments).parse_args_and_config(argv)
     report = measure(args)
     print()
     print(format_table(report))

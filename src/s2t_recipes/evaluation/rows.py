@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import platform
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ import torch
 import transformers
 
 from s2t_recipes.answers import extract_answer
+from s2t_recipes.commands import typed_command
 from s2t_recipes.estimates import NUM_RESAMPLES, bootstrap_interval
 from s2t_recipes.evaluation.fidelity import DEFINITION, describe
 from s2t_recipes.evaluation.plan import Job, Plan
@@ -248,8 +248,8 @@ def make_report(plan: Plan, runs: dict[Job, Run], fidelity: dict | None) -> dict
     results = {policy: [runs[job] for job in plan.jobs if job.policy == policy] for policy in plan.policies}
     greedy = results.get(GREEDY, [None])[0]
     configs, metrics = plan.selectors.configs, local_agreement(plan.selectors.configs)
-    rows = [row for policy, own in results.items() for row in make_rows(policy, own, greedy, configs, plan.seed)]
-    num_examples = plan.arguments["num_examples"]
+    rows = [row for policy, own in results.items() for row in make_rows(policy, own, greedy, configs, plan.args.seed)]
+    num_examples = plan.args.num_examples
     return {
         "meta": describe_run(plan, metrics),
         "rows": rows,
@@ -263,17 +263,17 @@ def make_report(plan: Plan, runs: dict[Job, Run], fidelity: dict | None) -> dict
 
 def describe_run(plan: Plan, metrics: dict[str, float]) -> dict:
     """What was run, on what, with which settings and versions."""
-    configs = plan.selectors.configs
+    configs, settings = plan.selectors.configs, asdict(plan.args)
     thresholds = {
         trigger: {f"{rate:g}": value for rate, value in table.items()}
         for trigger, table in plan.selectors.thresholds.items()
     }
     return {
-        **{name: plan.arguments[name] for name in ("model", "teacher_model", "adapters", "dataset", "split")},
+        **{name: settings[name] for name in ("model", "teacher_model", "adapters", "dataset", "split")},
         "num_problems": len(plan.bench.problems),
         "num_seeds": len(configs),
-        "eval_labels": plan.arguments["eval_labels"],
-        "settings": plan.arguments,
+        "eval_labels": settings["eval_labels"],
+        "settings": settings,
         "thresholds": thresholds,
         "fusion": [None if config.fusion is None else asdict(config.fusion) for config in configs],
         "selector_metrics": metrics,
@@ -281,7 +281,7 @@ def describe_run(plan: Plan, metrics: dict[str, float]) -> dict:
         "leaks": plan.leaks,
         "device": str(plan.bench.device),
         "versions": versions(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": typed_command(),
     }
 
 

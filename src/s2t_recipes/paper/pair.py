@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from s2t_recipes.splits import BED_PARTS, PROBLEM_PARTS, is_bed
+from s2t_recipes.splits import CORPUS_PARTS, PROBLEM_PARTS, has_corpus_script
 from transformers_s2t.files import write_json
 
 
@@ -101,7 +101,7 @@ class Pair:
             pair = cls(name=file.stem, **values)
         except TypeError as error:
             raise ValueError(f"{file}: {error}") from None
-        legal = BED_PARTS if is_bed(pair.dataset) else PROBLEM_PARTS
+        legal = CORPUS_PARTS if has_corpus_script(pair.dataset) else PROBLEM_PARTS
         for name in [*pair.sizes, *pair.part_options]:
             if name not in legal:
                 raise ValueError(f"{file}: parts must be among {', '.join(legal)}, got {name!r}.")

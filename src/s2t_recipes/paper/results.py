@@ -9,13 +9,13 @@ Every number in a table comes from a JSON that recipes/paper.py wrote. Knows for
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from s2t_recipes.commands import RECIPES
+from s2t_recipes.options import SmallParser
 
 
 ROOT = RECIPES.parent
@@ -151,9 +151,9 @@ def differences(results: dict[str, dict[str, Any]], others: dict[str, dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write docs/results/*.md and the tables of other texts.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where something differs")
-    parser.add_argument("--same", type=Path, metavar="FOLDER", help="compare with another run's results, and stop")
+    parser = SmallParser("What is done instead of writing")
+    parser.add_argument("--check", action="store_true", help="Change nothing; exit status 1 where something differs.")
+    parser.add_argument("--same", type=Path, metavar="FOLDER", help="Compare with the results of another run.")
     args = parser.parse_args()
     if args.same is not None:
         ours, others = read_results(RESULTS), read_results(args.same)

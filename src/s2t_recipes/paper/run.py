@@ -29,6 +29,7 @@ import yaml
 from s2t_recipes.commands import RECIPES
 from s2t_recipes.evaluation.rows import versions
 from s2t_recipes.jobs import Jobs
+from s2t_recipes.options import SmallParser
 from s2t_recipes.paper import results
 from s2t_recipes.paper.pair import Pair, note_pair
 from s2t_recipes.paper.pipeline import Pipeline
@@ -44,25 +45,19 @@ WITHOUT_ANSWERS = ("sufficiency", "fidelity")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Regenerate the tables of docs/results.")
+    parser = SmallParser("Which tables are made, on which pairs, and where they go")
     tables = sorted(file.stem for file in PAPER.glob("*.yaml"))
-    pairs = sorted(file.stem for file in (PAPER / "pairs").glob("*.yaml"))
-
-    def add(name: str, help: str, **options) -> None:
-        parser.add_argument(name, help=help, **options)
-
-    add("--tables", f"by default all: {', '.join(tables)}; or paths of YAMLs", nargs="+", default=tables)
-    add("--pairs", f"instead of those that a table names: {', '.join(pairs)}; or paths of YAMLs", nargs="+")
-    add("--output_dir", "where everything that is made goes (default: runs/paper)", default="runs/paper")
-    add("--results", "where tables go (default: docs/results)", type=Path, default=results.RESULTS)
+    pairs = ", ".join(sorted(file.stem for file in (PAPER / "pairs").glob("*.yaml")))
+    add = parser.add_argument
+    add("--tables", nargs="+", default=tables, help="Tables of recipes/paper, or paths of YAMLs.")
+    add("--pairs", nargs="+", help=f"{pairs}, or paths of YAMLs (default: those that a table names).")
+    add("--output_dir", default="runs/paper", help="Folder for everything that is made.")
+    add("--results", type=Path, default=results.RESULTS, help="Folder for the tables (default: docs/results).")
     for name in ("data", "models"):
-        add(f"--{name}", f"folder that {{{name}}} in a pair's YAML stands for; without it the pair is left out")
-    add(
-        "--num_parallel",
-        f"recipes side by side (default: one per core, at most {MAX_PARALLEL}; 1 with a GPU)",
-        type=int,
-    )
-    add("--dry_run", "list the jobs that are missing, and run none", action="store_true")
+        add(f"--{name}", help=f"Folder for {{{name}}} in a pair's YAML; without it such a pair is left out.")
+    text = f"Number of recipes side by side (default: one per core, at most {MAX_PARALLEL}; 1 with a GPU)."
+    add("--num_parallel", type=int, help=text)
+    add("--dry_run", action="store_true", help="List the jobs that are missing, and run none.")
     args = parser.parse_args(arguments)
     if args.num_parallel is not None and args.num_parallel < 1:
         parser.error(f"`num_parallel` must be at least 1, got {args.num_parallel}")

@@ -8,7 +8,6 @@ needs `report.json` and nothing else; the page is html_report.py's. Knows no mod
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import matplotlib
 
+from s2t_recipes.options import SmallParser
 from s2t_recipes.report import charts
 from s2t_recipes.report.canvas import paint, save_png
 from s2t_recipes.report.html_report import read_report, write_page
@@ -345,13 +345,10 @@ def draw_title(figure: Figure, meta: dict, height: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the report of recipes/eval.py: a page and pictures.")
-    parser.add_argument("report", type=Path, help="the folder that recipes/eval.py wrote, or its report.json")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="the picture (default: report.png beside the report); the page and the charts go beside it",
-    )
+    parser = SmallParser("What is drawn, and where it goes", "[--output FILE.png] FOLDER")
+    parser.add_argument("report", metavar="FOLDER", type=Path, help="Folder of `s2t eval`, or its report.json.")
+    text = "File of the picture, beside which the page and the charts go (default: report.png beside the report)."
+    parser.add_argument("--output", type=Path, help=text)
     args = parser.parse_args()
     file, report = read_report(args.report)
     picture = draw(report, args.output or file.with_name("report.png"))
