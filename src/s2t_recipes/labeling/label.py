@@ -7,9 +7,9 @@ A teacher too large for this machine may be behind a vLLM server: `--teacher_url
 and config in `--teacher_model` (no weights are loaded). A key, where one is needed, is read from OPENAI_API_KEY.
 A teacher with another tokenizer needs `--cross_tokenizer true` and compares texts (docs/labeling.md).
 
-Run the same command again after an interruption and it goes on; `s2t label --num_processes 4 ...` shares the problems
-among processes, as `accelerate launch recipes/label.py` does; with `--dry_run true` it labels a sample, keeps nothing
-and says what the rest will cost. Label training problems only: calibrate on other ones, evaluate on yet others.
+The same command resumes an interrupted run. `s2t label --num_processes 4 ...` shares the problems among processes, as
+`accelerate launch recipes/label.py` does. `--dry_run true` labels a sample, keeps nothing and says what the rest will
+cost. Label training problems only: calibrate on other ones, evaluate on yet others.
 Everything is checked before weights are loaded and before anything is written.
 """
 
@@ -45,8 +45,14 @@ from transformers.hf_argparser import HfArg
 import transformers_s2t
 from s2t_recipes.adapters import check_model
 from s2t_recipes.commands import CommandFailed, one_line_errors, say, work
-from s2t_recipes.models import check_quantization, load_pretrained, make_quantization_config, padding_token_id
-from s2t_recipes.options import Parser
+from s2t_recipes.models import (
+    DTYPES,
+    check_quantization,
+    load_pretrained,
+    make_quantization_config,
+    padding_token_id,
+)
+from s2t_recipes.options import Parser, check_least
 from s2t_recipes.problems import (
     check_template_kwargs,
     encode_prompts,
@@ -58,6 +64,7 @@ from s2t_recipes.problems import (
 from s2t_recipes.report.data_card import write_data_card
 from s2t_recipes.splits import PROMPT_COLUMNS
 from transformers_s2t import LocalSelector, S2TDecodingConfig, TeacherSelector, s2t_generate
+from transformers_s2t.config import check_choice
 from transformers_s2t.files import write_json
 from transformers_s2t.labeling.cross_tokenizer import CrossTokenizer
 from transformers_s2t.labeling.http_teacher import HTTPTeacher, TeacherError, host_free
@@ -77,88 +84,90 @@ from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserve
 
 STATS_NAME = "label_stats.json"
 DRY_RUN_PROBLEMS = 8  # or a whole batch, where that is more: the time of a row depends on how many run beside it
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
 class LabelArguments:
     """Which models label which problems, and how."""
 
-    model: str = HfArg(help="Student: Hub id or local folder.")
-    dataset: str = HfArg(help="Problems: a .jsonl, .json or .parquet file, a folder of such, or a Hub id (id:config).")
-    output_dir: str = HfArg(help="Folder of the labels; one that this run began is gone on with.")
+    model: str = HfArg(help="Student: a Hub id or a local folder.")
+    dataset: str = HfArg(
+        help="Problems: a .jsonl, .json or .parquet file, a folder of such files, or a Hub id (id:config)."
+    )
+    output_dir: str = HfArg(help="Folder for the labels. An interrupted run in it is resumed.")
     teacher_model: str | None = HfArg(
         default=None,
-        help="Teacher, of the same tokenizer unless `cross_tokenizer` is set: Hub id or local folder. With "
-        "`teacher_url` its tokenizer is compared and its config read; left out, the server's tokenizer is taken "
-        "to be the student's.",
+        help="Teacher, with the same tokenizer unless `cross_tokenizer` is set: a Hub id or a local folder. With "
+        "`teacher_url` its tokenizer is compared and its config read; left out, the server's tokenizer is taken to be "
+        "the student's.",
     )
     cross_tokenizer: bool = HfArg(
         default=False,
-        help="The teacher may have another tokenizer: candidates are scored by the log-probability that the "
-        "text goes on with theirs, which is an estimate (docs/labeling.md). With `chat_template` it reads prompts "
-        "in its own template. Not with `teacher_url` or rollout_policy 's2t'.",
+        help="The teacher may have another tokenizer: a candidate's score is an estimate, the log-probability that "
+        "the text continues with the candidate's text (docs/labeling.md). With `chat_template` the teacher reads "
+        "prompts in its own template. Not with `teacher_url` or rollout_policy 's2t'.",
     )
     teacher_url: str | None = HfArg(
         default=None, help="vLLM server that runs the teacher, e.g. http://host:8000; key in OPENAI_API_KEY."
     )
     teacher_served_name: str | None = HfArg(
-        default=None,
-        help="Name of the teacher on the server, where it offers several models and none is `teacher_model`.",
+        default=None, help="Name of the teacher on a server with several models, where it is not `teacher_model`."
     )
     top_logprobs: int = HfArg(
-        default=20, help="Tokens that the server names at each position, at most its own --max-logprobs."
+        default=20, help="Number of tokens that the server names at each position, at most its own --max-logprobs."
     )
-    max_concurrency: int = HfArg(default=16, help="Requests to the server at one time.")
+    max_concurrency: int = HfArg(default=16, help="Number of requests to the server at one time.")
     split: str | None = HfArg(default=None, help="Split on the Hub, or file name in a folder.")
     prompt_column: str | None = HfArg(
-        default=None, help="Column that holds the prompts: by default 'prompt', or else 'question' or 'problem'."
+        default=None, help="Column with the prompts (default: 'prompt', or else 'question' or 'problem')."
     )
     answer_column: str | None = HfArg(
-        default=None, help="Not used for labels (the teacher is the judge); checked to be there where it is given."
+        default=None, help="Column that must be there, where it is given. Labels do not use answers."
     )
-    skip: int = HfArg(default=0, help="Leave out the first so many problems.")
-    limit: int | None = HfArg(default=None, help="Label so many problems only.")
+    skip: int = HfArg(default=0, help="Number of first problems to leave out.")
+    limit: int | None = HfArg(default=None, help="Number of problems to label (default: all).")
     max_prompt_tokens: int | None = HfArg(
         default=None,
-        help="Cut prompts to their first so many tokens (story models with a short context). With "
-        "`chat_template`, which must not be cut, problems of longer prompts are left out and counted.",
+        help="Number of tokens to which prompts are cut (story models with a short context). With `chat_template`, "
+        "which must not be cut, problems with longer prompts are left out and counted.",
     )
-    num_candidates: int = HfArg(default=16, help="K, the student's tokens stored at each point.")
+    num_candidates: int = HfArg(default=16, help="Number K of the student's tokens stored at each point.")
     target_rate: float = HfArg(default=0.1, help="Share of generated tokens whose divergence reaches the threshold.")
     divergence_threshold: float | None = HfArg(
-        default=None, help="In nats; estimated from `target_rate` on the first 200 problems if not given."
+        default=None, help="Threshold in nats (default: estimated from `target_rate` on the first 200 problems)."
     )
-    min_prob_ratio: float = HfArg(default=0.05, help="Candidate floor: share of the best candidate's probability.")
+    min_prob_ratio: float = HfArg(
+        default=0.05, help="Candidate floor: least probability of a candidate, as a share of the best one's."
+    )
     points: str = HfArg(
         default="floor+kl",
-        help="What is stored: 'kl' (paper), 'floor' (two candidates above it), 'floor+kl' or 'all'.",
+        help="Points that are stored: 'kl' (paper), 'floor' (two candidates above it), 'floor+kl' or 'all'.",
     )
     max_points: int | None = HfArg(
-        default=None, help="Decision points of one trajectory, at most; spread evenly among its own."
+        default=None, help="Largest number of points of one trajectory, spread evenly among its own (default: all)."
     )
-    max_new_tokens: int = HfArg(default=256, help="Length of a rollout.")
+    max_new_tokens: int = HfArg(default=256, help="Largest number of new tokens of a rollout.")
     rollout_policy: str = HfArg(
         default="greedy",
-        help="Who writes: the student ('greedy', 'sample'), or it and who corrects it: the teacher ('s2t') or "
-        "a trained selector ('s2t-local', a second round).",
+        help="Who writes: the student alone ('greedy', 'sample'), or corrected by the teacher ('s2t') or by a trained "
+        "selector ('s2t-local', a second round).",
     )
-    temperature: float = HfArg(default=1.0, help="Of 'sample'.")
-    num_rollouts: int = HfArg(default=1, help="Rollouts of each problem, several with 'sample'.")
+    temperature: float = HfArg(default=1.0, help="Temperature of 'sample'.")
+    num_rollouts: int = HfArg(default=1, help="Number of rollouts of each problem; several with 'sample' only.")
     validation_share: float = HfArg(
         default=0.0,
-        help="Share of the problems that is held out, as the split 'validation'. A hash of the prompt decides, "
-        "so it is the same problems in every run.",
+        help="Share of the problems that is held out, as the split 'validation'. A hash of the prompt decides, so "
+        "these are the same problems in every run.",
     )
-    adapter: str | None = HfArg(default=None, help="The trained selector of 's2t-local'.")
-    trigger: str = HfArg(default="always", help="When 's2t' and 's2t-local' correct: a trigger's name.")
+    adapter: str | None = HfArg(default=None, help="Trained selector of 's2t-local'.")
+    trigger: str = HfArg(default="always", help="Trigger at which 's2t' and 's2t-local' correct.")
     trigger_rate: float | None = HfArg(
-        default=None, help="Share of tokens at which it fires, as calibrated with the adapter."
+        default=None, help="Share of tokens at which the trigger fires, as calibrated with the adapter."
     )
-    trigger_threshold: float | None = HfArg(default=None, help="Or its threshold.")
-    batch_size: int = HfArg(default=32, help="Rollouts of one forward.")
-    shard_size: int = HfArg(default=100, help="Problems of one file, and the most a kill can lose.")
-    seed: int = HfArg(default=0, help="Of the sampling.")
+    trigger_threshold: float | None = HfArg(default=None, help="Threshold of the trigger, instead of a rate.")
+    batch_size: int = HfArg(default=32, help="Rollouts per forward.")
+    shard_size: int = HfArg(default=100, help="Problems per file, the most that a killed run can lose.")
+    seed: int = HfArg(default=0, help="Seed of the sampling.")
     chat_template: bool = HfArg(default=False, help="Put prompts into the tokenizer's chat template.")
     system_prompt: str | None = HfArg(default=None, help="System message of the chat template.")
     chat_template_kwargs: dict[str, Any] | str | None = HfArg(
@@ -167,21 +176,19 @@ class LabelArguments:
     )
     dtype: str = HfArg(
         default="auto",
-        help="Weights' type: 'auto' (the checkpoint's own; float32 on a CPU), 'float32', 'bfloat16', ...",
+        help="Type of the weights: auto (float32 on a CPU, else the checkpoint's own), float32, bfloat16 or float16.",
     )
     teacher_load_in_4bit: bool = HfArg(
         default=False, help="Quantize the teacher to 4 bits (bitsandbytes, nf4) as it is loaded."
     )
-    teacher_load_in_8bit: bool = HfArg(default=False, help="Or to 8 bits.")
+    teacher_load_in_8bit: bool = HfArg(default=False, help="Quantize the teacher to 8 bits.")
     device_map: str | None = HfArg(
-        default=None, help="Where weights go, e.g. 'auto' (default with an accelerator) or 'cpu'."
+        default=None, help="Place of the weights, e.g. 'auto' (default with an accelerator) or 'cpu'."
     )
-    overwrite: bool = HfArg(default=False, help="Replace labels that are in output_dir.")
-    push_to_hub: str | None = HfArg(
-        default=None, help="Hub data set (you/name) to which the finished labels are pushed."
-    )
+    overwrite: bool = HfArg(default=False, help="Replace labels that are in `output_dir`.")
+    push_to_hub: str | None = HfArg(default=None, help="Hub data set (you/name) for the finished labels.")
     private: bool = HfArg(default=False, help="Make that data set a private one.")
-    dry_run: bool = HfArg(default=False, help="Label a sample, write nothing, and print what the whole job will cost.")
+    dry_run: bool = HfArg(default=False, help="Label a sample, keep nothing, and print what the whole job will cost.")
 
     def __post_init__(self):
         self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
@@ -189,16 +196,12 @@ class LabelArguments:
             raise ValueError("`teacher_model` is required, or `teacher_url` of a server that runs the teacher.")
         if self.teacher_served_name is not None and self.teacher_url is None:
             raise ValueError("`teacher_served_name` must be given with `teacher_url` only: it names a server's model.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}.")
+        check_choice("dtype", self.dtype, DTYPES)
         for name in ("batch_size", "shard_size", "top_logprobs", "max_concurrency"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if self.skip < 0:
-            raise ValueError(f"`skip` must be 0 or more, got {self.skip!r}.")
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise ValueError(f"`max_prompt_tokens` must be at least 1, got {self.max_prompt_tokens!r}.")
+        check_least(self, skip=0, max_prompt_tokens=1)
         if self.rollout_policy == "s2t" and self.teacher_url is not None:
             raise ValueError(
                 "`rollout_policy` must not be 's2t' with `teacher_url`: a server is too far to ask at steps."
@@ -295,7 +298,7 @@ class LabelArguments:
 
 
 class Plan(NamedTuple):
-    """All that is known before weights are loaded."""
+    """What is known before weights are loaded."""
 
     prompts: dict[str, list[int]]
     header: TrajectoryHeader
@@ -517,11 +520,8 @@ def load_models(
             selector = TeacherSelector(teacher)
         else:
             selector = LocalSelector.from_pretrained(args.adapter, model)
-        decode_with = {
-            "custom_generate": s2t_generate,
-            "selector": selector,
-            "decoding_config": args.decoding_config(),
-        }
+        decode_with = {"custom_generate": s2t_generate, "selector": selector}
+        decode_with["decoding_config"] = args.decoding_config()
     return model, teacher, decode_with
 
 

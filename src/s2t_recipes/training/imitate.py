@@ -28,9 +28,10 @@ from trl import SFTConfig, SFTTrainer, get_peft_config
 
 from s2t_recipes.adapters import BASELINE_NAME, check_model
 from s2t_recipes.models import default_device, load_model, padding_token_id
-from s2t_recipes.options import Parser
+from s2t_recipes.options import Parser, check_least
 from s2t_recipes.records import fingerprint, hash_of, read_records, write_records
 from s2t_recipes.training.lora_arguments import LoraArguments, quantization_of
+from transformers_s2t.config import check_choice
 from transformers_s2t.files import write_json
 from transformers_s2t.labeling.rollout import rollout
 from transformers_s2t.labels.folder import read_labels
@@ -55,31 +56,30 @@ class BaselineArguments(LoraArguments):
     """
 
     method: str = HfArg(help="'sft' (the teacher's texts) or 'kd' (its distributions).")
-    model: str = HfArg(help="Name or path of the small model.")
-    teacher_model: str = HfArg(help="Name or path of the large one, with the same tokenizer.")
+    model: str = HfArg(help="Small model: a Hub id or a local folder.")
+    teacher_model: str = HfArg(help="Large model, with the same tokenizer: a Hub id or a local folder.")
     labels: str = HfArg(help="Folder written by `s2t label`: its problems, and its trajectories.")
-    max_problems: int | None = HfArg(default=None, help="Only the first so many problems.")
+    max_problems: int | None = HfArg(default=None, help="Number of problems, the first ones (default: all).")
     num_samples: int | None = HfArg(
-        default=None, help="For 'sft': so many texts of each problem, sampled by the teacher, not its greedy one."
+        default=None,
+        help="Number of texts that the teacher samples of each problem, for 'sft' (default: its greedy one).",
     )
     attn_implementation: str | None = HfArg(
         default=None,
-        help="Attention of the model that is trained, as of from_pretrained. On a CPU a tiny model takes half "
-        "the time with 'eager': the backward pass of 'sdpa' is slow there.",
+        help="Attention of the trained model, as from_pretrained takes it. On a CPU a tiny model takes half the time "
+        "with 'eager': the backward pass of 'sdpa' is slow there.",
     )
     teacher_batch_size: int = HfArg(default=64, help="Texts of the teacher written at a time.")
     teacher_texts: str | None = HfArg(
         default=None,
-        help="For 'sft': a folder that keeps the teacher's texts for other trainings that want the same; by "
-        "default they are written anew each time.",
+        help="Folder that keeps the teacher's texts for other trainings that want the same, for 'sft' (default: they "
+        "are written anew each time).",
     )
     overwrite: bool = HfArg(default=False, help="Train again although `output_dir` holds an adapter.")
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}.")
-        if self.teacher_batch_size < 1:
-            raise ValueError(f"`teacher_batch_size` must be at least 1, got {self.teacher_batch_size!r}.")
+        check_choice("method", self.method, METHODS)
+        check_least(self, teacher_batch_size=1)
         if self.num_samples is not None and (self.num_samples < 1 or self.method != "sft"):
             raise ValueError(
                 f"`num_samples` must be at least 1, and is for method='sft', got {self.num_samples!r} with "
@@ -153,9 +153,7 @@ class DistillationTrainer(SFTTrainer):
         total = (teacher_NV.exp() * (teacher_NV - student_NV)).sum()
         loss = total / (len(ids_N) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = (
-                loss * self.args.world_size
-            )  # the tokens of all processes were counted, whose gradients are averaged
+            loss = loss * self.args.world_size  # gradients are averaged, tokens were counted over all processes
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_logits(self, inputs: dict[str, torch.Tensor], trained_BT: torch.Tensor) -> torch.Tensor:
@@ -253,12 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
     pad = padding_token_id(tokenizer, args.model)
     texts = make_texts(args, labels, header, pad)
-    dataset = Dataset.from_dict(
-        {
-            "input_ids": [ids for ids, _ in texts],
-            "labels": [[-100] * start + ids[start:] for ids, start in texts],
-        }
-    )
+    trained_ids = [[-100] * start + ids[start:] for ids, start in texts]
+    dataset = Dataset.from_dict({"input_ids": [ids for ids, _ in texts], "labels": trained_ids})
     dtype = "float32" if args.dtype == "auto" and default_device().type == "cpu" else args.dtype
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=dtype, attn_implementation=args.attn_implementation, quantization_config=quantization
@@ -279,18 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model(config.output_dir)
     write_seen_problems(config.output_dir, "training", labels["problem_id"])
     trained = sum(len(ids) - start for ids, start in texts)
-    write_json(
-        Path(config.output_dir) / BASELINE_NAME,
-        {
-            "method": args.method,
-            "model": args.model,
-            "teacher_model": args.teacher_model,
-            "problems": len(set(labels["problem_id"])),
-            "texts": len(texts),
-            "trained_tokens": trained,
-            "learning_rate": config.learning_rate,
-            "num_train_epochs": config.num_train_epochs,
-            "seed": config.seed,
-        },
-    )
+    found = {name: getattr(args, name) for name in ("method", "model", "teacher_model")}
+    found |= {"problems": len(set(labels["problem_id"])), "texts": len(texts), "trained_tokens": trained}
+    found |= {name: getattr(config, name) for name in ("learning_rate", "num_train_epochs", "seed")}
+    write_json(Path(config.output_dir) / BASELINE_NAME, found)
     print(f"\n{args.method}: {len(texts)} texts, {trained} trained tokens, written to {config.output_dir}")

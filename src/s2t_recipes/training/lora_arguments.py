@@ -10,6 +10,8 @@ from transformers.hf_argparser import HfArg
 from trl import ModelConfig, get_quantization_config
 
 from s2t_recipes.models import check_bitsandbytes, check_quantization
+from s2t_recipes.options import check_least
+from transformers_s2t.config import check_choice
 
 
 @dataclass
@@ -46,10 +48,9 @@ class LoraArguments(ModelConfig):
         check_quantization(self.load_in_4bit, self.load_in_8bit)
         for option in dataclasses.fields(self):
             legal, value = option.metadata.get("choices"), getattr(self, option.name)
-            if legal is not None and value is not None and value not in legal:
-                raise ValueError(f"`{option.name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
-        if self.lora_r < 1:
-            raise ValueError(f"`lora_r` must be at least 1, got {self.lora_r!r}.")
+            if legal is not None and value is not None:
+                check_choice(option.name, value, legal)
+        check_least(self, lora_r=1)
         super().__post_init__()
         targets = self.lora_target_modules
         if targets not in (None, "all-linear"):  # one name as text would be a pattern to PEFT

@@ -27,12 +27,12 @@ from transformers_s2t.labels.folder import label_splits
 class ScriptArguments(LoraArguments):
     """What is trained, and on what."""
 
-    model: str = HfArg(help="Name or path of the small model.")
+    model: str = HfArg(help="Small model: a Hub id or a local folder.")
     labels: str = HfArg(help="Folder written by `s2t label`, or a Hub data set.")
     eval_labels: str | None = HfArg(
         default=None,
-        help="Held-out labels, for Agree@1 during training; the split 'validation' of `labels` by default, "
-        "where there is one.",
+        help="Held-out labels, for Agree@1 during training (default: the split 'validation' of `labels`, where there "
+        "is one).",
     )
     overwrite: bool = HfArg(default=False, help="Train again although `output_dir` holds an adapter.")
 
@@ -44,8 +44,7 @@ def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, 
     if done.is_file() and not script_args.overwrite and args.resume_from_checkpoint is None:
         print(f"{args.output_dir} already holds a trained adapter; pass --overwrite true to train it again.")
         return None
-    # a run that was stopped goes on from its last checkpoint
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None  # of a stopped run
     checkpoint = last if args.resume_from_checkpoint in (None, "true", "True") else args.resume_from_checkpoint
     if script_args.overwrite and args.resume_from_checkpoint is None:
         checkpoint = None
