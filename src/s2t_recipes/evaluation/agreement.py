@@ -53,13 +53,13 @@ class AgreementArguments:
 
     labels: str = HfArg(help="Labels of held-out prompts (recipes/label.py).")
     adapters: list[str] = HfArg(help="Trained adapters, one per seed; figures are their mean.")
-    model: str | None = HfArg(default=None, help="Base model; taken from the adapter where not given.")
+    model: str | None = HfArg(default=None, help="Base model (default: the one that the adapter names).")
     train_labels: str | None = HfArg(
-        default=None, help="The adapters' training labels: for the token prior, and checked disjoint."
+        default=None, help="Training labels of the adapters, for the token prior; they must share no problem."
     )
     output: str | None = HfArg(default=None, help="JSON file to write.")
     batch_size: int = HfArg(default=32, help="Trajectories per forward.")
-    dtype: str = HfArg(default="auto", help="Weights' type.")
+    dtype: str = HfArg(default="auto", help="Type of the weights.")
 
 
 def compare(
@@ -72,11 +72,10 @@ def compare(
     """Name -> Agree@1 in per cent and, for those that give scores, Spearman, with their intervals.
 
     Args:
-        runs: the points as each seed's selector scores them.
-        fusions: each selector's weights.
+        runs, fusions: points as each seed's selector scores them, and its fusion weights.
         prior: counts of [`controls.token_prior`]; `None` for no such row.
         keep_N: points that count.
-        problems_N: the problem of each point: problems are resampled, with all their points.
+        problems_N: problem of each point: problems are resampled, with all their points.
     """
     kept = [run.where(keep_N) for run in runs]
     first, problems_N = kept[0], problems_N[keep_N.numpy()]
@@ -159,12 +158,9 @@ def format_rows(rows: dict[str, dict]) -> list[str]:
     """The rows of [`compare`] as lines of text."""
     lines = []
     for row, figures in rows.items():
-        low, high = figures["ci"]
-        line = f"  {row:<18} {figures['agree_at_1']:5.1f}  [{low:.1f}, {high:.1f}]"
+        lines.append(f"  {row:<18} {figures['agree_at_1']:5.1f}  " + "[{:.1f}, {:.1f}]".format(*figures["ci"]))
         if "spearman" in figures:
-            low, high = figures["spearman_ci"]
-            line += f"   {figures['spearman']:.3f}  [{low:.3f}, {high:.3f}]"
-        lines.append(line)
+            lines[-1] += f"   {figures['spearman']:.3f}  " + "[{:.3f}, {:.3f}]".format(*figures["spearman_ci"])
     return lines
 
 
@@ -182,11 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     problems_N = problems_of_points(rows["problem_id"], rows["positions"])
     at_kl_N, has_choice_N = points.divergence_N >= header.divergence_threshold, points.mask_NK.sum(-1) > 1
     ranks_NK = points.candidate_ids_NK == points.teacher_top_N[:, None]
-    hit_at_k = {
-        str(k): round(float(ranks_NK[at_kl_N, :k].any(-1).float().mean()), 4)
-        for k in HIT_SIZES
-        if k <= ranks_NK.shape[1]
-    }
+    sizes = [k for k in HIT_SIZES if k <= ranks_NK.shape[1]]
+    hit_at_k = {str(k): round(float(ranks_NK[at_kl_N, :k].any(-1).float().mean()), 4) for k in sizes}
     print(f"\n{len(labels)} trajectories, {len(at_kl_N)} labelled points, {int(at_kl_N.sum())} of them top-KL")
     print("Hit@K at the top-KL points: " + ", ".join(f"@{k} {value:.3f}" for k, value in hit_at_k.items()))
     agree = {}

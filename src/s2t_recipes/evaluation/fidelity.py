@@ -9,7 +9,7 @@ Legend: S seeds (adapters), N decision points, K candidates.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -80,21 +80,16 @@ def measure_hits(labels: Labels, num_candidates: int) -> tuple[dict[str, float],
     """
     threshold = labels.header.divergence_threshold
     columns = ["prompt_length", "divergence", "positions", "candidate_ids", "teacher_logprobs", "teacher_top_id"]
-    hits, best, depth = Counter(), [], 0
+    ranks, best, depth = [], [], 0
     for length, divergence, positions, candidates, logprobs, top_ids in zip(*(labels.rows[name] for name in columns)):
         for position, ids_K, logprobs_K, top_id in zip(positions, candidates, logprobs, top_ids):
-            if divergence[position - length] < threshold:
-                continue
-            depth = max(depth, len(ids_K))
-            hits[ids_K.index(top_id) if top_id in ids_K else None] += 1
-            best.append(int(np.argmax(logprobs_K[:num_candidates])))
+            if divergence[position - length] >= threshold:
+                depth = max(depth, len(ids_K))
+                ranks.append(ids_K.index(top_id) if top_id in ids_K else math.inf)
+                best.append(int(np.argmax(logprobs_K[:num_candidates])))
     if not best:
         raise ValueError(f"`eval_labels`: {labels.name!r} holds no position with a divergence of {threshold} or more.")
-    hit_at_k = {
-        str(size): sum(count for rank, count in hits.items() if rank is not None and rank < size) / len(best)
-        for size in HIT_SIZES
-        if size <= depth
-    }
+    hit_at_k = {str(size): sum(rank < size for rank in ranks) / len(ranks) for size in HIT_SIZES if size <= depth}
     student, second = find_agreement([np.zeros(len(best)), np.ones(len(best))], best).mean(1).tolist()
     return hit_at_k, {"student": student, "second": second, "num_points": len(best)}
 

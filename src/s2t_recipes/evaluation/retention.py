@@ -10,11 +10,11 @@ Per token, in nats: KL(base || model), and the model's own loss, on three kinds 
     text         anything that has nothing to do with the task: problems as recipes/eval.py reads them (their
                  prompts), or a .txt file with one document per line
 
-of the base model (loaded once more, so that its zeros are measured too), of adapters that decode by themselves
-(recipes/train_baseline.py; the same name again is another seed), and of S2T-Local selectors in the state in which they
-write text. Where the base model writes it (proposals="base"), nothing may differ; that is not assumed, the text goes
-through the model that holds the adapter. Reserved tokens are no text: they are left out of every distribution, and
-where one stands in a text it is not counted. Problems that an adapter has seen are refused.
+Measured are the base model itself (loaded once more, so its zeros are measured too), adapters that write text
+themselves (recipes/train_baseline.py), and S2T-Local selectors in the state in which they write text. With
+proposals="base" the base model writes it, and nothing may differ; that is not assumed, the text goes through the model
+that holds the adapter. Reserved tokens are left out of every distribution, and not counted in a text. Problems that an
+adapter has seen are refused.
 
 Legend: B rows, T tokens, S positions, V vocabulary, D documents, P seeds.
 """
@@ -75,21 +75,21 @@ class RetentionArguments:
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    model: str = HfArg(help="The base model: a Hub id or a local folder.")
+    model: str = HfArg(help="Base model: a Hub id or a local folder.")
     labels: str = HfArg(help="Labels of held-out prompts, with text that the base model wrote.")
-    text: str = HfArg(help="Other text: a .jsonl, .json or .parquet file, a folder of them, a Hub id, or a .txt file.")
+    text: str = HfArg(help="Other text: a .jsonl, .json, .parquet or .txt file, a folder of files, or a Hub id.")
     tuned: list[str] = HfArg(
         default_factory=list,
-        help="Adapters that decode by themselves, as name=folder; the same name again is another seed.",
+        help="Adapters that write text themselves, as name=folder; the same name again is another seed.",
     )
     adapters: list[str] = HfArg(default_factory=list, help="S2T-Local adapters, one per selector seed.")
     output: str | None = HfArg(default=None, help="JSON file to write.")
-    text_column: str = HfArg(default="prompt", help="Column with the text; not for .txt.")
-    text_split: str | None = HfArg(default=None, help="Split, of a folder or a Hub id.")
-    text_limit: int = HfArg(default=200, help="Only the first so many documents of `text`.")
-    max_length: int = HfArg(default=256, help="Only the first so many tokens of each document.")
+    text_column: str = HfArg(default="prompt", help="Column with the text; not for a .txt file.")
+    text_split: str | None = HfArg(default=None, help="Split of a folder or a Hub id.")
+    text_limit: int = HfArg(default=200, help="Number of documents of `text`, the first ones.")
+    max_length: int = HfArg(default=256, help="Number of tokens of each document, the first ones.")
     batch_size: int = HfArg(default=32, help="Texts per forward, fewer where they are long.")
-    dtype: str = HfArg(default="auto", help="Weights' type; auto: float32 on a CPU.")
+    dtype: str = HfArg(default="auto", help="Type of the weights; auto: float32 on a CPU.")
     seed: int = HfArg(default=0, help="Seed of the intervals.")
 
     def __post_init__(self):
@@ -195,9 +195,7 @@ def load_model_of(args: RetentionArguments, row: Row, source: str | None, device
     if row.kind == "selector":
         selector = LocalSelector.from_pretrained(source, model)
         return selector.writer(selector.views())
-    if row.kind == "tuned":  # as recipes/eval.py decodes with it
-        model = merge_adapter(model, source, "tuned")
-    return model
+    return merge_adapter(model, source, "tuned") if row.kind == "tuned" else model
 
 
 @torch.no_grad()
@@ -263,10 +261,7 @@ def add_up(
 def summarize(runs: list[Sums], base: Sums | None, seed: int) -> dict[str, dict | None]:
     """Figures of each kind of text, mean over the seeds; `None` for a kind without a token.
 
-    Args:
-        runs: sums, one entry per seed.
-        base: the base model's sums, for the change of the loss; `None` where it is the base model itself.
-        seed: seed of the resampling.
+    `base` are the base model's sums, for the change of the loss; `None` where `runs` are of the base model itself.
     """
     figures = {}
     for kind in KINDS:
@@ -296,8 +291,7 @@ def make_rows(args: RetentionArguments, header: TrajectoryHeader, problem_ids: d
     """The rows of the table; selectors whose text the adapted model writes get one of their own.
 
     Args:
-        args: the arguments.
-        header: the labels' header.
+        args, header: arguments, and header of the labels.
         problem_ids: argument -> ids of its texts, none of which an adapter may have seen.
 
     Raises:
@@ -305,16 +299,13 @@ def make_rows(args: RetentionArguments, header: TrajectoryHeader, problem_ids: d
         ValueError: for one that has seen a text, is no adapter, or is of another tokenizer.
     """
     tuned = parse_tuned(args.tuned)
-    for argument, sources in (
-        ("tuned", [path for paths in tuned.values() for path in paths]),
-        ("adapters", args.adapters),
-    ):
-        for path in sources:
-            check_folder(argument, path)
-            for what, ids in problem_ids.items():
-                check_unseen(path, ids, STAGES, what)
-            if argument == "tuned":
-                check_tuned(argument, path, "name it in `adapters`")
+    sources = [("tuned", path) for paths in tuned.values() for path in paths]
+    for argument, path in [*sources, *(("adapters", path) for path in args.adapters)]:
+        check_folder(argument, path)
+        for what, ids in problem_ids.items():
+            check_unseen(path, ids, STAGES, what)
+        if argument == "tuned":
+            check_tuned(argument, path, "name it in `adapters`")
     rows = {name: Row(name, "tuned", sources) for name, sources in tuned.items()}
     for path in args.adapters:
         config = SelectorConfig.from_pretrained(path)
@@ -413,8 +404,7 @@ def format_table(report: dict) -> str:
                 cells.append("-")
                 continue
             figures = row[kind][name]
-            low, high = figures["ci"]
-            cells.append(f"{figures['value']:.4f} [{low:.4f}, {high:.4f}]")
+            cells.append("{:.4f} [{:.4f}, {:.4f}]".format(figures["value"], *figures["ci"]))
         lines.append((row["name"] + (f" (x{row['num_seeds']})" if row["num_seeds"] > 1 else ""), *cells))
     text = align(lines)
     counts = ", ".join(

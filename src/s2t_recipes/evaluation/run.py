@@ -131,16 +131,16 @@ def compare_with_teacher(plan: Plan) -> dict | None:
     """The adapters' agreement with the teacher at labelled points; `None` without labels or adapters."""
     if plan.held_out is None or not plan.selectors.paths:
         return None
-    device = plan.bench.device
+    args, device = plan.args, plan.bench.device
     return measure_fidelity(
-        Path(plan.args.output_dir),
+        Path(args.output_dir),
         plan.selectors.paths,
         plan.held_out,
-        partial(load_model, plan.args.model, plan.args.dtype, device),
-        plan.args.num_candidates,
-        plan.args.min_prob_ratio,
-        {"model": fingerprint(plan.args.model), "dtype": plan.args.dtype, "device": device.type},
-        plan.args.seed,
+        partial(load_model, args.model, args.dtype, device),
+        args.num_candidates,
+        args.min_prob_ratio,
+        {"model": fingerprint(args.model), "dtype": args.dtype, "device": device.type},
+        args.seed,
     )
 
 
