@@ -28,13 +28,7 @@ from transformers.hf_argparser import HfArg
 from s2t_recipes.adapters import check_model
 from s2t_recipes.estimates import mean_over_points
 from s2t_recipes.evaluation.controls import prior_scores, token_prior
-from s2t_recipes.evaluation.fidelity import (
-    HIT_SIZES,
-    MIN_RANKED,
-    find_agreement,
-    problems_of_points,
-    rows_with_points,
-)
+from s2t_recipes.evaluation.fidelity import HIT_SIZES, MIN_RANKED, find_agreement, problems_of_points, rows_with_points
 from s2t_recipes.models import default_device, load_model
 from s2t_recipes.options import Parser
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig

@@ -102,8 +102,7 @@ class EvaluateArguments:
         help="Folders of labels that a selector has seen. They must not share a problem with the evaluated ones.",
     )
     eval_labels: str | None = HfArg(
-        default=None,
-        help="Held-out labels, for Hit@K and for the selectors' agreement with the teacher.",
+        default=None, help="Held-out labels, for Hit@K and for the selectors' agreement with the teacher."
     )
     allow_leaks: bool = HfArg(
         default=False, help="Evaluate problems that were seen before; the report then says so, in red."

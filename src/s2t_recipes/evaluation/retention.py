@@ -200,10 +200,7 @@ def load_model_of(args: RetentionArguments, row: Row, source: str | None, device
 
 @torch.no_grad()
 def compare(
-    base: PreTrainedModel,
-    model: PreTrainedModel,
-    sequences: Sequence[list[int]],
-    excluded: torch.Tensor,
+    base: PreTrainedModel, model: PreTrainedModel, sequences: Sequence[list[int]], excluded: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """KL(base || model), the model's loss and whether it counts, at every token (T - 1) but the first of each text.
 

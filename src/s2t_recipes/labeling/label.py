@@ -45,13 +45,7 @@ from transformers.hf_argparser import HfArg
 import transformers_s2t
 from s2t_recipes.adapters import check_model
 from s2t_recipes.commands import CommandFailed, one_line_errors, say, work
-from s2t_recipes.models import (
-    DTYPES,
-    check_quantization,
-    load_pretrained,
-    make_quantization_config,
-    padding_token_id,
-)
+from s2t_recipes.models import DTYPES, check_quantization, load_pretrained, make_quantization_config, padding_token_id
 from s2t_recipes.options import Parser, check_least
 from s2t_recipes.problems import (
     check_template_kwargs,

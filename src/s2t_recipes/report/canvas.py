@@ -236,12 +236,7 @@ def save_png(figure: Figure, path: Path) -> Path:
 
 
 def place_labels(
-    anchors: list[tuple[float, float]],
-    texts: list[str],
-    size: float,
-    room: Box,
-    obstacles: list[Box],
-    thin: list[Box],
+    anchors: list[tuple[float, float]], texts: list[str], size: float, room: Box, obstacles: list[Box], thin: list[Box]
 ) -> list[tuple[Box, bool]]:
     """Where the label of each point goes: near it, inside `room`, off other labels, points and leaders.
 

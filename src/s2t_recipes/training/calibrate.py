@@ -155,11 +155,7 @@ def divide(labels: Dataset, check_share: float, limit: int | None) -> tuple[list
 
 
 def run_deployed(
-    args: CalibrateArguments,
-    deployment: Deployment,
-    triggers: list[str],
-    fit: list[list[int]],
-    check: list[list[int]],
+    args: CalibrateArguments, deployment: Deployment, triggers: list[str], fit: list[list[int]], check: list[list[int]]
 ) -> dict[str, dict[float, dict[str, Any]]]:
     """Trigger -> target rate -> threshold and achieved rates, by decoding."""
     table: dict[str, dict[float, dict[str, Any]]] = {}
