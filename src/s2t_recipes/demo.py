@@ -37,7 +37,7 @@ from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserve
 
 
 LABELLED_PARTS = ("label", "tuning", "calibration", "test")
-#: Tuning and calibration problems for each label problem, as in the embedded bed.
+#: Tuning and calibration problems for each label problem, as in recipes/embedded.
 HELD_OUT_SHARE = 0.6
 
 
@@ -169,10 +169,6 @@ class Stage(NamedTuple):
     then: Callable[[], None] | None = None
 
 
-def is_missing(file: Path) -> bool:
-    return not file.is_file()
-
-
 def print_metrics(adapters: dict[int, Path]) -> None:
     for seed, adapter in adapters.items():
         metrics = json.loads((adapter / S2T_CONFIG_NAME).read_text(encoding="utf-8"))["metrics"]
@@ -191,7 +187,7 @@ def plan(args: argparse.Namespace, jobs: Jobs, dtype: list[str]) -> list[Stage]:
     Raises:
         ValueError: see [`prompt_arguments`].
     """
-    out, bed, chat = jobs.folder, has_corpus_script(args.dataset), prompt_arguments(args)
+    out, generated, chat = jobs.folder, has_corpus_script(args.dataset), prompt_arguments(args)
     student, teacher = ["--model", args.model], ["--teacher_model", args.teacher_model]
     length, batch = ["--max_new_tokens", str(args.max_new_tokens)], ["--batch_size", str(args.batch_size)]
     problems = {part: out / "data" / f"{part}.jsonl" for part in LABELLED_PARTS}
@@ -223,15 +219,22 @@ def plan(args: argparse.Namespace, jobs: Jobs, dtype: list[str]) -> list[Stage]:
         command = [recipe("calibrate.py"), "--adapter", str(adapter), *student, *teacher]
         command += ["--labels", labels["calibration"], *batch, *dtype]
         output, needs = adapter / CALIBRATION_NAME, (routed[-1], labelled["calibration"])
-        wanted = partial(is_missing, output)  # the one recipe that would not skip what it finished
+        wanted = partial(lambda file: not file.is_file(), output)  # this recipe would not skip what it finished
         calibrated.append(jobs.add(f"calibration-seed{seed}", output, command, needs, only_if=wanted))
 
     command = [recipe("eval.py"), *student, *teacher, "--adapters", *map(str, adapters.values())]
-    command += ["--dataset", str(problems["test"]), "--answer_style", "hash" if bed else "auto", *length, *batch]
+    command += [
+        "--dataset",
+        str(problems["test"]),
+        "--answer_style",
+        "hash" if generated else "auto",
+        *length,
+        *batch,
+    ]
     # labels of the part test tell how good the premise is
     command += ["--label_dirs", *(labels[part] for part in LABELLED_PARTS if part != "test")]
     command += ["--eval_labels", labels["test"], "--prior_labels", labels["label"]]
-    command += ["--zero_shot_text", "?"] if bed else []
+    command += ["--zero_shot_text", "?"] if generated else []
     command += ["--policies", *args.policies] if args.policies else []
     command += [*chat, "--output_dir", str(out)]
     evaluated = jobs.add("evaluation", out / "report.json", command, (data, *labelled.values(), *calibrated))
@@ -240,9 +243,7 @@ def plan(args: argparse.Namespace, jobs: Jobs, dtype: list[str]) -> list[Stage]:
 
     count = f"{args.num_seeds} selector{'s' if args.num_seeds > 1 else ''}"
     return [
-        Stage(
-            "Problems: label, tuning, calibration and test, disjoint", [data], partial(check_answers, problems["test"])
-        ),
+        Stage("Problems: label, tuning, calibration and test", [data], partial(check_answers, problems["test"])),
         Stage("Labels: the small model writes, the large one scores its candidates", [*labelled.values()]),
         Stage(f"Training: {count}, one for each seed", trained, partial(print_metrics, adapters)),
         Stage("Routers: a light head for each selector that says when to ask it, without the large model", routed),
@@ -299,9 +300,9 @@ def main() -> None:
     from s2t_recipes.adapters import check_model
 
     has_gpu = torch.cuda.is_available()
-    bed, out = has_corpus_script(args.dataset), Path(args.output_dir)
-    args.max_new_tokens = args.max_new_tokens or (72 if bed else 256)
-    args.batch_size = args.batch_size or (250 if bed else 64)
+    generated, out = has_corpus_script(args.dataset), Path(args.output_dir)
+    args.max_new_tokens = args.max_new_tokens or (72 if generated else 256)
+    args.batch_size = args.batch_size or (250 if generated else 64)
     num_parallel = args.num_parallel or (1 if has_gpu else min(2, os.cpu_count() or 1))
     env = {}
     if all(Path(source).exists() for source in (args.model, args.teacher_model, args.dataset)):
@@ -320,23 +321,14 @@ def main() -> None:
     if args.chat_template is None:
         args.chat_template = tokenizers[0].chat_template is not None
     if not has_gpu and "OMP_NUM_THREADS" not in os.environ:
-        env["OMP_NUM_THREADS"] = "1" if bed else str(os.cpu_count() or 1)  # tiny models gain nothing
+        env["OMP_NUM_THREADS"] = "1" if generated else str(os.cpu_count() or 1)  # tiny models gain nothing
     args.chat_template_kwargs = read_template_kwargs(args.chat_template_kwargs)
     jobs = Jobs(out, num_parallel, env, forks=False, keep=True)
     stages = plan(args, jobs, dtype=[] if has_gpu else ["--dtype", "float32"])
     encode_prompts(tokenizers[0], ["a prompt"], **{name: getattr(args, name) for name in PROMPT_SETTINGS})
 
-    names = (
-        "model",
-        "teacher_model",
-        "dataset",
-        "limit_train",
-        "train_config",
-        "label_config",
-        *PROMPT_SETTINGS,
-        "seed",
-        "max_new_tokens",
-    )
+    names = ["model", "teacher_model", "dataset", "limit_train", "train_config", "label_config"]
+    names += [*PROMPT_SETTINGS, "seed", "max_new_tokens"]
     check_same_run(out / "demo.json", {name: getattr(args, name) for name in names})
     began = time.monotonic()
     run_stages(jobs, stages, began)

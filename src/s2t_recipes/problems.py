@@ -24,15 +24,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers_s2t.labels.folder import share_of
 
 
-__all__ = [
-    "Problem",
-    "check_template_kwargs",
-    "encode_prompts",
-    "load_problems",
-    "read_template_kwargs",
-    "split_by_id",
-    "template_variables",
-]
 #: How prompts are put, in the arguments of the recipes and in the header of labels.
 PROMPT_SETTINGS = ("chat_template", "system_prompt", "chat_template_kwargs")
 
@@ -83,7 +74,6 @@ def load_problems(
     problems: dict[str, Problem] = {}
     where = source if split is None else f"{source} ({split})"
     for number, row in enumerate(rows):
-        _check_columns(row, number, where, prompt_column, answer_column)
         problem = _to_problem(row, number, where, prompt_column, answer_column)
         problems.setdefault(problem.id, problem)
         if limit is not None and len(problems) == limit:
@@ -93,17 +83,12 @@ def load_problems(
     return list(problems.values())
 
 
-def _check_columns(
-    row: Mapping[str, Any], number: int, where: str, prompt_column: str, answer_column: str | None
-) -> None:
-    for argument, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
-        if column is not None and column not in row:
-            raise ValueError(f"`{argument}`={column!r} is not in row {number} of {where}; columns there: {list(row)}.")
-
-
 def _to_problem(
     row: Mapping[str, Any], number: int, where: str, prompt_column: str, answer_column: str | None
 ) -> Problem:
+    for argument, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
+        if column is not None and column not in row:
+            raise ValueError(f"`{argument}`={column!r} is not in row {number} of {where}; columns there: {list(row)}.")
     prompt = row[prompt_column]
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(f"column {prompt_column!r} must hold text, got {prompt!r} in row {number} of {where}.")
@@ -112,8 +97,7 @@ def _to_problem(
         raise ValueError(
             f"column {answer_column!r} must hold text or a number, got {answer!r} in row {number} of {where}."
         )
-    id = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-    return Problem(id, prompt, _answer_text(answer))
+    return Problem(hashlib.sha256(prompt.encode()).hexdigest()[:16], prompt, _answer_text(answer))
 
 
 def _answer_text(answer: str | int | float | None) -> str | None:
@@ -138,9 +122,8 @@ def read_rows(source: str, split: str | None) -> Iterable[Mapping[str, Any]]:
 def _file_of_split(folder: Path, split: str | None) -> Path:
     there = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES)
     for suffix in SUFFIXES:
-        file = folder / f"{split}{suffix}"
-        if split is not None and file.is_file():
-            return file
+        if split is not None and (folder / f"{split}{suffix}").is_file():
+            return folder / f"{split}{suffix}"
     names = ", ".join(there) or "none"
     if split is None:
         raise ValueError(f"`split` is required for the folder {folder}; its data files: {names}.")
@@ -234,9 +217,8 @@ def read_template_kwargs(value: Mapping[str, Any] | str | None) -> dict[str, Any
 
 def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
     """What `chat_template_kwargs` can set in a tokenizer's template; `None` where it cannot be told."""
-    source = re.sub(
-        r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", tokenizer.get_chat_template()
-    )  # transformers' own tag
+    own_tag = r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}"  # transformers', which Jinja does not know
+    source = re.sub(own_tag, "", tokenizer.get_chat_template())
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         tree = environment.parse(source)

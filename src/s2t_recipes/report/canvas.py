@@ -22,6 +22,8 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Polygon  # noqa: E402
 
+from transformers_s2t.files import atomic_write  # noqa: E402
+
 
 #: Colours on white. report_page/style.css has the same names for both schemes.
 COLORS = {
@@ -220,14 +222,9 @@ def paint(canvas: Canvas, axes: Axes) -> None:
 
 def save_png(figure: Figure, path: Path) -> Path:
     """Writes a figure at its own resolution, whole or not at all, closes it and returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    try:
-        figure.savefig(temporary, dpi=figure.dpi, format="png", metadata={"Software": None})
-        temporary.replace(path)
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as out:
+        figure.savefig(out, dpi=figure.dpi, format="png", metadata={"Software": None})
+    plt.close(figure)
     return path
 
 
