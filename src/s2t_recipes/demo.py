@@ -54,17 +54,15 @@ def check_answers(file: Path) -> None:
     """Raises a ValueError where problems have no answer."""
     problems = load_problems(str(file))
     if unanswered := sum(problem.answer is None for problem in problems):
-        raise ValueError(
-            f"`dataset`: {unanswered} of the {len(problems)} problems of the part test have no answer to check "
-            "generated texts against."
-        )
+        counts = f"{unanswered} of the {len(problems)} problems of the part test"
+        raise ValueError(f"`dataset`: {counts} have no answer to check generated texts against.")
 
 
 def check_same_run(file: Path, settings: dict) -> None:
-    """Notes what a folder is made with; refuses to go on in one that was made with something else.
+    """Notes what a folder is made with, or checks it: labels of one pair must not meet selectors of another.
 
     Raises:
-        ValueError: naming what differs. Mixing labels of one pair with selectors of another would go unnoticed.
+        ValueError: naming what differs.
     """
     if not file.is_file():
         write_json(file, settings)
@@ -223,14 +221,7 @@ def plan(args: argparse.Namespace, jobs: Jobs, dtype: list[str]) -> list[Stage]:
         calibrated.append(jobs.add(f"calibration-seed{seed}", output, command, needs, only_if=wanted))
 
     command = [recipe("eval.py"), *student, *teacher, "--adapters", *map(str, adapters.values())]
-    command += [
-        "--dataset",
-        str(problems["test"]),
-        "--answer_style",
-        "hash" if generated else "auto",
-        *length,
-        *batch,
-    ]
+    command += ["--dataset", str(problems["test"]), "--answer_style", "hash" if generated else "auto", *length, *batch]
     # labels of the part test tell how good the premise is
     command += ["--label_dirs", *(labels[part] for part in LABELLED_PARTS if part != "test")]
     command += ["--eval_labels", labels["test"], "--prior_labels", labels["label"]]

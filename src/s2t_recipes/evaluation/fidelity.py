@@ -151,10 +151,9 @@ def measure_fidelity(
 
     Args:
         folder: OUTPUT_DIR.
-        adapters: one per seed.
-        labels: from [`open_labels`].
-        load: gives a new base model; every adapter gets its own.
-        num_candidates, min_prob_ratio: as the evaluation offers candidates.
+        adapters, labels: adapters, one per seed, and labels from [`open_labels`].
+        load: function that gives a new base model; every adapter gets its own.
+        num_candidates, min_prob_ratio: how the evaluation offers candidates.
         settings: what else in the evaluation changes scores.
         seed: seed of the intervals.
     """
@@ -196,7 +195,7 @@ def summarize_points(runs: list[list[dict]], threshold: float, seed: int = 0) ->
     """Agreement with the teacher over all points and by divergence, beside the student's first and second candidate.
 
     Args:
-        runs: for each seed the records of [`score_points`], of the same labels.
+        runs: records of [`score_points`] for each seed, of the same labels.
         threshold: least divergence of the top-KL points, nats.
         seed: seed of the resampling.
 

@@ -245,13 +245,10 @@ def check_same_prompts(args: EvaluateArguments) -> None:
 
 
 def find_leaks(checks: Iterator[Callable[[], None]], allowed: bool) -> list[str]:
-    """Runs checks that raise a ValueError for problems that were seen before.
-
-    Returns:
-        What they say, where leaks are allowed.
+    """Runs checks that raise a ValueError for problems that were seen before; returns their messages.
 
     Raises:
-        ValueError: the first of them, where they are not.
+        ValueError: the first of them, where leaks are not `allowed`.
     """
     leaks = []
     for check in checks:
@@ -259,9 +256,8 @@ def find_leaks(checks: Iterator[Callable[[], None]], allowed: bool) -> list[str]
             check()
         except ValueError as error:
             if not allowed:
-                raise ValueError(
-                    f"{error} (`--allow_leaks true` measures all the same, and the report says so.)"
-                ) from None
+                more = "(`--allow_leaks true` measures all the same, and the report says so.)"
+                raise ValueError(f"{error} {more}") from None
             leaks.append(str(error))
     return leaks
 
@@ -297,11 +293,7 @@ def check_no_leak(problems: Sequence[Problem], label_dirs: Sequence[str], argume
 
 
 def read_prior(folder: str, tokenizer: PreTrainedTokenizerBase) -> Counter:
-    """The token prior of a label folder.
-
-    Raises:
-        ValueError: where its ids are of another tokenizer.
-    """
+    """The token prior of a label folder. Raises a ValueError where its ids are of another tokenizer."""
     labels, header = read_labels(folder)
     if header is not None and header.vocab_hash != vocab_hash(tokenizer):
         raise ValueError(
@@ -312,11 +304,7 @@ def read_prior(folder: str, tokenizer: PreTrainedTokenizerBase) -> Counter:
 
 
 def first_token(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The first token of `zero_shot_text`.
-
-    Raises:
-        ValueError: where there is none that the tokenizer knows.
-    """
+    """The first token of `zero_shot_text`. Raises a ValueError where there is none that the tokenizer knows."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids or ids[0] == tokenizer.unk_token_id:
         raise ValueError(f"`zero_shot_text` must begin with a token that the model knows, got {text!r}.")
@@ -357,17 +345,14 @@ def make_bench(
 
 def common_settings(args: EvaluateArguments, bench: Bench) -> dict[str, Any]:
     """What all records depend on."""
+    names = ("answer_style", "max_new_tokens", "batch_size", "dtype", *PROMPT_SETTINGS)
     return {
         "version": __version__,
         "records": RECORDS_FORMAT,
         "model": fingerprint(args.model),
         "problems": hash_of([asdict(problem) for problem in bench.problems]),
-        "answer_style": args.answer_style,
-        "max_new_tokens": args.max_new_tokens,
-        "batch_size": args.batch_size,
-        "dtype": args.dtype,
         "device": bench.device.type,
-        **{name: getattr(args, name) for name in PROMPT_SETTINGS},
+        **{name: getattr(args, name) for name in names},
     }
 
 

@@ -142,7 +142,7 @@ GREEDY = Policy("greedy")
 
 
 def parse_tuned(texts: list[str]) -> dict[str, list[str]]:
-    """Name -> folders, one per seed, of `name=folder`.
+    """Name -> folders, one per seed, from texts `name=folder`.
 
     Raises:
         ValueError: for another form, or a name that another policy has.

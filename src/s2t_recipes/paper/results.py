@@ -89,23 +89,19 @@ def fill(text: str, results: dict[str, dict[str, Any]]) -> str:
         done.append(line)
         if not line.startswith("<!-- results: "):
             continue
-        words = line.removeprefix("<!-- results: ").removesuffix(" -->").split()
-        name, pair, *rest = words
+        name, pair, *rest = line.removeprefix("<!-- results: ").removesuffix(" -->").split()
         if name not in results or pair not in results[name]["pairs"]:
             raise ValueError(f"{line!r} names results that there are not: have {sorted(results)}.")
         behind = [other for other in lines if other == "<!-- end -->" or other.startswith("<!-- results: ")]
         if not behind or behind[0] != "<!-- end -->":
             raise ValueError(f"{line!r} has no <!-- end --> behind it.")
         found = results[name]["pairs"][pair]
-        keys, places = rest, []
-        if "rows" in rest:
-            cut = rest.index("rows")
-            keys, places = rest[:cut], [int(place) for place in rest[cut + 1 :]]
+        cut = rest.index("rows") if "rows" in rest else len(rest)
+        keys, places = rest[:cut], [int(place) for place in rest[cut + 1 :]]
         legal = [column[1] for column in found["columns"]]
         if not set(keys) <= set(legal) or not all(0 <= place < len(found["rows"]) for place in places):
-            raise ValueError(
-                f"{line!r} must name columns among {', '.join(legal)} and {len(found['rows'])} rows from 0."
-            )
+            what = f"columns among {', '.join(legal)} and {len(found['rows'])} rows from 0"
+            raise ValueError(f"{line!r} must name {what}.")
         columns = [column for column in found["columns"] if not keys or column[1] in keys]
         rows = [found["rows"][place] for place in places] if places else found["rows"]
         done += ["", table(columns, rows), "", "<!-- end -->"]
@@ -163,14 +159,11 @@ def main() -> None:
         found = differences(ours, others)
         print("\n".join(found) or f"the same: {', '.join(compared)}")
         sys.exit(1 if found else 0)
-    stale = [
-        (file, text)
-        for file, text in pages().items()
-        if not file.is_file() or file.read_text(encoding="utf-8") != text
-    ]
-    for file, text in stale:
+    wanted = pages()
+    stale = [file for file in wanted if not file.is_file() or file.read_text(encoding="utf-8") != wanted[file]]
+    for file in stale:
         print(f"{file}: {'out of date' if args.check else 'written'}")
         if not args.check:
-            file.write_text(text, encoding="utf-8")
+            file.write_text(wanted[file], encoding="utf-8")
     if args.check and stale:
         sys.exit(1)

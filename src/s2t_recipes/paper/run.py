@@ -93,12 +93,6 @@ def read_table(file: Path) -> dict[str, Any]:
     return {"name": file.stem} | spec
 
 
-def describe_device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return "CPU, one thread per process"
-
-
 def placeless(command: str, places: Mapping[str, str]) -> str:
     """A command without the folders of this machine. `places`: folder -> what stands for it."""
     for folder, name in sorted(places.items(), key=lambda place: -len(place[0])):
@@ -113,7 +107,7 @@ def write_table(file: Path, spec: dict[str, Any], command: str, pair: Pair, resu
     entry = {
         "title": pair.title,
         "seeds": f"0 to {last_seed}" if last_seed else "0",
-        "device": describe_device(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread per process",
         "versions": versions(),
         "columns": [list(column) for column in result.columns],
         "rows": result.rows,
@@ -150,20 +144,16 @@ def main(arguments: list[str] | None = None) -> None:
     planned = []
     for spec in specs:
         for name in wanted[spec["name"]]:
-            if name in absent:
-                continue
-            pair = pairs[name]
-            if spec["kind"] not in WITHOUT_ANSWERS and not pair.has_answers:
-                continue
-            planned.append((spec, pair, KINDS[spec["kind"]](pipelines[name], spec)))
+            pair, kind = pairs.get(name), spec["kind"]
+            if pair is not None and (pair.has_answers or kind in WITHOUT_ANSWERS):
+                planned.append((spec, pair, KINDS[kind](pipelines[name], spec)))
     for reason in absent.values():
         print(f"Left out, its tables stay as they are: {reason}")
     todo = jobs.missing()
     perhaps = sum(job.only_if is not None for job in todo)
     more = f", {perhaps} only where a sweep of learning rates asks for them" if perhaps else ""
-    print(
-        f"{len(planned)} tables, {len(jobs.all)} jobs, {len(todo)} of them to run{more}; {num_parallel} side by side"
-    )
+    counts = f"{len(planned)} tables, {len(jobs.all)} jobs, {len(todo)} of them to run{more}"
+    print(f"{counts}; {num_parallel} side by side")
     if args.dry_run:
         for job in todo:
             print(f"  {job.name}{' (perhaps)' if job.only_if else ''}")
@@ -171,9 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
     for pair in pairs.values():
         note_pair(pair, out / pair.name)
     jobs.run()
-    places = {str(out): "runs/paper"} | {
-        folder: name.upper() for name, folder in (("data", args.data), ("models", args.models)) if folder
-    }
+    places = {str(out): "runs/paper", args.data: "DATA", args.models: "MODELS"}
+    places = {folder: name for folder, name in places.items() if folder}
     args.results.mkdir(parents=True, exist_ok=True)
     for spec, pair, collect in planned:
         command = ["python", "recipes/paper.py", "--tables", spec["name"]]

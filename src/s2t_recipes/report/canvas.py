@@ -101,13 +101,9 @@ def _n(number: float) -> str:
 
 def to_svg(canvas: Canvas, css_class: str) -> str:
     """One inline element that grows and shrinks with its place."""
-    parts = [
-        f'<svg class="{css_class}" viewBox="0 0 {_n(canvas.width)} {_n(canvas.height)}" role="img" '
-        f'aria-label="{escape(canvas.name)}">'
-    ]
-    for kind, *shape in canvas.shapes:
-        parts.append(_SVG[kind](*shape))
-    return "".join(parts) + "</svg>"
+    shapes = "".join(_SVG[kind](*shape) for kind, *shape in canvas.shapes)
+    box = f"0 0 {_n(canvas.width)} {_n(canvas.height)}"
+    return f'<svg class="{css_class}" viewBox="{box}" role="img" aria-label="{escape(canvas.name)}">{shapes}</svg>'
 
 
 def _path(points) -> str:
@@ -238,15 +234,13 @@ def place_labels(
     """Where the label of each point goes: near it, inside `room`, off other labels, points and leaders.
 
     Args:
-        anchors: the points, in pixels.
-        texts: texts of the labels, one for each point.
+        anchors, texts: points in pixels, and the label of each.
         size: size of the font, in pixels.
-        room: they stay inside it.
-        obstacles: boxes that no label may lie on.
-        thin: boxes that a label had better not lie on.
+        room: box in which labels stay.
+        obstacles, thin: boxes that no label may lie on, and boxes that a label had better not lie on.
 
     Returns:
-        the label's box, and whether it is far enough from its point to need a line to it.
+        Box of each label, and whether it is far enough from its point to need a line to it.
     """
     directions = [(math.cos(math.tau * k / 16), math.sin(math.tau * k / 16)) for k in range(16)]
     placed: list[tuple[float, Box, tuple] | None] = [None] * len(anchors)
@@ -266,9 +260,8 @@ def place_labels(
         leader = (anchors[number], _nearest(box, anchors[number]))
         total = distance
         for other in obstacles:
-            inside = (
-                other.left <= anchors[number][0] <= other.right and other.top <= anchors[number][1] <= other.bottom
-            )
+            x, y = anchors[number]
+            inside = other.left <= x <= other.right and other.top <= y <= other.bottom
             total += 2000 * box.overlaps(other) + 40 * (not inside and _crosses(leader, other))
         total += sum(12 * box.overlaps(other) for other in thin)
         for place, known in enumerate(placed):
@@ -337,7 +330,4 @@ def spread(positions: list[float], gap: float, low: float, high: float) -> list[
                 moved[i - 1] -= overlap / 2
                 moved[i] += overlap / 2
         moved = [min(max(y, low + i * gap), high - (len(moved) - 1 - i) * gap) for i, y in enumerate(moved)]
-    out = [0.0] * len(positions)
-    for place, i in enumerate(order):
-        out[i] = moved[place]
-    return out
+    return [y for _, y in sorted(zip(order, moved))]

@@ -70,8 +70,7 @@ def draw_bars(axes: Axes, rows: list[dict]) -> None:
             accuracy, (low, high) = row["accuracy"], row["accuracy_ci"]
             draw_bar(axes, y, accuracy, color)
             axes.plot([low, high], [y, y], color=INK, linewidth=1.3, zorder=3, solid_capstyle="butt")
-            for edge in (low, high):
-                axes.plot([edge, edge], [y - 0.16, y + 0.16], color=INK, linewidth=1.3, zorder=3)
+            axes.vlines((low, high), y - 0.16, y + 0.16, color=INK, linewidth=1.3, zorder=3)
             if row.get("helped") is not None:
                 axes.text(120, y, f"+{row['helped']:.0f}", va="center", ha="right", color=FAINT, size=9)
                 axes.text(129, y, f"−{row['hurt']:.0f}", va="center", ha="right", color=FAINT, size=9)
@@ -85,9 +84,8 @@ def draw_bars(axes: Axes, rows: list[dict]) -> None:
     name_bars(axes, ticks, labels)
     axes.set(xlim=(0, 100), ylim=(y - 0.5, -0.7))
     axes.tick_params(axis="x", length=0, labelsize=9, labelcolor=FAINT)
-    axes.set_xlabel(
-        "accuracy in per cent, 95 % interval;  + problems helped, − hurt against greedy", size=9, color=INK
-    )
+    label = "accuracy in per cent, 95 % interval;  + problems helped, − hurt against greedy"
+    axes.set_xlabel(label, size=9, color=INK)
     axes.xaxis.grid(True, color=GRID, zorder=0)
     clear_frame(axes)
 
@@ -120,13 +118,10 @@ def draw_hits(axes: Axes, hit_at_k: dict[str, float]) -> None:
     """The page's chart of Hit@K at the size of `axes`, with a title."""
     width, height = axes.get_position().size * axes.figure.get_size_inches() * 100
     paint(charts.draw_hits(hit_at_k, width, height), axes)
-    axes.set_title(
-        "Hit@K: is the teacher's token among the student's first K?\n"
-        "(per cent of the points where they disagree most)",
-        size=10,
-        loc="left",
-        color=INK,
+    title = (
+        "Hit@K: is the teacher's token among the student's first K?\n(per cent of the points where they disagree most)"
     )
+    axes.set_title(title, size=10, loc="left", color=INK)
 
 
 def clear_frame(axes: Axes) -> None:
@@ -281,14 +276,7 @@ def draw_legend(figure: Figure, left: float, y: float) -> None:
 
 
 def draw(report: dict, path: str | Path) -> Path:
-    """Draws a report as one PNG, 1400 pixels wide.
-
-    Args:
-        report: content of a report.json of recipes/eval.py.
-        path: file of the picture.
-
-    Returns:
-        `path`.
+    """Draws the content of a report.json as one PNG, 1400 pixels wide, and returns its `path`.
 
     Raises:
         ValueError: where the report has no rows.
@@ -331,15 +319,8 @@ def draw(report: dict, path: str | Path) -> Path:
 
 def draw_title(figure: Figure, meta: dict, height: float) -> None:
     style = {"ha": "left", "va": "center", "parse_math": False}
-    figure.text(
-        0.35 / WIDTH,
-        1 - 0.28 / height,
-        f"Select to Think on {shorten(meta['model'], 60)}: {meta['num_problems']} problems",
-        **style,
-        size=15,
-        weight="bold",
-        color=INK,
-    )
+    title = f"Select to Think on {shorten(meta['model'], 60)}: {meta['num_problems']} problems"
+    figure.text(0.35 / WIDTH, 1 - 0.28 / height, title, **style, size=15, weight="bold", color=INK)
     line = f"teacher {shorten(meta.get('teacher_model'), 50)}  ·  data {shorten(meta['dataset'], 60)}"
     figure.text(0.35 / WIDTH, 1 - 0.56 / height, line, **style, size=10, color=FAINT)
 

@@ -20,6 +20,7 @@ from s2t_recipes.paper.tables.result import (
     correct_by_seed,
     difference,
     job_text,
+    mean_difference,
     problems_note,
     read_report,
     row_of,
@@ -94,12 +95,7 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
             cost[name] = {"seconds_vs_greedy": row["seconds_vs_greedy"]}
         columns = [("changed", "variant", "text"), *ACCURACY[:2]]
         columns += [(f"minus {base_name}", "difference", "signed interval"), ACCURACY[3]]
-        columns += [
-            ("Agree@1, score alone", "bare_agree", "1f"),
-            ("Agree@1, fused", "agree", "1f"),
-            *COST[:1],
-            COST[2],
-        ]
+        columns += [("Agree@1, score alone", "bare_agree", "1f"), ("Agree@1, fused", "agree", "1f"), COST[0], COST[2]]
         number = limit or pipeline.pair.label_problems or pipeline.pair.sizes["label"]
         notes = [
             problems_note(read_report(base_job)),
@@ -229,20 +225,16 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
         notes = [problems_note(report)]
         for method in spec["methods"]:
             jobs = [job for (found, _), job in runs.items() if found == method]
-            reports = [read_report(job) for job in jobs]
             correct = {}
-            for label in [row["label"] for row in reports[0]["rows"]]:
+            for found in read_report(jobs[0])["rows"]:
+                label = found["label"]
                 right_SN = np.concatenate(correct_by_seed(*((job, label) for job in jobs)))
                 correct[label] = right_SN
                 greedy_SN = correct["greedy"]
                 by_seed = 100 * right_SN.mean(1)
-                row = {
-                    "student": f"after {method}",
-                    "policy": label_of(next(row for row in reports[0]["rows"] if row["label"] == label)),
-                    "accuracy": float(by_seed.mean()),
-                    "accuracy_ci": [100 * edge for edge in bootstrap_interval(right_SN.mean(0))],
-                    "by_seed": seed_by_seed(by_seed),
-                }
+                row = {"student": f"after {method}", "policy": label_of(found), "accuracy": float(by_seed.mean())}
+                row["accuracy_ci"] = [100 * edge for edge in bootstrap_interval(right_SN.mean(0))]
+                row["by_seed"] = seed_by_seed(by_seed)
                 if label != "greedy":
                     gain_N = 100 * (right_SN - greedy_SN).mean(0)
                     row |= {"gain": float(gain_N.mean()), "gain_ci": bootstrap_interval(gain_N)}
@@ -252,11 +244,9 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
                 rows.append(row)
             ours = "s2t-local:always"
             ours_SN, *on_top = correct_by_seed((alone, ours), *((job, ours) for job in jobs))
-            gap_N = 100 * (np.concatenate(on_top).mean(0) - ours_SN.mean(0))
-            found = {"difference": float(gap_N.mean()), "difference_ci": bootstrap_interval(gap_N)}
+            found = mean_difference(100 * (np.concatenate(on_top).mean(0) - ours_SN.mean(0)))
             notes.append(sentence(f"S2T-Local on top of {method}", "S2T-Local alone", found))
-            gap_N = 100 * (correct[ours] - correct[method]).mean(0)
-            found = {"difference": float(gap_N.mean()), "difference_ci": bootstrap_interval(gap_N)}
+            found = mean_difference(100 * (correct[ours] - correct[method]).mean(0))
             notes.append(sentence(f"S2T-Local on top of {method}", f"{method} on top of {method}", found))
         notes += [f"after {method}, {training_rate_note(kind, sweep)}" for (method, kind), sweep in sweeps.items()]
         columns = [("student", "student", "text"), ("policy", "policy", "text"), *ACCURACY]
