@@ -26,8 +26,7 @@ def open_adapter(adapter: str) -> SelectorConfig:
     """The config of an adapter that the recipe writes beside.
 
     Raises:
-        ValueError: where it is no local folder.
-        FileNotFoundError: where that holds no adapter.
+        ValueError, FileNotFoundError: where it is no local folder, or that holds no adapter.
     """
     if not Path(adapter).is_dir():
         raise ValueError(
@@ -61,8 +60,7 @@ def check_tuned(argument: str, source: str, instead: str) -> None:
     """Raises a ValueError where an adapter that is to write the text is none.
 
     Args:
-        argument: to be named.
-        source: a local folder or a Hub repository.
+        argument, source: argument that the error names, and its value: a local folder or a Hub repository.
         instead: what to do with a selector, whose adapter scores candidates.
     """
     if find_file(source, S2T_CONFIG_NAME) is not None:
@@ -80,9 +78,8 @@ def check_model(argument: str, name: str, may_be_tuned: bool = False) -> None:
     """Raises a ValueError where a model is an adapter, which `from_pretrained` would switch on for all of the text.
 
     Args:
-        argument: to be named.
-        name: a local folder or a Hub repository.
-        may_be_tuned: an ordinary adapter is taken for its model, tuned.
+        argument, name: argument that the error names, and its value: a local folder or a Hub repository.
+        may_be_tuned: whether an ordinary adapter is legal, and stands for its model, tuned.
     """
     if find_file(name, S2T_CONFIG_NAME) is not None:
         raise ValueError(

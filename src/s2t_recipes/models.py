@@ -83,11 +83,8 @@ def make_quantization_config(
 def padding_token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
     """What fills up short rows: the padding token, or else the end of a sequence.
 
-    Args:
-        name: of the model, for the error.
-
     Raises:
-        ValueError: where the tokenizer has neither.
+        ValueError: naming the model, where its tokenizer has neither.
     """
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_token_id is None:
@@ -103,6 +100,5 @@ def load_pretrained(argument: str, name: str, auto_class: type) -> Any:
         return auto_class.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"`{argument}` must be a Hub id or a local folder of a model, got {name!r}: {reason}"
-        ) from None
+        legal = "a Hub id or a local folder of a model"
+        raise ValueError(f"`{argument}` must be {legal}, got {name!r}: {reason}") from None

@@ -94,9 +94,8 @@ def _to_problem(
         raise ValueError(f"column {prompt_column!r} must hold text, got {prompt!r} in row {number} of {where}.")
     answer = None if answer_column is None else row[answer_column]
     if answer is not None and (isinstance(answer, bool) or not isinstance(answer, (str, int, float))):
-        raise ValueError(
-            f"column {answer_column!r} must hold text or a number, got {answer!r} in row {number} of {where}."
-        )
+        what = f"got {answer!r} in row {number} of {where}"
+        raise ValueError(f"column {answer_column!r} must hold text or a number, {what}.")
     return Problem(hashlib.sha256(prompt.encode()).hexdigest()[:16], prompt, _answer_text(answer))
 
 
@@ -261,12 +260,10 @@ def encode_prompts(
     """Token ids of prompts, ready to be continued.
 
     Args:
-        tokenizer: of the model that goes on.
-        prompts: their texts.
-        chat_template: put each into the tokenizer's chat template, up to where the assistant begins. Otherwise the
-            text is encoded as it is, less an end-of-sequence token that the tokenizer itself may append.
-        system_prompt: for the template.
-        chat_template_kwargs: variables of the template, e.g. `{"enable_thinking": False}`.
+        tokenizer, prompts: tokenizer of the model that continues them, and their texts.
+        chat_template: whether each is put into the tokenizer's chat template, up to where the assistant begins.
+            Otherwise the text is encoded as it is, less an end-of-sequence token that the tokenizer may append.
+        system_prompt, chat_template_kwargs: system message and variables of the template.
 
     Raises:
         ValueError: for a tokenizer without a template, a system prompt or variables without one, a template that
@@ -277,9 +274,8 @@ def encode_prompts(
     if system_prompt is not None and not chat_template:
         raise ValueError("`system_prompt` needs `chat_template`: without one, write it into the prompts.")
     if chat_template_kwargs and not chat_template:
-        raise ValueError(
-            f"`chat_template_kwargs` needs `chat_template`, got {dict(chat_template_kwargs)} without: pass true."
-        )
+        got = dict(chat_template_kwargs)
+        raise ValueError(f"`chat_template_kwargs` needs `chat_template`, got {got} without: pass true.")
     if chat_template:
         check_template_kwargs(chat_template_kwargs, tokenizer)
     encoded = []
@@ -329,9 +325,8 @@ def _fill_template(
                 f"({reason}). Write it into the prompts."
             ) from None
         if kwargs and not fails(system_prompt, None):
-            raise ValueError(
-                f"`chat_template_kwargs` {dict(kwargs)} does not suit the tokenizer's chat template ({reason})."
-            ) from None
+            what = f"`chat_template_kwargs` {dict(kwargs)}"
+            raise ValueError(f"{what} does not suit the tokenizer's chat template ({reason}).") from None
         raise ValueError(
             f"`chat_template`: that of the tokenizer cannot be filled with the prompt {prompt[:60]!r} ({reason}); "
             "pass false to do without."
@@ -346,7 +341,4 @@ def _fill_template(
 
 def _trailing(ids: list[int], id: int | None) -> int:
     """How often `id` stands at the end."""
-    count = 0
-    while count < len(ids) and ids[-1 - count] == id:
-        count += 1
-    return count
+    return next((count for count, last in enumerate(reversed(ids)) if last != id), len(ids))

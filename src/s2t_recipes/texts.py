@@ -22,23 +22,16 @@ def collect_texts(problems: Iterable, tokenizer, runs: Iterable[list[dict]]) -> 
     """The content of `texts.json`.
 
     Args:
-        problems: of the evaluation, in order.
-        tokenizer: of the small model; `None` leaves the tokens out.
-        runs: the records of each policy and seed.
+        problems: problems of the evaluation, in order.
+        tokenizer: tokenizer of the small model; `None` leaves the tokens out.
+        runs: records of each policy and seed.
 
     Returns:
         `problems` (rows of id, prompt, right answer), `tokens` (id -> text), `special` (ids that are no text) and
         `joined`: several tokens, ids separated by spaces, may be one character between them.
     """
-    texts = {
-        "problems": [
-            [problem.id, problem.prompt, problem.answer and (extract_answer(problem.answer, "hash") or problem.answer)]
-            for problem in problems
-        ],
-        "tokens": {},
-        "special": [],
-        "joined": {},
-    }
+    rows = [[p.id, p.prompt, p.answer and (extract_answer(p.answer, "hash") or p.answer)] for p in problems]
+    texts = {"problems": rows, "tokens": {}, "special": [], "joined": {}}
     if tokenizer is None:
         return texts
     records = [record for run in runs for record in run if "tokens" in record]

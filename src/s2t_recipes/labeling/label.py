@@ -20,6 +20,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,7 +246,7 @@ class LabelArguments:
         config = self.decoding_config()
         if config is None:
             return {}
-        settings = {"trigger": config.trigger, "target_rate": config.target_rate, "threshold": config.threshold}
+        settings = {name: getattr(config, name) for name in ("trigger", "target_rate", "threshold")}
         if self.adapter is not None:
             file = Path(self.adapter, "adapter_model.safetensors")
             if not file.is_file():
@@ -255,7 +256,10 @@ class LabelArguments:
 
     def header(self) -> TrajectoryHeader:
         """The settings, without what has to be read from the models."""
-        kwargs = self.chat_template_kwargs
+        names = ("dataset", "split", "prompt_column", "chat_template", "system_prompt", "max_prompt_tokens")
+        prompt_source = {name: getattr(self, name) for name in names}
+        if self.chat_template_kwargs is not None:  # older labels do not name it
+            prompt_source["chat_template_kwargs"] = self.chat_template_kwargs
         return TrajectoryHeader(
             model=self.model,
             teacher_model=self.teacher_model or "",
@@ -275,15 +279,7 @@ class LabelArguments:
             validation_share=self.validation_share,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
-            prompt_source={
-                "dataset": self.dataset,
-                "split": self.split,
-                "prompt_column": self.prompt_column,
-                "chat_template": self.chat_template,
-                "system_prompt": self.system_prompt,
-                "max_prompt_tokens": self.max_prompt_tokens,
-                **({} if kwargs is None else {"chat_template_kwargs": kwargs}),  # older labels do not name it
-            },
+            prompt_source=prompt_source,
             versions={
                 module.__name__: module.__version__
                 for module in (transformers_s2t, transformers, torch, datasets, tokenizers)
@@ -360,9 +356,7 @@ def prepare(args: LabelArguments) -> Plan:
                 f"{args.max_prompt_tokens}: a template must not be cut, and no problem would be left."
             )
         fits = [len(ids) <= args.max_prompt_tokens for ids in encoded]
-        problems, texts, encoded = (
-            [one for one, fit in zip(many, fits) if fit] for many in (problems, texts, encoded)
-        )
+        problems, texts, encoded = (list(compress(many, fits)) for many in (problems, texts, encoded))
     elif args.max_prompt_tokens is not None:
         encoded = [ids[: args.max_prompt_tokens] for ids in encoded]
     prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
@@ -389,12 +383,8 @@ def prepare(args: LabelArguments) -> Plan:
         dtype=resolve_dtype(args.dtype, config),
     )
     if teacher is not None:
-        header = replace(
-            header,
-            teacher_model=args.teacher_model or teacher.source,
-            teacher_source=teacher.source,
-            top_logprobs=teacher.top_logprobs,
-        )
+        source = {"teacher_model": args.teacher_model or teacher.source, "teacher_source": teacher.source}
+        header = replace(header, **source, top_logprobs=teacher.top_logprobs)
     quantization_of_teacher(args, header.dtype)  # is bitsandbytes there?
     find_unfinished(args.output_dir, header, args.overwrite)
     return Plan(prompts, header, pad_token_id, teacher, cross, teacher_prompts, num_all - len(problems))
@@ -440,23 +430,17 @@ def teacher_tokens(
     try:
         return cross.count_tokens(ids, len(ids), None if teacher_prompts is None else teacher_prompts[tuple(ids)])
     except ValueError as error:
-        raise ValueError(
-            f"`cross_tokenizer`: the prompt {text[:60]!r} cannot be read by `teacher_model`: {error}"
-        ) from None
+        where = f"`cross_tokenizer`: the prompt {text[:60]!r} cannot be read by `teacher_model`"
+        raise ValueError(f"{where}: {error}") from None
 
 
 def connect(args: LabelArguments, teacher_config: PretrainedConfig | None) -> HTTPTeacher:
     """The server's model: the one called `teacher_served_name` there, else `teacher_model`, else the only one."""
     rows = None if teacher_config is None else teacher_config.get_text_config().vocab_size
     try:
-        return HTTPTeacher(
-            args.teacher_url,
-            args.teacher_served_name,
-            args.teacher_model,
-            max_concurrency=args.max_concurrency,
-            top_logprobs=args.top_logprobs,
-            num_embeddings=rows,
-        )
+        settings = {name: getattr(args, name) for name in ("max_concurrency", "top_logprobs")}
+        names = (args.teacher_url, args.teacher_served_name, args.teacher_model)
+        return HTTPTeacher(*names, **settings, num_embeddings=rows)
     except ValueError as error:  # `url` and `model` have other names here
         message = str(error).replace("`url`", "`teacher_url`").replace("`model`", "`teacher_served_name`")
         raise ValueError(message) from None
@@ -500,12 +484,9 @@ def load_models(
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=device_map)
     teacher = plan.teacher
     if teacher is None:
-        teacher = AutoModelForCausalLM.from_pretrained(
-            args.teacher_model,
-            dtype=dtype,
-            device_map=device_map,
-            quantization_config=quantization_of_teacher(args, dtype),
-        )
+        quantized = quantization_of_teacher(args, dtype)
+        settings = {"dtype": dtype, "device_map": device_map, "quantization_config": quantized}
+        teacher = AutoModelForCausalLM.from_pretrained(args.teacher_model, **settings)
     if plan.cross is not None:
         teacher = CrossTokenizerTeacher(teacher, plan.cross, plan.teacher_prompts)
     decode_with = None
@@ -528,18 +509,9 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
     """Loads the weights, labels, writes the statistics and returns them; `None` in all processes but the main one."""
     state = process_state(args)
     model, teacher, decode_with = load_models(args, plan)
-    header = label_problems(
-        model,
-        teacher,
-        plan.prompts,
-        args.output_dir,
-        plan.header,
-        plan.pad_token_id,
-        batch_size=args.batch_size,
-        shard_size=args.shard_size,
-        overwrite=args.overwrite,
-        decode_with=decode_with,
-    )
+    settings = {name: getattr(args, name) for name in ("batch_size", "shard_size", "overwrite")}
+    settings["decode_with"] = decode_with
+    header = label_problems(model, teacher, plan.prompts, args.output_dir, plan.header, plan.pad_token_id, **settings)
     if not state.is_main_process:
         return None
     labels, _ = read_labels(args.output_dir, split="all")
@@ -608,17 +580,9 @@ def estimate(args: LabelArguments, plan: Plan) -> Cost:
     model, teacher, decode_with = load_models(args, plan)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        label_problems(
-            model,
-            teacher,
-            sample,
-            folder,
-            replace(plan.header, validation_share=0.0),
-            plan.pad_token_id,
-            args.batch_size,
-            num_sample,
-            decode_with=decode_with,
-        )
+        header = replace(plan.header, validation_share=0.0)
+        settings = {"batch_size": args.batch_size, "shard_size": num_sample, "decode_with": decode_with}
+        label_problems(model, teacher, sample, folder, header, plan.pad_token_id, **settings)
         seconds = time.perf_counter() - began
         files = shard_files(folder)
         num_bytes = sum(file.stat().st_size for file in files)

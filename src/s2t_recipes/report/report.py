@@ -70,7 +70,8 @@ def draw_bars(axes: Axes, rows: list[dict]) -> None:
             accuracy, (low, high) = row["accuracy"], row["accuracy_ci"]
             draw_bar(axes, y, accuracy, color)
             axes.plot([low, high], [y, y], color=INK, linewidth=1.3, zorder=3, solid_capstyle="butt")
-            axes.vlines((low, high), y - 0.16, y + 0.16, color=INK, linewidth=1.3, zorder=3)
+            for edge in (low, high):
+                axes.plot([edge, edge], [y - 0.16, y + 0.16], color=INK, linewidth=1.3, zorder=3)
             if row.get("helped") is not None:
                 axes.text(120, y, f"+{row['helped']:.0f}", va="center", ha="right", color=FAINT, size=9)
                 axes.text(129, y, f"−{row['hurt']:.0f}", va="center", ha="right", color=FAINT, size=9)
@@ -118,10 +119,9 @@ def draw_hits(axes: Axes, hit_at_k: dict[str, float]) -> None:
     """The page's chart of Hit@K at the size of `axes`, with a title."""
     width, height = axes.get_position().size * axes.figure.get_size_inches() * 100
     paint(charts.draw_hits(hit_at_k, width, height), axes)
-    title = (
-        "Hit@K: is the teacher's token among the student's first K?\n(per cent of the points where they disagree most)"
-    )
-    axes.set_title(title, size=10, loc="left", color=INK)
+    title = "Hit@K: is the teacher's token among the student's first K?"
+    more = "(per cent of the points where they disagree most)"
+    axes.set_title(f"{title}\n{more}", size=10, loc="left", color=INK)
 
 
 def clear_frame(axes: Axes) -> None:
@@ -183,10 +183,8 @@ def visible(text: str) -> str:
 
 
 def draw_example(axes: Axes, example: dict) -> None:
-    """Prompt, what greedy wrote, and the generation with its decisions marked. One data unit = one point (1/72 inch).
-
-    `axes` is `EXAMPLE_WIDTH` inches wide and as tall as [`example_height`] says.
-    """
+    """Prompt, what greedy wrote, and the generation with its decisions marked, on axes `EXAMPLE_WIDTH` inches wide and
+    [`example_height`] tall. One data unit = one point (1/72 inch)."""
     axes.set(xlim=(0, 72 * EXAMPLE_WIDTH), ylim=(72 * example_height(example), 0))
     axes.axis("off")
     mono = {"family": "monospace", "va": "center", "parse_math": False, "clip_on": False}

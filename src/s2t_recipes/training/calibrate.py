@@ -315,9 +315,7 @@ def print_report(report: dict[str, Any], table, num_labels: int) -> None:
         print(f"\n  {'at these points':<16}{'Agree@1':>9}{'helped':>9}{'hurt':>9}{'other':>9}")
         for name in ("student_first", "selector", "fused"):
             figures = measured[name]
-            flips = "".join(
-                f"{figures[key]:>9}" if key in figures else f"{'-':>9}" for key in ("helped", "hurt", "other")
-            )
+            flips = "".join(f"{figures.get(key, '-'):>9}" for key in ("helped", "hurt", "other"))
             print(f"  {name.replace('_', ' '):<16}{figures['agree_at_1']:>9.3f}{flips}")
     else:
         print("\nfusion stays the paper's rule: labels hold the base model's candidates, not the adapted one's")

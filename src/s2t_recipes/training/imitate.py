@@ -126,8 +126,8 @@ class DistillationTrainer(SFTTrainer):
     """KL(teacher || student) over the tokens that both have, mean over the trained tokens of the global batch.
 
     Args:
-        teacher_model: with the student's tokenizer; on its own device, without gradient.
-        texts: token ids, and where the trained ones begin. Of these the teacher's last hidden states are kept where
+        teacher_model: teacher with the student's tokenizer; on its own device, without gradient.
+        texts: token ids, and where the trained ones begin. The teacher's last hidden states of them are kept where
             they fit, so that it reads each text once and not in every epoch.
     """
 
@@ -219,16 +219,10 @@ def write_texts(
     texts = {}
     for start in tqdm(range(0, len(order), args.teacher_batch_size), desc="The teacher's texts", unit="batch"):
         batch = order[start : start + args.teacher_batch_size]
-        new = rollout(
-            teacher,
-            [prompts[id] for id, _ in batch],
-            header.max_new_tokens,
-            pad,
-            header.eos_token_ids,
-            do_sample=args.num_samples is not None,
-            rollouts=[number for _, number in batch],
-            suppressed_ids=header.excluded_ids,
-        )
+        settings = {"do_sample": args.num_samples is not None, "rollouts": [number for _, number in batch]}
+        settings["suppressed_ids"] = header.excluded_ids
+        given = [prompts[id] for id, _ in batch]
+        new = rollout(teacher, given, header.max_new_tokens, pad, header.eos_token_ids, **settings)
         texts |= {text: [*prompts[text[0]], *tokens] for text, tokens in zip(batch, new)}
     return [texts[text] for text in wanted]
 

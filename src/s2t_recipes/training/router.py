@@ -225,41 +225,14 @@ def main(argv: list[str] | None = None) -> None:
 
     num_rows = model.get_output_embeddings().weight.shape[0]
     excluded = [id for id in config.reserved_token_ids if id < num_rows]
-    train, tuning = (
-        collect(
-            model,
-            rows,
-            layers,
-            num_top=args.num_top,
-            min_prob_ratio=config.min_prob_ratio,
-            warmup_tokens=config.warmup_tokens,
-            excluded_ids=excluded,
-            batch_size=args.batch_size,
-            max_positions=args.max_positions,
-            seed=args.seed,
-        )
-        for rows in (labels, held_out)
-    )
-    router_config = RouterConfig(
-        hidden_size=model.config.get_text_config().hidden_size,
-        layer=max(layers),
-        num_top=args.num_top,
-        width=args.width,
-        target=args.target,
-        min_gain=args.min_gain,
-        model_hash=own_hash,
-    )
-    router, losses = fit_router(
-        model,
-        train,
-        tuning,
-        router_config,
-        seed=args.seed,
-        learning_rate=args.learning_rate,
-        num_epochs=args.num_epochs,
-        max_steps=args.max_steps,
-        batch_size=args.head_batch_size,
-    )
+    settings = {name: getattr(args, name) for name in ("num_top", "batch_size", "max_positions", "seed")}
+    settings |= {name: getattr(config, name) for name in ("min_prob_ratio", "warmup_tokens")}
+    train, tuning = (collect(model, rows, layers, excluded_ids=excluded, **settings) for rows in (labels, held_out))
+    head = {name: getattr(args, name) for name in ("num_top", "width", "target", "min_gain")}
+    hidden_size = model.config.get_text_config().hidden_size
+    router_config = RouterConfig(hidden_size=hidden_size, layer=max(layers), model_hash=own_hash, **head)
+    settings = {name: getattr(args, name) for name in ("seed", "learning_rate", "num_epochs", "max_steps")}
+    router, losses = fit_router(model, train, tuning, router_config, batch_size=args.head_batch_size, **settings)
     write_router(args.adapter, config, [*labels["problem_id"], *held_out["problem_id"]], router.save_pretrained)
 
     print(f"\n{len(train.gain_N)} positions of {len(labels)} trajectories, {len(tuning.gain_N)} held out")
@@ -267,10 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"layer {router.config.layer} is read\n")
     features = {"entropy": 0, "margin": 1}
     table = {name: trigger_metrics(tuning.features_NF[:, i], tuning, router.config) for name, i in features.items()}
-    table |= {
-        "router": router.config.metrics,
-        "kl (oracle)": trigger_metrics(tuning.divergence_N, tuning, router.config),
-    }
+    table["router"] = router.config.metrics
+    table["kl (oracle)"] = trigger_metrics(tuning.divergence_N, tuning, router.config)
     columns = ("auc_differs", "auc_gain", "auc_differs_choice", "auc_gain_choice")
     print(f"{'held-out AUC':<14}" + "".join(f"{name:>20}" for name in columns))
     for name, metrics in table.items():
