@@ -278,6 +278,7 @@ def measure_premise(pair: Pair, rows: list[dict], calibration_rows: list[dict], 
         pair.answers(pair.decode(prompts, temperature=VOTE_TEMPERATURE, generator=generator)) for _ in range(NUM_VOTES)
     ]
     votes = [majority(list(answers)) for answers in zip(*samples, strict=True)]
+    num_voted = sum(vote == row["answer"] for vote, row in zip(votes, rows, strict=True))
     hits_at = counting_steps(greedy) & (greedy.measured["kl"] >= thresholds["kl"][0.10])
     ranks = greedy.measured["rank"][hits_at]
 
@@ -290,9 +291,7 @@ def measure_premise(pair: Pair, rows: list[dict], calibration_rows: list[dict], 
         "num_problems": len(rows),
         "student_greedy": score(pair, rows, greedy)["accuracy"],
         "teacher_greedy": score(pair, rows, pair.decode(prompts, by_teacher=True))["accuracy"],
-        "majority_of_8": round(
-            100 * sum(vote == row["answer"] for vote, row in zip(votes, rows, strict=True)) / len(rows), 1
-        ),
+        "majority_of_8": round(100 * num_voted / len(rows), 1),
         "tokens_per_solution": round(greedy.alive_BN.sum().item() / len(rows), 1),
         "hits_at_kl_10": {str(size): round((ranks < size).float().mean().item(), 3) for size in HIT_SIZES},
         "teacher_selects": {
@@ -320,7 +319,7 @@ def main() -> None:
     parser.add_argument("--split", choices=list(corpus.SPLIT_SHARES), default="tuning", help="default: tuning")
     parser.add_argument("--num-problems", type=int, default=300, help="default: 300")
     parser.add_argument("--num-calibration", type=int, default=300, help="default: 300")
-    parser.add_argument("--seed", type=int, default=0, help="of problems and samples (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of problems and samples (default: 0)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if args.split == "calibration":
@@ -332,9 +331,7 @@ def main() -> None:
     report = {"split": args.split, **measure_premise(pair, rows, calibration_rows, args.seed)}
     text = json.dumps(report, indent=2) + "\n"
     if args.output is not None:
-        temporary = args.output.with_name(f".{args.output.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(args.output)
+        args.output.write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
 

@@ -148,7 +148,7 @@ def run(main: Callable[[], None] | str) -> None:
                 print(opening(main.__module__), end="\n\n")
             main()
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        print("\nStopped. The same command resumes from here.", file=sys.stderr)
         sys.exit(130)
 
 

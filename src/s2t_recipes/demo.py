@@ -41,10 +41,6 @@ LABELLED_PARTS = ("label", "tuning", "calibration", "test")
 HELD_OUT_SHARE = 0.6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
 def part_sizes(num_train: int, num_test: int) -> dict[str, int]:
     held_out = max(1, round(HELD_OUT_SHARE * num_train))
     return {"label": num_train, "tuning": held_out, "calibration": held_out, "test": num_test}
@@ -74,10 +70,6 @@ def check_same_run(file: Path, settings: dict) -> None:
                 f"`output_dir` {str(file.parent)!r} was made with {name}={before.get(name)!r}, now {name}={value!r}: "
                 "choose another --output_dir, or remove that folder."
             )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -153,10 +145,6 @@ def prompt_arguments(args: argparse.Namespace) -> list[str]:
     arguments += [] if args.system_prompt is None else ["--system_prompt", args.system_prompt]
     kwargs = args.chat_template_kwargs
     return arguments + ([] if kwargs is None else ["--chat_template_kwargs", json.dumps(kwargs)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The stages
 
 
 class Stage(NamedTuple):
@@ -273,7 +261,7 @@ def run_stages(jobs: Jobs, stages: list[Stage], began: float) -> None:
         except JobFailed as error:
             print(
                 f"\n{error}\n\nStage {number} of {len(stages)} failed; the command above runs that job alone. "
-                "What is done is kept: started again, the same command goes on from here.",
+                "What is done is kept: the same command resumes from here.",
                 file=sys.stderr,
             )
             sys.exit(error.status)

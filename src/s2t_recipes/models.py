@@ -69,7 +69,7 @@ def make_quantization_config(
 
     Args:
         compute_dtype: type in which matrices of 4-bit weights are multiplied.
-        prefix: of the flags, for errors.
+        prefix: beginning of the flags, for errors.
 
     Raises:
         ImportError: where bitsandbytes is not installed.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 from s2t_recipes.answers import extract_answer
@@ -57,13 +58,9 @@ def ids_of(record: dict) -> Iterator[int]:
 
 def broken_runs(ids: list[int], pieces: dict[int, str]) -> Iterator[list[int]]:
     """Neighbouring tokens that are each a part of a character."""
-    run: list[int] = []
-    for id in [*ids, None]:
-        if id is not None and BROKEN in pieces[id]:
-            run.append(id)
-        elif run:
-            yield run
-            run = []
+    for is_broken, run in groupby(ids, key=lambda id: BROKEN in pieces[id]):
+        if is_broken:
+            yield list(run)
 
 
 def find_texts(folder: Path, meta: dict, runs: list[list[dict]]) -> tuple[dict, list[str]]:

@@ -45,10 +45,6 @@ DEFINITION = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels
-
-
 class Labels(NamedTuple):
     """Held-out labels: the name they came by, the rows, the header."""
 
@@ -92,10 +88,6 @@ def measure_hits(labels: Labels, num_candidates: int) -> tuple[dict[str, float],
     hit_at_k = {str(size): sum(rank < size for rank in ranks) / len(ranks) for size in HIT_SIZES if size <= depth}
     student, second = find_agreement([np.zeros(len(best)), np.ones(len(best))], best).mean(1).tolist()
     return hit_at_k, {"student": student, "second": second, "num_points": len(best)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scoring
 
 
 def rows_with_points(labels: Dataset) -> Dataset:
@@ -179,10 +171,6 @@ def measure_fidelity(
         runs.append(found[1])
     figures = summarize_points(runs, labels.header.divergence_threshold, seed)
     return {"num_candidates": num_candidates, "min_prob_ratio": min_prob_ratio, **figures}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
 
 
 def find_agreement(choices_SN: Sequence[np.ndarray], target_N: np.ndarray) -> np.ndarray:

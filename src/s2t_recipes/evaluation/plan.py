@@ -170,10 +170,6 @@ def make_plan(args: EvaluateArguments) -> Plan:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models, adapters and thresholds
-
-
 def check_folder(name: str, value: str | None) -> None:
     """A path that is not there fails at once; `name` or `owner/name` may be on the Hub."""
     looks_local = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
@@ -200,10 +196,6 @@ def check_thresholds(args: EvaluateArguments, policies: list[Policy], selectors:
             own = [config.thresholds for config in selectors.configs] if policy.is_local else [selectors.thresholds]
             for thresholds in own:
                 policy.decoding_config(args).resolve_threshold(thresholds)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Problems, and whether they were seen before
 
 
 def read_problems(args: EvaluateArguments) -> list[Problem]:
@@ -288,10 +280,6 @@ def check_no_leak(problems: Sequence[Problem], label_dirs: Sequence[str], argume
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
 def read_prior(folder: str, tokenizer: PreTrainedTokenizerBase) -> Counter:
     """The token prior of a label folder. Raises a ValueError where its ids are of another tokenizer."""
     labels, header = read_labels(folder)
@@ -337,10 +325,6 @@ def make_bench(
         text_config = AutoConfig.from_pretrained(name).get_text_config()
         bench.check_length(getattr(text_config, "max_position_embeddings", None))
     return bench
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Jobs
 
 
 def common_settings(args: EvaluateArguments, bench: Bench) -> dict[str, Any]:

@@ -131,10 +131,6 @@ class Row:
 Sums = dict[str, dict[str, np.ndarray]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents
-
-
 def read_label_documents(args: RetentionArguments) -> tuple[list[Document], TrajectoryHeader]:
     """Prompts and what the base model wrote. A prompt with several rollouts counts once.
 
@@ -183,10 +179,6 @@ def read_text(args: RetentionArguments) -> list[Problem]:
     if not lines:
         raise ValueError(f"`text`: {args.text} is empty, it holds no document.")
     return [Problem(hashlib.sha256(line.encode()).hexdigest()[:16], line, None) for line in lines[: args.text_limit]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing
 
 
 def load_model_of(args: RetentionArguments, row: Row, source: str | None, device: torch.device) -> PreTrainedModel:
@@ -278,10 +270,6 @@ def summarize(runs: list[Sums], base: Sums | None, seed: int) -> dict[str, dict 
             if len(by_seed) > 1:
                 figures[kind][name]["by_seed"] = by_seed
     return figures
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it
 
 
 def make_rows(args: RetentionArguments, header: TrajectoryHeader, problem_ids: dict[str, list[str]]) -> list[Row]:

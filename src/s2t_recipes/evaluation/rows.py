@@ -48,10 +48,6 @@ DEFINITIONS = {
 Run = tuple[dict, list[dict]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
 def mcnemar(helped: int, hurt: int) -> float:
     """Exact two-sided p-value that `helped` and `hurt` are equally likely."""
     total = helped + hurt
@@ -95,10 +91,6 @@ def local_agreement(configs: list[SelectorConfig]) -> dict[str, float]:
         for name in sorted(names)
         if all(isinstance(config.metrics[name], numbers) for config in configs)
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
 
 
 def make_row(
@@ -177,10 +169,6 @@ def make_rows(
         yield make_row(best, found, greedy, configs, seed) | {"is_oracle": True, "records": []}  # the vote has them
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Examples
-
-
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
     """What each token adds to the decoded text."""
     texts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
@@ -222,10 +210,6 @@ def pick_examples(tokenizer, problems: list[Problem], results: dict, num_example
     found = [(p, before, after) for p, before, after in pairs if after["correct"] and not before["correct"]]
     found.sort(key=lambda item: "f" not in item[2]["kinds"])  # stable: the data set's order otherwise
     return [make_example(tokenizer, *item, policy) for item in found[:num_examples]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
 
 
 def make_report(plan: Plan, runs: dict[Job, Run], fidelity: dict | None) -> dict:

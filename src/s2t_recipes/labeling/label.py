@@ -644,6 +644,6 @@ def main(argv: list[str] | None = None) -> None:
         with work():
             stats = label(args, plan)
     except TeacherError as error:
-        raise CommandFailed(f"{error} What is labelled is kept; the same command goes on.") from error
+        raise CommandFailed(f"{error} What is labelled is kept; the same command resumes.") from error
     if stats is not None:
         print(report(args, stats))

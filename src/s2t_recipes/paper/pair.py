@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from s2t_recipes.splits import CORPUS_PARTS, PROBLEM_PARTS, has_corpus_script
-from transformers_s2t.files import write_json
 
 
 #: How often a sweep halves, or doubles, the learning rate while the last one is the best.
@@ -135,8 +134,3 @@ def fill_in(value: Any, folders: dict[str, str | None], file: Path) -> Any:
                 raise FileNotFoundError(f"{file} wants {value}: pass its folder as --{name}.")
             return str(path)
     return value
-
-
-def note_pair(pair: Pair, folder: Path) -> None:
-    """Writes the settings of a pair into the folder of what is made with them, as pair.json."""
-    write_json(folder / "pair.json", {f.name: getattr(pair, f.name) for f in fields(pair)})

@@ -139,11 +139,11 @@ class Pipeline:
         """An adapter: trained, with a router, calibrated.
 
         Args:
-            labels: labels to train on.
+            labels, calibration: labels to train on, and labels to calibrate on.
             seed: seed of the training.
-            calibration: labels to calibrate on.
-            route: train a router.
-            decode: calibrate thresholds by decoding; otherwise fusion weights only, which is enough without a trigger.
+            route: whether a router is trained.
+            decode: whether thresholds are calibrated by decoding; otherwise fusion weights only, which is enough
+                without a trigger.
             rate: learning rate, or the sweep that finds it; by default the pair's.
             only_if: condition on which it is trained; by default it always is.
             options: further arguments of recipes/train.py.
@@ -243,15 +243,13 @@ class Pipeline:
         """A report.json of recipes/eval.py.
 
         Args:
-            name: name of the output folder.
+            name, part: name of the output folder, and part of the pair whose problems are answered.
             policies: labels of the policies.
-            part: part of the pair whose problems are answered.
             adapters: selectors, one for each seed.
             tuned: label and training of each imitation. A second-best training that turns out not to be there is left
                 out, and its policy with it.
-            needs: further jobs whose output the options name.
+            needs, options: further arguments of recipes/eval.py, and further jobs whose output they name.
             only_if: see `selector`.
-            options: further arguments of recipes/eval.py.
         """
         data = self.data(part)
         output = self.folder / "evaluations" / f"{self.prefix}{name}"

@@ -6,7 +6,7 @@
 
 A table is a YAML of recipes/paper (what is compared), a pair one of recipes/paper/pairs (models, data, shared
 settings). Labels, selectors, baselines and evaluations that tables share are made once, each by the recipe that a user
-would type; what is finished is kept in `--output_dir`, and the same command goes on where it stopped. Figures go to
+would type; what is finished is kept in `--output_dir`, and the same command resumes a stopped run. Figures go to
 `--results` as JSON and Markdown, with the commands behind them, seeds and versions. Times are told apart from what two
 runs must agree on.
 """
@@ -20,6 +20,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from s2t_recipes.evaluation.rows import versions
 from s2t_recipes.jobs import Jobs
 from s2t_recipes.options import SmallParser
 from s2t_recipes.paper import results
-from s2t_recipes.paper.pair import Pair, note_pair
+from s2t_recipes.paper.pair import Pair
 from s2t_recipes.paper.pipeline import Pipeline
 from s2t_recipes.paper.tables import KINDS
 from transformers_s2t.files import write_json
@@ -159,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"  {job.name}{' (perhaps)' if job.only_if else ''}")
         return
     for pair in pairs.values():
-        note_pair(pair, out / pair.name)
+        write_json(out / pair.name / "pair.json", asdict(pair))
     jobs.run()
     places = {str(out): "runs/paper", args.data: "DATA", args.models: "MODELS"}
     places = {folder: name for folder, name in places.items() if folder}

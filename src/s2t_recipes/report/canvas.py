@@ -201,18 +201,10 @@ def paint(canvas: Canvas, axes: Axes) -> None:
                 axes.scatter(*zip(*dots), s=area, color=COLORS[color], alpha=opacity, linewidths=0, zorder=order)
         else:
             x, y, text, color, anchor, size, bold = shape
-            drawn = axes.text(
-                x,
-                y,
-                text,
-                color=COLORS[color],
-                size=size * points,
-                ha={"start": "left", "middle": "center", "end": "right"}[anchor],
-                va="center_baseline",
-                weight="bold" if bold else "normal",
-                parse_math=False,
-                zorder=order,
-            )
+            side = {"start": "left", "middle": "center", "end": "right"}[anchor]
+            look = {"color": COLORS[color], "size": size * points, "weight": "bold" if bold else "normal"}
+            place = {"ha": side, "va": "center_baseline", "zorder": order}
+            drawn = axes.text(x, y, text, **look, **place, parse_math=False)
             drawn.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
 
 

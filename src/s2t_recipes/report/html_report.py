@@ -180,11 +180,9 @@ def pack(run: Run, texts: dict, place: dict[int, int], drop: tuple[str, ...] = (
     """One run as columns.
 
     Args:
-        run: a policy and seed.
-        texts: content of `texts.json`.
+        run, texts: a policy and seed, and the content of `texts.json`.
         place: token id -> its place in the vocabulary.
-        drop: "candidates" leaves them out.
-        number: number of problems; `None` for all.
+        drop, number: "candidates" to leave them out, and number of problems (`None` for all).
     """
     records = [renumber(record, place) for record in run.records[:number]]
     packed = {
@@ -403,13 +401,9 @@ def charts_of(report: dict, folder: Path) -> list[Chart]:
 
 
 def build(report: dict, folder: Path, charts: list[Chart], max_megabytes: float = MAX_MEGABYTES) -> str:
-    """The page as a text.
+    """The page of a report in `folder` as a text, with `charts` of [`charts_of`].
 
-    Args:
-        report: content of a report.json of recipes/eval.py.
-        folder: folder of the report.
-        charts: charts of the report, see [`charts_of`].
-        max_megabytes: size of the records in the page; what does not fit is left out, seeds first.
+    Records take at most `max_megabytes` of it; what does not fit is left out, seeds first.
     """
     meta = report["meta"]
     runs, notes = read_runs(folder, report["rows"])

@@ -54,10 +54,6 @@ def shorten(text: str | None, length: int) -> str:
     return text if len(text) <= length else "…" + text[-length + 1 :]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Panels
-
-
 def draw_bars(axes: Axes, rows: list[dict]) -> None:
     """Horizontal bars by group, with the intervals as lines and the figures in a column at the right."""
     y, ticks, labels = 0.0, [], []
@@ -128,10 +124,6 @@ def clear_frame(axes: Axes) -> None:
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generations, token by token
 
 
 @dataclass(frozen=True)
@@ -267,10 +259,6 @@ def draw_legend(figure: Figure, left: float, y: float) -> None:
     add("asked, took another candidate", 0.35)
     add("27", 0.08, **(mono | {"size": WAS_SIZE}), color=STUDENT)
     add("the student's own token there", 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The picture
 
 
 def draw(report: dict, path: str | Path) -> Path:

@@ -50,11 +50,8 @@ def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, 
         checkpoint = None
     if script_args.eval_labels is None and "validation" in label_splits(script_args.labels):
         script_args.eval_labels = script_args.labels
-    args.model_init_kwargs = {
-        "dtype": script_args.dtype,
-        "attn_implementation": script_args.attn_implementation,
-        **(args.model_init_kwargs or {}),
-    }
+    own = {name: getattr(script_args, name) for name in ("dtype", "attn_implementation")}
+    args.model_init_kwargs = own | (args.model_init_kwargs or {})
     trainer = S2TTrainer(
         model=script_args.model,
         args=args,

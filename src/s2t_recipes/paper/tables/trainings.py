@@ -30,6 +30,7 @@ from s2t_recipes.paper.tables.result import (
     training_rate_note,
 )
 from s2t_recipes.row_names import label_of
+from transformers_s2t.config import CALIBRATION_NAME
 
 
 def variants(pipeline: Pipeline, spec: dict) -> Collect:
@@ -64,17 +65,10 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
         else:
             adapters = [pipeline.selector(labels, seed, **settings) for seed in seeds]
         policy = variant.get("policy", spec["policy"])
-        evaluations[name] = (
-            policy,
-            pipeline.evaluation(
-                f"{spec['name']}{tag({'variant': name.replace(' ', '_')})}",
-                policies=["greedy", policy],
-                adapters=adapters,
-                limit=spec.get("limit"),
-                **variant.get("decoding", {}),
-            ),
-            adapters,
-        )
+        folder = f"{spec['name']}{tag({'variant': name.replace(' ', '_')})}"
+        options = {"limit": spec.get("limit")} | variant.get("decoding", {})
+        job = pipeline.evaluation(folder, policies=["greedy", policy], adapters=adapters, **options)
+        evaluations[name] = (policy, job, adapters)
 
     def collect() -> Result:
         rows, cost = [], {}
@@ -84,10 +78,8 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
             report = read_report(job)
             row = next(row for row in report["rows"] if row["label"] == policy)
             more = {} if name == base_name else difference(job, policy, base_job, base_policy)
-            agree = [
-                json.loads((adapter.path / "calibration.json").read_text(encoding="utf-8"))["in_sample_points"]
-                for adapter in adapters
-            ]
+            files = [adapter.path / CALIBRATION_NAME for adapter in adapters]
+            agree = [json.loads(file.read_text(encoding="utf-8"))["in_sample_points"] for file in files]
             if all(agree):
                 more["agree"] = 100 * float(np.mean([points["fused"]["agree_at_1"] for points in agree]))
                 more["bare_agree"] = 100 * float(np.mean([points["selector"]["agree_at_1"] for points in agree]))
@@ -210,12 +202,9 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
                     trained[kind] = BestTraining(sweeps[method, kind])
                 else:
                     trained[kind] = on_top.train(kind, labels, seed, sweeps[method, kind], **settings)
-            runs[method, seed] = on_top.evaluation(
-                f"{spec['name']}-{method}",
-                policies=["greedy", "s2t-local:always", "s2t-local-bare:always", method, "s2t:always"],
-                adapters=[trained["s2t-local"]],
-                tuned=[(method, trained[method])],
-            )
+            policies = ["greedy", "s2t-local:always", "s2t-local-bare:always", method, "s2t:always"]
+            made = {"adapters": [trained["s2t-local"]], "tuned": [(method, trained[method])]}
+            runs[method, seed] = on_top.evaluation(f"{spec['name']}-{method}", policies=policies, **made)
     name = f"{spec['name']}-alone"
     alone = pipeline.evaluation(name, policies=["greedy", "s2t-local:always"], adapters=base.adapters[:seeds])
 
