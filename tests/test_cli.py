@@ -9,6 +9,7 @@ import warnings
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from trl import get_peft_config
 import transformers_s2t
 from s2t_recipes import cli, commands
 from s2t_recipes.commands import COMMANDS, CommandFailed, run
+from s2t_recipes.evaluation import rows
+from s2t_recipes.evaluation.arguments import EvaluateArguments
 from s2t_recipes.labeling import label
 from s2t_recipes.options import Parser
 from s2t_recipes.training import export, imitate, merge, train
@@ -168,6 +171,17 @@ def test_errors_name_what_was_typed(s2t, tmp_path):
         error = ": `--config` must be followed by a YAML file.\n"
         assert s2t(name, "--config") == (2, "", f"s2t {name}{error}")
         assert s2t("--config", script=ROOT / "recipes" / script) == (2, "", f"{script}{error}")
+
+
+@pytest.mark.parametrize(
+    ("program", "typed"), [("s2t eval", "s2t eval"), ("recipes/eval.py", "python recipes/eval.py")]
+)
+def test_a_report_holds_the_command_as_it_was_typed(monkeypatch, program, typed):
+    plan = SimpleNamespace(args=EvaluateArguments("m", "d", "o"), leaks=[])
+    plan.bench = SimpleNamespace(problems=[], device="cpu")
+    plan.selectors = SimpleNamespace(configs=[], thresholds={})
+    monkeypatch.setattr(sys, "argv", [program, "--model", "my model"])
+    assert rows.describe_run(plan, {})["command"] == f"{typed} --model 'my model'"
 
 
 def test_how_a_command_ends(s2t, monkeypatch, capsys):
