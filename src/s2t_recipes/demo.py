@@ -6,7 +6,7 @@
 Plans one job for each command that a user would type (it is printed) and runs them stage by stage. A job that fails
 stops everything with its own error. What is finished is kept: a job with a stamp in OUTPUT_DIR/done is not run again,
 and in a folder without stamps, or where a command changed, every recipe skips what it finished. This file knows which
-recipe comes when; it does not know what any of them does.
+recipe comes when, and nothing of what they do.
 """
 
 from __future__ import annotations

@@ -136,12 +136,11 @@ class Jobs:
         return self.all[name]
 
     def is_done(self, job: Job) -> bool:
-        """Whether it and all that it reads are finished and as they were then; or it is not to be run."""
+        """Whether the job is finished and nothing that it reads has changed since; or it is not to be run."""
         return job not in self.missing([job])
 
     def missing(self, asked: Iterable[Job] | None = None) -> list[Job]:
-        """Those of the jobs asked for (all, by default) that are not done; among them those of which it is not known
-        yet whether they are to be run."""
+        """The jobs among `asked` (by default all) that are not done, and those that may yet turn out not to be run."""
         done: dict[Job, bool] = {}
 
         def look(job: Job) -> bool:
@@ -172,8 +171,8 @@ class Jobs:
         }
 
     def run(self, asked: Iterable[Job] | None = None, on_terminal: bool = False, stop: bool = False) -> None:
-        """Runs what is missing: of the jobs whose inputs are there the one with the longest chain of others behind it,
-        so that no such chain is left for the end, when it would keep a single process busy.
+        """Runs what is missing. Of the jobs that can start, the one with the longest chain of jobs behind it is first:
+        left for the end, such a chain would keep a single process busy.
 
         Args:
             asked: run only these (default: all), each behind what it needs; what they need beside is finished.
@@ -298,7 +297,7 @@ class Jobs:
 
 
 def chains_behind(jobs: list[Job]) -> dict[Job, int]:
-    """How many jobs wait one for the other behind each one, in the longest chain. `jobs`: each after what it needs."""
+    """Length of the longest chain of jobs that wait for each job. `jobs`: each after what it needs."""
     length = dict.fromkeys(jobs, 0)
     for job in reversed(jobs):
         for need in job.needs:

@@ -34,8 +34,8 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `id` is made of the prompt, so it is the same one in every file and data set: evaluation refuses
-    ids that were labelled."""
+    """One problem. `id` is a hash of the prompt, the same in every file and data set: evaluation refuses ids that were
+    labelled."""
 
     id: str
     prompt: str
@@ -215,7 +215,7 @@ def read_template_kwargs(value: Mapping[str, Any] | str | None) -> dict[str, Any
 
 
 def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
-    """What `chat_template_kwargs` can set in a tokenizer's template; `None` where it cannot be told."""
+    """Variables of a tokenizer's template that `chat_template_kwargs` can set; `None` where it cannot be parsed."""
     own_tag = r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}"  # transformers', which Jinja does not know
     source = re.sub(own_tag, "", tokenizer.get_chat_template())
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
@@ -234,11 +234,7 @@ def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
 
 
 def check_template_kwargs(kwargs: Mapping[str, Any] | None, *tokenizers: PreTrainedTokenizerBase) -> None:
-    """A template ignores what it does not know without a word.
-
-    Raises:
-        ValueError: for a key that no template of these tokenizers uses.
-    """
+    """Raises a ValueError for a key that no template of these tokenizers uses: a template would ignore it silently."""
     legal = [template_variables(tokenizer) for tokenizer in tokenizers]
     if not kwargs or None in legal:
         return

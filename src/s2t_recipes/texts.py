@@ -1,8 +1,7 @@
-"""What a reader needs beside the numbers of an evaluation: prompts, right answers, and what each token says.
+"""Texts of an evaluation, beside its numbers: prompts, right answers, and the text of each token.
 
-recipes/eval.py writes them as `texts.json` into its folder, so that the folder can be read where neither the model
-nor the data set is. For folders made before that, they are looked up again. Knows tokenizers and problems; knows no
-models and no policies.
+`s2t eval` writes them as `texts.json`, so its folder can be read without the model and the data set. For older folders
+they are looked up in the data set and the tokenizer. Knows tokenizers and problems; knows no models and no policies.
 """
 
 from __future__ import annotations
@@ -64,10 +63,10 @@ def broken_runs(ids: list[int], pieces: dict[int, str]) -> Iterator[list[int]]:
 
 
 def find_texts(folder: Path, meta: dict, runs: list[list[dict]]) -> tuple[dict, list[str]]:
-    """`texts.json` of a run, or what can be had without it from the data set and the tokenizer that `meta` names.
+    """Content of the `texts.json` of a run; without that file, what data set and tokenizer of `meta` still give.
 
     Returns:
-        the texts, and a sentence for each thing that is missing.
+        Texts, and a sentence for each thing that is missing.
     """
     file = folder / TEXTS_NAME
     if file.is_file():
@@ -106,7 +105,7 @@ def find_texts(folder: Path, meta: dict, runs: list[list[dict]]) -> tuple[dict, 
 
 
 def locate(folder: Path, name: str) -> Path | str:
-    """A path of a report, which was written from another place or was moved with its folder; else `name` itself."""
+    """The path `name` of a report as it is found below its folder, which may have been moved; else `name` itself."""
     parts = Path(name).parts
     for start in range(len(parts)):
         if parts[start] not in ("/", "..") and (inside := folder.joinpath(*parts[start:])).exists():

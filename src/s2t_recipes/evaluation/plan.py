@@ -71,12 +71,12 @@ class Job:
     """A policy with one of its adapters, or with none: what is run, kept on disk and recognised as one.
 
     Attributes:
-        policy: what is run.
+        policy: policy that is run.
         seed: number of the adapter; `None` for a policy without adapters.
-        adapter: its folder or Hub id, of a selector or of an adapter that decodes by itself.
-        config: how one `generate` call selects; `None` for plain decoding.
-        settings: everything that its records depend on.
-        file: its records.
+        adapter: folder or Hub id of a selector or of an adapter that writes text itself.
+        config: settings of selecting; `None` for plain decoding.
+        settings: all settings that its records depend on.
+        file: file of its records.
     """
 
     policy: Policy
@@ -101,11 +101,11 @@ class Plan:
         selectors: S2T-Local adapters.
         jobs: jobs in the order of the table, seed by seed.
         by_length: whether problems share a batch with those of like greedy texts.
-        prior: the token prior; `None` without `prior_labels`.
-        zero_shot_id: the token that the control `zero-shot` makes unlikely; `None` for the most certain candidate.
+        prior: token prior; `None` without `prior_labels`.
+        zero_shot_id: token that the control `zero-shot` makes unlikely; `None` for the most certain candidate.
         held_out: labels on which selectors are compared with the teacher; `None` for none.
-        hit_at_k, agree_at_1: what these say without a selector.
-        leaks: problems that were seen before, in words, where that is allowed.
+        hit_at_k, agree_at_1: figures of these labels without a selector.
+        leaks: sentences about problems that were seen before, where that is allowed.
     """
 
     args: EvaluateArguments
@@ -171,7 +171,7 @@ def make_plan(args: EvaluateArguments) -> Plan:
 
 
 def check_folder(name: str, value: str | None) -> None:
-    """A path that is not there fails at once; `name` or `owner/name` may be on the Hub."""
+    """Raises a FileNotFoundError for a path that is not there; `name` or `owner/name` may be on the Hub."""
     looks_local = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
     if looks_local and not Path(value).expanduser().exists():
         raise FileNotFoundError(f"`{name}`: {value!r} does not exist.")

@@ -159,7 +159,7 @@ def costs(policy: Policy, runs: list[Run], greedy: Run | None) -> dict:
 def make_rows(
     policy: Policy, runs: list[Run], greedy: Run | None, configs: list[SelectorConfig], seed: int = 0
 ) -> Iterator[dict]:
-    """The row of a policy, and after a vote the oracle on the same samples: is any of them right?"""
+    """The row of a policy; for a vote a second one, the oracle: is any of the samples right?"""
     yield make_row(policy, runs, greedy, configs, seed)
     if policy.num_votes:
         found = [

@@ -242,7 +242,7 @@ class LabelArguments:
         return S2TDecodingConfig(trigger=self.trigger, target_rate=self.trigger_rate, threshold=self.trigger_threshold)
 
     def decoding_settings(self) -> dict[str, Any]:
-        """What the header says of it; the adapter by its bytes, for a folder's name says little."""
+        """Settings of the correction for the header; the adapter is named by a hash of its weights."""
         config = self.decoding_config()
         if config is None:
             return {}
@@ -400,7 +400,7 @@ def guess_prompt_column(args: LabelArguments) -> str:
 
 
 def known_to(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `chat_template_kwargs` that the template of one of two tokenizers uses."""
+    """The `chat_template_kwargs` that a tokenizer's template uses."""
     names = None if tokenizer.chat_template is None else template_variables(tokenizer)
     return {name: value for name, value in kwargs.items() if names is None or name in names}
 
@@ -426,7 +426,7 @@ def pair_tokenizers(
 def teacher_tokens(
     cross: CrossTokenizer, text: str, ids: list[int], teacher_prompts: dict[tuple[int, ...], list[int]] | None
 ) -> int:
-    """How long a prompt is to the teacher."""
+    """Length of a prompt in the teacher's tokens."""
     try:
         return cross.count_tokens(ids, len(ids), None if teacher_prompts is None else teacher_prompts[tuple(ids)])
     except ValueError as error:
@@ -435,7 +435,7 @@ def teacher_tokens(
 
 
 def connect(args: LabelArguments, teacher_config: PretrainedConfig | None) -> HTTPTeacher:
-    """The server's model: the one called `teacher_served_name` there, else `teacher_model`, else the only one."""
+    """The model of the server with the name `teacher_served_name`, else `teacher_model`, else the only one."""
     rows = None if teacher_config is None else teacher_config.get_text_config().vocab_size
     try:
         settings = {name: getattr(args, name) for name in ("max_concurrency", "top_logprobs")}
@@ -454,7 +454,7 @@ def quantization_of_teacher(args: LabelArguments, dtype: str) -> BitsAndBytesCon
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
-    """What 'auto' stands for: float32 on a CPU, else what the checkpoint is stored in."""
+    """The type of the weights; 'auto' is float32 on a CPU, else the type in the checkpoint."""
     if dtype != "auto":
         return dtype
     if not torch.accelerator.is_available():
@@ -554,7 +554,7 @@ def report(args: LabelArguments, stats: dict[str, Any]) -> str:
 
 
 class Cost(NamedTuple):
-    """What is left to do, by a sample of it. Loading the models is not in the time."""
+    """Cost of the remaining work, estimated from a sample. Loading the models is not in the time."""
 
     sample: int
     sample_seconds: float
@@ -569,7 +569,7 @@ class Cost(NamedTuple):
 
 
 def estimate(args: LabelArguments, plan: Plan) -> Cost:
-    """Labels problems from all over what is left into a temporary folder, and scales up what that took."""
+    """Labels a sample of the remaining problems in a temporary folder, and scales its cost up."""
     unfinished = find_unfinished(args.output_dir, plan.header, args.overwrite) is not None
     done = done_problem_ids(args.output_dir) & plan.prompts.keys() if unfinished else set()
     todo = [id for id in plan.prompts if id not in done]

@@ -345,7 +345,7 @@ def as_arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def tag(options: Mapping[str, Any]) -> str:
-    """The part of a file's name that tells which options differ from the usual ones; empty for none."""
+    """Part of a file's name that lists the options that differ from the usual ones; empty for none."""
     texts = [f"{name}={value}" for name, value in options.items()]
     text = re.sub(r"[^\w.=+-]+", "_", "".join(f"-{text}" for text in texts))
     return text if len(text) < 80 else f"{text[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

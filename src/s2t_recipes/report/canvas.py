@@ -64,7 +64,7 @@ class Box:
 
 @dataclass
 class Canvas:
-    """Shapes in the order in which they are drawn. `name` is what a screen reader says of the whole."""
+    """Shapes in the order in which they are drawn. `name` is the text for screen readers."""
 
     width: float
     height: float
@@ -87,7 +87,7 @@ class Canvas:
     def text(
         self, x: float, y: float, text: str, color: str = "ink", anchor: str = "start", size: float = 13, bold=False
     ) -> None:
-        """`y` is the middle of the line; `anchor` is start, middle or end. It gets a seam of the paper's colour."""
+        """Text with a seam in the paper's colour. `y` is the middle of the line, `anchor` start, middle or end."""
         self.shapes.append(("text", x, y, text, color, anchor, size, bold))
 
 
@@ -281,7 +281,7 @@ def place_labels(
 
 
 def _nearest(box: Box, point: tuple[float, float]) -> tuple[float, float]:
-    """The point of a box's edge that faces `point`: the middle of a short side, or the nearest of a long one."""
+    """The point on the edge of a box that faces `point`: the nearest on a long side, the middle of a short one."""
     x, y = point
     if box.left - 4 <= x <= box.right + 4:
         return min(max(x, box.left), box.right), box.top if y < box.top else box.bottom

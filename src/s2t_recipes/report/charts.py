@@ -148,7 +148,7 @@ def cost_chart(rows: list[dict]) -> Chart | None:
 
 
 def crowd_of(rows: list[dict]) -> list[dict]:
-    """The policies at the top that need a panel of their own, none where all can be told apart anyway."""
+    """The best policies, which need a panel of their own; none where all policies can be told apart without one."""
     best, worst = (choose(row["accuracy"] for row in rows) for choose in (max, min))
     top = [row for row in rows if row["accuracy"] >= best - 0.15 * (best - worst)]
     return top if len(top) >= 4 and best - worst > 12 and len(top) < len(rows) else []
@@ -321,7 +321,7 @@ def sectors_of(depth: int) -> list[tuple[str, int, int | None]]:
 
 
 def radial_chart(points: list[Point], depth: int, num_candidates: int) -> Chart | None:
-    """Every point of the top divergence: the angle says the rank of the teacher's token, the radius how far off."""
+    """All points of top divergence: the angle is the rank of the teacher's token, the radius the divergence."""
     if not points:
         return None
     sectors = sectors_of(depth)
@@ -473,7 +473,7 @@ def buckets_chart(points: list[Point], num_candidates: int, fidelity: dict | Non
 
 
 def buckets_of(points: list[Point], num_candidates: int) -> dict | None:
-    """What labels tell by themselves, before anybody selects."""
+    """Rates by divergence that labels give without a selector."""
     hits = {
         "hit_at_k": [(point.rank or 10**9) <= num_candidates for point in points],
         "student_first": [point.best == 1 for point in points],
@@ -483,8 +483,8 @@ def buckets_of(points: list[Point], num_candidates: int) -> dict | None:
 
 
 def bucket_lines(num_candidates: int) -> dict[str, tuple[str, str, str, float]]:
-    """Key of the rates -> name, colour, mark and its radius. Those on top are smaller: lines that lie on one another
-    can be told apart."""
+    """Key of the rates -> name, colour, mark and its radius. Marks drawn later are smaller, so that equal lines can be
+    told apart."""
     return {
         "hit_at_k": (f"Hit@{num_candidates}", "teacher", "square", 7),
         "student_first": ("student's first", "plain", "circle", 6),
@@ -494,7 +494,7 @@ def bucket_lines(num_candidates: int) -> dict[str, tuple[str, str, str, float]]:
 
 
 def fidelity_in_words(fidelity: dict) -> str:
-    """What the line of the selectors is, and what it comes to."""
+    """Explains the line of the selectors, and gives its overall figures."""
     number = fidelity["num_seeds"]
     words = " S2T-Local: the selector chooses the teacher's best above the floor"
     words += f" (mean of {number} adapters)." if number > 1 else "."

@@ -1,6 +1,6 @@
-"""The card of a folder of labels: how they were made, how far the student's candidates suffice, and a picture of both.
+"""The card of a folder of labels: how they were made, how often the student's candidates suffice, and a picture.
 
-Reads what recipes/label.py wrote; knows no models.
+Reads the output of `s2t label`; knows no models.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def draw(file: Path, labels: Dataset, header: TrajectoryHeader, stats: dict[str,
 
 
 def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeader, stats: dict[str, Any]) -> None:
-    """Writes `README.md`, which also tells `datasets` where the rows are, and `divergence.png`."""
+    """Writes `divergence.png` and `README.md`, whose first lines point `datasets` to the rows."""
     folder = Path(folder)
     student, teacher = (Path(name).name for name in (header.model, header.teacher_model))
     writes = {

@@ -127,8 +127,8 @@ def choose_triggers(args: CalibrateArguments, config: SelectorConfig) -> list[st
 def fit_weights(
     args: CalibrateArguments, selector: LocalSelector, labels: Dataset
 ) -> tuple[FusionWeights | None, ScoredPoints | None, list[torch.Tensor] | None, bool]:
-    """Fusion weights, the points that they were fitted on, the router's logits at every token, and whether these are
-    cross-fitted, because the router had seen the problems."""
+    """Fusion weights, the points that they were fitted on, the router's logits at every token, and whether the logits
+    are cross-fitted, because the router had seen the problems."""
     config = selector.selector_config
     if config.proposals == "adapted":  # labels hold the base model's candidates and log-probabilities
         return None, None, None, False
@@ -266,7 +266,7 @@ def make_deployment(
 
 
 def agreement(points: ScoredPoints, fusion: FusionWeights) -> dict[str, Any]:
-    """Number of points with a choice, and of each decision Agree@1 there, and flips."""
+    """Number of points with a choice, and Agree@1 and flips of each way to decide there."""
     found: dict[str, Any] = {"count": len(points.target_N)}
     found["student_first"] = {"agree_at_1": float((points.target_N == 0).float().mean())}
     for name, weights in (("selector", FusionWeights()), ("fused", fusion)):
@@ -298,7 +298,7 @@ def card_section(table, measured, num_check: int) -> str:
 
 
 def write_card(file: Path, section: str) -> None:
-    """Puts the section at the end of a model card, in place of the one of an earlier calibration."""
+    """Puts the section at the end of a model card; the section of an earlier calibration is replaced."""
     card = file.read_text(encoding="utf-8") if file.is_file() else ""
     card = card.split(f"\n{CARD_TITLE}\n")[0].rstrip()
     with atomic_write(file) as out:

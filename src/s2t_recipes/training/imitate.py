@@ -212,7 +212,7 @@ def make_texts(args: BaselineArguments, labels: Dataset, header: TrajectoryHeade
 def write_texts(
     args: BaselineArguments, prompts: dict[str, list[int]], header: TrajectoryHeader, pad: int
 ) -> list[list[int]]:
-    """Token ids of what the teacher writes, prompts included: `num_samples` of the first problem, of the second ..."""
+    """Token ids of the teacher's texts, prompts included, `num_samples` for each problem in turn."""
     teacher = load_model(args.teacher_model, args.dtype, default_device())
     wanted = [(id, number) for id in prompts for number in range(args.num_samples or 1)]
     order = sorted(wanted, key=lambda text: len(prompts[text[0]]))

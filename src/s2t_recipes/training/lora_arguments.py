@@ -26,7 +26,7 @@ class LoraArguments(ModelConfig):
 
     dtype: str | None = HfArg(
         default="auto",
-        help="Weights' type: 'auto' (the checkpoint's own), 'float32', 'bfloat16' or 'float16'.",
+        help="Type of the weights: auto (the checkpoint's own), float32, bfloat16 or float16.",
         metadata={"choices": ["auto", "bfloat16", "float16", "float32"]},
     )
     attn_implementation: str | None = HfArg(
@@ -59,7 +59,8 @@ class LoraArguments(ModelConfig):
 
 
 def quantization_of(args: LoraArguments, training_args: TrainingArguments) -> BitsAndBytesConfig | None:
-    """How the base model is quantized. Matrices are multiplied in the type of the weights, or else of the training.
+    """Quantization of the base model; `None` for none. Matrices are multiplied in `dtype`, for "auto" in the type of
+    the training.
 
     Raises:
         ImportError: where bitsandbytes is needed and not installed.
