@@ -1,11 +1,7 @@
-"""Calibrates a trained selector on held-out training problems: fusion weights, then trigger thresholds.
-
-See `python recipes/calibrate.py --help`.
-"""
+"""Fit fusion weights and thresholds of a selector (`s2t calibrate`). See `python recipes/calibrate.py --help`."""
 
 from s2t_recipes.commands import run
-from s2t_recipes.training.calibrate import main
 
 
 if __name__ == "__main__":
-    run(main)
+    run("s2t_recipes.training.calibrate")

@@ -9,6 +9,7 @@ import warnings
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from trl import get_peft_config
 import transformers_s2t
 from s2t_recipes import cli, commands
 from s2t_recipes.commands import COMMANDS, CommandFailed, run
+from s2t_recipes.evaluation import rows
+from s2t_recipes.evaluation.arguments import EvaluateArguments
 from s2t_recipes.labeling import label
 from s2t_recipes.options import Parser
 from s2t_recipes.training import export, imitate, merge, train
@@ -105,6 +108,29 @@ def test_help_of_the_other_scripts_opens_alike(s2t, name):
 
 
 @pytest.mark.parametrize(
+    ("script", "title"),
+    [
+        ("label", "Which models label which problems, and how:"),
+        ("eval", "What is compared, on which problems, and how:"),
+        ("report", "What is drawn, and where it goes:"),
+        ("merge", "What is merged, and where it goes:"),
+        ("agreement", "What is compared with the teacher, and where:"),
+        ("retention", "What is compared with the base model, and on what:"),
+        ("demo", "What is run, and on what:"),
+        ("paper", "Which tables are made, on which pairs, and where they go:"),
+        ("results", "What is done instead of writing:"),
+        ("splits", "What is divided, and into what:"),
+    ],
+)
+def test_every_help_has_one_usage_line_and_a_titled_list_of_options(s2t, script, title):
+    status, text, _ = s2t("--help", script=ROOT / "recipes" / f"{script}.py")
+    usage, first, *_ = text.split("usage: ")[1].split("\n\n")
+    assert status == 0 and usage.startswith(f"{script}.py [") and "\n" not in usage
+    assert first.startswith(f"{title}\n") and "-h, --help" not in text
+    assert "(default: None)" not in text and "(default: False)" not in text and "(default: []" not in text
+
+
+@pytest.mark.parametrize(
     ("name", "ours", "theirs"),
     [
         ("train", ["model", "labels", "adapter_scope", "temperature"], "transformers.TrainingArguments:"),
@@ -145,6 +171,17 @@ def test_errors_name_what_was_typed(s2t, tmp_path):
         error = ": `--config` must be followed by a YAML file.\n"
         assert s2t(name, "--config") == (2, "", f"s2t {name}{error}")
         assert s2t("--config", script=ROOT / "recipes" / script) == (2, "", f"{script}{error}")
+
+
+@pytest.mark.parametrize(
+    ("program", "typed"), [("s2t eval", "s2t eval"), ("recipes/eval.py", "python recipes/eval.py")]
+)
+def test_a_report_holds_the_command_as_it_was_typed(monkeypatch, program, typed):
+    plan = SimpleNamespace(args=EvaluateArguments("m", "d", "o"), leaks=[])
+    plan.bench = SimpleNamespace(problems=[], device="cpu")
+    plan.selectors = SimpleNamespace(configs=[], thresholds={})
+    monkeypatch.setattr(sys, "argv", [program, "--model", "my model"])
+    assert rows.describe_run(plan, {})["command"] == f"{typed} --model 'my model'"
 
 
 def test_how_a_command_ends(s2t, monkeypatch, capsys):

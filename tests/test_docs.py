@@ -24,6 +24,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from s2t_recipes.cli import LAUNCHED, split_arguments
+
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -237,21 +239,9 @@ def check_command(words: list[str], monkeypatch) -> None:
             pass
         case ["s2t", command, *arguments]:
             assert command in S2T, f"s2t {command}"
-            if command == "train":  # takes the flags of accelerate too
-                from accelerate.commands.launch import launch_command_parser
-
-                launcher = launch_command_parser()
-                known = {flag for action in launcher._actions for flag in action.option_strings}
-                ours = {"--config", "--model", "--labels", "--output_dir", "--dtype", "--debug"}
-                kept = []
-                while arguments:
-                    word = arguments.pop(0)
-                    if word in known - ours:
-                        value = arguments.pop(0)
-                        assert word != "--config_file" or (ROOT / value).is_file(), value
-                    else:
-                        kept.append(word)
-                arguments = kept
+            if command in LAUNCHED:
+                flags, arguments = split_arguments(arguments)
+                parse_launch([*flags, command])
             parse_script(ROOT / "recipes" / f"{S2T[command]}.py", arguments, monkeypatch)
         case ["accelerate", "launch", *arguments]:
             check_command(["python", *parse_launch(arguments)], monkeypatch)
@@ -307,6 +297,8 @@ def test_commands_of_a_page_exist_with_their_options(page, tree, monkeypatch):
         ("s2t train --model m --labels l --output_dir o", "--no_such_option 1"),
         ("s2t train --model m --labels l --output_dir o", "--config_file recipes/accelerate_configs/none.yaml"),
         ("s2t train --model m --labels l --output_dir o --num_processes 2", "--no_such_option 1"),
+        ("s2t label --model m --teacher_model t --dataset d --output_dir o --num_processes 2", "--no_such_option 1"),
+        ("s2t route --adapter a --labels l", "--num_processes 2"),
         ("s2t report runs", "--no_such_option"),
         ("accelerate launch recipes/train.py --model m --labels l --output_dir o", "--no_such_option 1"),
         ("python recipes/paper.py --dry_run", "--no_such_option"),

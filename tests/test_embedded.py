@@ -463,7 +463,7 @@ def test_teacher_solves_a_problem_and_student_forgets_the_carry():
 
 @pytest.fixture(scope="module")
 def bed():
-    return premise.Bed.load(EMBEDDED)
+    return premise.Pair.load(EMBEDDED)
 
 
 @pytest.fixture(scope="module")
@@ -510,7 +510,7 @@ def test_doubt_selector_sees_the_forgotten_carry(bed):
 
 def test_the_small_student_solves_some_problems_and_its_teacher_most():
     """62.7 and 100 per cent of 300 problems of tuning; here the first 60."""
-    bed = premise.Bed.load(EMBEDDED, "small")
+    bed = premise.Pair.load(EMBEDDED, "small")
     rows = corpus.build_split("tuning", 60, seed=0)
     shares = []
     for by_teacher in (False, True):

@@ -138,6 +138,19 @@ class Page(HTMLParser):
             self.texts.append(data)
 
 
+def unpack(packed: dict, problem_ids: list[str], texts: dict, ids: list[int]) -> list[dict]:
+    """The records that html_report.pack has packed; `ids` is the vocabulary."""
+    records = []
+    for n, correct in enumerate(packed["correct"]):
+        record = {"id": problem_ids[n], "correct": correct == "1"}
+        record |= {name: packed[name][n] for name in html_report.RECORD_FIELDS if name in packed}
+        record = html_report.renumber(record, ids)
+        if "tokens" in record and record["text"] is None:
+            record["text"] = html_report.spell(record["tokens"], texts)
+        records.append(record)
+    return records
+
+
 def unpacked(page):
     """(label, seed) -> records, as the page holds them."""
     data = json.loads(page.scripts["data"])
@@ -145,7 +158,7 @@ def unpacked(page):
     out = {}
     for number in range(len(data["runs"])):
         packed = json.loads(page.scripts[f"run-{number}"])
-        out[packed["label"], packed["seed"]] = html_report.unpack(packed, ids, TEXTS, data["ids"])
+        out[packed["label"], packed["seed"]] = unpack(packed, ids, TEXTS, data["ids"])
     return out
 
 

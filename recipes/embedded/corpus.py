@@ -425,7 +425,7 @@ def write_jsonl(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the splits of the embedded bed as JSON lines.")
+    parser = argparse.ArgumentParser(description="Write the splits of the embedded problems as JSON lines.")
     parser.add_argument("--output", type=Path, required=True, help="directory for the .jsonl files")
     parser.add_argument("--seed", type=int, default=0, help="which problems of each split (default: 0)")
     sizes = {"label": 500, "tuning": 300, "calibration": 300, "test": 500, "fresh": 0}

@@ -157,7 +157,7 @@ class CachedModel:
 
 
 @dataclass
-class Bed:
+class Pair:
     """Both models, the tokenizer and the ways to run them on prompts."""
 
     student: PreTrainedModel
@@ -165,7 +165,7 @@ class Bed:
     tokenizer: PreTrainedTokenizerFast
 
     @classmethod
-    def load(cls, directory: Path, student: str = "student") -> "Bed":
+    def load(cls, directory: Path, student: str = "student") -> "Pair":
         models = [
             AutoModelForCausalLM.from_pretrained(directory / name, dtype=torch.float32).eval()
             for name in (student, "teacher")
@@ -253,9 +253,9 @@ def majority(votes: list[str | None]) -> str | None:
 # The report
 
 
-def score(bed: Bed, rows: list[dict], rollout: Rollout, reference: list[bool] | None = None) -> dict:
+def score(pair: Pair, rows: list[dict], rollout: Rollout, reference: list[bool] | None = None) -> dict:
     """Accuracy in per cent, the share of steps that fired, and the problems won and lost against `reference`."""
-    right = [answer == row["answer"] for answer, row in zip(bed.answers(rollout), rows, strict=True)]
+    right = [answer == row["answer"] for answer, row in zip(pair.answers(rollout), rows, strict=True)]
     counts_BN = counting_steps(rollout)
     report = {
         "accuracy": round(100 * sum(right) / len(right), 1),
@@ -267,32 +267,31 @@ def score(bed: Bed, rows: list[dict], rollout: Rollout, reference: list[bool] | 
     return report
 
 
-def measure_premise(bed: Bed, rows: list[dict], calibration_rows: list[dict], seed: int) -> dict:
+def measure_premise(pair: Pair, rows: list[dict], calibration_rows: list[dict], seed: int) -> dict:
     prompts = [row["prompt"] for row in rows]
-    thresholds = calibrate(bed.decode([row["prompt"] for row in calibration_rows], measure=True))
-    greedy = bed.decode(prompts, measure=True)
-    right = [answer == row["answer"] for answer, row in zip(bed.answers(greedy), rows, strict=True)]
+    thresholds = calibrate(pair.decode([row["prompt"] for row in calibration_rows], measure=True))
+    greedy = pair.decode(prompts, measure=True)
+    right = [answer == row["answer"] for answer, row in zip(pair.answers(greedy), rows, strict=True)]
 
     generator = torch.Generator().manual_seed(seed)
     samples = [
-        bed.answers(bed.decode(prompts, temperature=VOTE_TEMPERATURE, generator=generator)) for _ in range(NUM_VOTES)
+        pair.answers(pair.decode(prompts, temperature=VOTE_TEMPERATURE, generator=generator)) for _ in range(NUM_VOTES)
     ]
     votes = [majority(list(answers)) for answers in zip(*samples, strict=True)]
+    num_voted = sum(vote == row["answer"] for vote, row in zip(votes, rows, strict=True))
     hits_at = counting_steps(greedy) & (greedy.measured["kl"] >= thresholds["kl"][0.10])
     ranks = greedy.measured["rank"][hits_at]
 
     def run(trigger: str, rate: float | None, selector: Selector) -> dict:
         threshold = 0.0 if rate is None else thresholds[trigger][rate]
-        return score(bed, rows, bed.decode(prompts, trigger, threshold, selector), right)
+        return score(pair, rows, pair.decode(prompts, trigger, threshold, selector), right)
 
-    doubt = doubt_selector(bed.student, bed.tokenizer.convert_tokens_to_ids("?"))
+    doubt = doubt_selector(pair.student, pair.tokenizer.convert_tokens_to_ids("?"))
     return {
         "num_problems": len(rows),
-        "student_greedy": score(bed, rows, greedy)["accuracy"],
-        "teacher_greedy": score(bed, rows, bed.decode(prompts, by_teacher=True))["accuracy"],
-        "majority_of_8": round(
-            100 * sum(vote == row["answer"] for vote, row in zip(votes, rows, strict=True)) / len(rows), 1
-        ),
+        "student_greedy": score(pair, rows, greedy)["accuracy"],
+        "teacher_greedy": score(pair, rows, pair.decode(prompts, by_teacher=True))["accuracy"],
+        "majority_of_8": round(100 * num_voted / len(rows), 1),
         "tokens_per_solution": round(greedy.alive_BN.sum().item() / len(rows), 1),
         "hits_at_kl_10": {str(size): round((ranks < size).float().mean().item(), 3) for size in HIT_SIZES},
         "teacher_selects": {
@@ -320,7 +319,7 @@ def main() -> None:
     parser.add_argument("--split", choices=list(corpus.SPLIT_SHARES), default="tuning", help="default: tuning")
     parser.add_argument("--num-problems", type=int, default=300, help="default: 300")
     parser.add_argument("--num-calibration", type=int, default=300, help="default: 300")
-    parser.add_argument("--seed", type=int, default=0, help="of problems and samples (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of problems and samples (default: 0)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if args.split == "calibration":
@@ -328,13 +327,11 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = corpus.build_split(args.split, args.num_problems, args.seed)
     calibration_rows = corpus.build_split("calibration", args.num_calibration, args.seed)
-    bed = Bed.load(args.models, args.student)
-    report = {"split": args.split, **measure_premise(bed, rows, calibration_rows, args.seed)}
+    pair = Pair.load(args.models, args.student)
+    report = {"split": args.split, **measure_premise(pair, rows, calibration_rows, args.seed)}
     text = json.dumps(report, indent=2) + "\n"
     if args.output is not None:
-        temporary = args.output.with_name(f".{args.output.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(args.output)
+        args.output.write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
 

@@ -1,4 +1,4 @@
-"""Train the models of the embedded bed from scratch: the pair of student and teacher, and a small student.
+"""Train the models of the embedded pair from scratch: the pair of student and teacher, and a small student.
 
     python recipes/embedded/pretrain.py --output recipes/embedded --seed 0 --role both
     python recipes/embedded/pretrain.py --output recipes/embedded --seed 0 --role small
@@ -21,7 +21,7 @@ import corpus
 import torch
 from tokenizer import MAX_LENGTH, build_tokenizer
 from torch import nn
-from torch.utils.data import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -59,25 +59,17 @@ PROMPT_WEIGHT = 0.1
 IGNORE = -100
 
 
-class CorpusDataset(Dataset):
-    """Tokenized problems with their solutions: `input_ids` and `prompt_length`."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_problems: int, seed: int, sloppy: bool):
-        rng = random.Random(f"solutions {seed}")
-        problems = corpus.build_problems("pretrain", num_problems, seed)
-        write = (lambda p: corpus.sloppy_solution(p, rng)) if sloppy else corpus.clean_solution
-        prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
-        solutions = tokenizer([write(problem).text for problem in problems], add_special_tokens=False)["input_ids"]
-        self.rows = [
-            {"input_ids": prompt + solution + [tokenizer.eos_token_id], "prompt_length": len(prompt)}
-            for prompt, solution in zip(prompts, solutions, strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.rows[index]
+def tokenized_problems(tokenizer: PreTrainedTokenizerFast, num_problems: int, seed: int, sloppy: bool) -> list[dict]:
+    """Problems with their solutions: `input_ids` and `prompt_length`."""
+    rng = random.Random(f"solutions {seed}")
+    problems = corpus.build_problems("pretrain", num_problems, seed)
+    write = (lambda p: corpus.sloppy_solution(p, rng)) if sloppy else corpus.clean_solution
+    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
+    solutions = tokenizer([write(problem).text for problem in problems], add_special_tokens=False)["input_ids"]
+    return [
+        {"input_ids": prompt + solution + [tokenizer.eos_token_id], "prompt_length": len(prompt)}
+        for prompt, solution in zip(prompts, solutions, strict=True)
+    ]
 
 
 @dataclass
@@ -92,22 +84,16 @@ class WeightingCollator:
     prompt_weight: float = PROMPT_WEIGHT
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        size_BT = (len(rows), max(len(row["input_ids"]) for row in rows))
-        input_ids_BT = torch.full(size_BT, self.pad_token_id)
-        labels_BT = torch.full(size_BT, IGNORE)
-        weights_BT = torch.zeros(size_BT)
-        for b, row in enumerate(rows):
-            ids_T = torch.tensor(row["input_ids"])
-            input_ids_BT[b, : len(ids_T)] = ids_T
-            labels_BT[b, : len(ids_T)] = ids_T
-            weights_BT[b, : len(ids_T)] = 1.0
-            weights_BT[b, : row["prompt_length"]] = self.prompt_weight
-        attention_mask_BT = (labels_BT != IGNORE).long()
+        rows_T = [torch.tensor(row["input_ids"]) for row in rows]
+        weights_T = [torch.ones(len(ids_T)) for ids_T in rows_T]
+        for row, weight_T in zip(rows, weights_T, strict=True):
+            weight_T[: row["prompt_length"]] = self.prompt_weight
+        labels_BT = pad_sequence(rows_T, batch_first=True, padding_value=IGNORE)
         return {
-            "input_ids": input_ids_BT,
-            "attention_mask": attention_mask_BT,
+            "input_ids": pad_sequence(rows_T, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": (labels_BT != IGNORE).long(),
             "labels": labels_BT,
-            "weights": weights_BT,
+            "weights": pad_sequence(weights_T, batch_first=True),
         }
 
 
@@ -180,7 +166,7 @@ def pretrain(role: Role, seed: int, num_steps: int) -> tuple[LlamaForCausalLM, P
     set_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, role)
-    dataset = CorpusDataset(tokenizer, num_steps * BATCH_SIZE, seed, role.sloppy)
+    dataset = tokenized_problems(tokenizer, num_steps * BATCH_SIZE, seed, role.sloppy)
     optimizer = MuonAndAdamW(model)
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
@@ -221,9 +207,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the models of the embedded bed from scratch on one CPU core.")
+    parser = argparse.ArgumentParser(description="Train the embedded models from scratch on one CPU core.")
     parser.add_argument("--output", type=Path, required=True, help="parent of the models' directories")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the problems (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the problems (default: 0)")
     parser.add_argument("--role", choices=[*ROLES, "both"], default="both", help="default: both of the pair")
     steps = ", ".join(f"{role.num_steps} {name}" for name, role in ROLES.items())
     parser.add_argument("--num-steps", type=int, help=f"for a quick try; default: {steps}")

@@ -1,4 +1,4 @@
-"""Adapters that a recipe reads or writes beside: what can be wrong with them before a model is loaded."""
+"""Checks of adapters, all before a model is loaded, and merging one into its model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.models.peft_warnings import without_peft_warnings
 
 
-#: What recipes/train_baseline.py notes of a finished training, beside the adapter.
+#: File beside an adapter in which recipes/train_baseline.py describes the finished training.
 BASELINE_NAME = "baseline.json"
 
 
 def open_adapter(adapter: str) -> SelectorConfig:
-    """The config of an adapter that the recipe writes beside.
+    """The config of an adapter, into whose folder the recipe writes.
 
     Raises:
-        ValueError: where it is no local folder.
-        FileNotFoundError: where that holds no adapter.
+        ValueError, FileNotFoundError: where it is no local folder, or that holds no adapter.
     """
     if not Path(adapter).is_dir():
         raise ValueError(
@@ -49,7 +48,7 @@ def check_same_tokenizer(
 
 
 def find_file(source: str, name: str) -> str | None:
-    """The path of a file of a local folder or a Hub repository; `None` where there is none, or nobody to ask."""
+    """Path of a file in a local folder or a Hub repository; `None` where it is not there, or the Hub is not."""
     quiet = ("missing_entries", "connection_errors", "gated_repo")
     try:
         return cached_file(source, name, **{f"_raise_exceptions_for_{what}": False for what in quiet})
@@ -58,11 +57,10 @@ def find_file(source: str, name: str) -> str | None:
 
 
 def check_tuned(argument: str, source: str, instead: str) -> None:
-    """Raises a ValueError where an adapter that is to write the text is none.
+    """Raises a ValueError where `source` is no adapter that writes text.
 
     Args:
-        argument: to be named.
-        source: a local folder or a Hub repository.
+        argument, source: argument that the error names, and its value: a local folder or a Hub repository.
         instead: what to do with a selector, whose adapter scores candidates.
     """
     if find_file(source, S2T_CONFIG_NAME) is not None:
@@ -80,9 +78,8 @@ def check_model(argument: str, name: str, may_be_tuned: bool = False) -> None:
     """Raises a ValueError where a model is an adapter, which `from_pretrained` would switch on for all of the text.
 
     Args:
-        argument: to be named.
-        name: a local folder or a Hub repository.
-        may_be_tuned: an ordinary adapter is taken for its model, tuned.
+        argument, name: argument that the error names, and its value: a local folder or a Hub repository.
+        may_be_tuned: whether an ordinary adapter is legal, and stands for its model, tuned.
     """
     if find_file(name, S2T_CONFIG_NAME) is not None:
         raise ValueError(
@@ -108,10 +105,10 @@ def check_trained_on(model: PreTrainedModel, config: SelectorConfig) -> str:
 
 
 def merge_adapter(model: PreTrainedModel, source: str, argument: str = "adapter") -> PreTrainedModel:
-    """The model with an adapter merged into it, which is consumed.
+    """The model with an adapter merged into it; the model that is passed in is used up.
 
-    Embeddings and head get as many rows as the adapter was trained with, where it tells: it then stores these rows, or
-    weights of their length.
+    Embeddings and head get as many rows as the adapter was trained with, where it stores these rows or weights of
+    their length.
 
     Raises:
         ValueError: where it was trained on a model of other shapes.
@@ -132,7 +129,7 @@ def merge_adapter(model: PreTrainedModel, source: str, argument: str = "adapter"
 
 
 def _trained_rows(model: PreTrainedModel, source: str) -> Iterator[int]:
-    """How many rows embeddings and head had in the training, as its weights tell."""
+    """Number of rows of embeddings and head in the training, read from the adapter's weights."""
     file = find_file(source, SAFETENSORS_WEIGHTS_NAME)
     if file is None:
         return

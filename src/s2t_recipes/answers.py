@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 
+from transformers_s2t.config import check_choice
+
 
 STYLES = ("hash", "math", "auto")
 MARK = "####"
@@ -57,11 +59,6 @@ _UNIT = re.compile(
 _ITALIC_UNIT = re.compile(rf"(?<=[\d}}])({_GAPS})(mm|cm|dm|km|ft)\s*(\^\s*(?:[23]|\{{[23]\}}))(?=\.?\s*[}}$])")
 
 
-def check_style(style: str) -> None:
-    if style not in STYLES:
-        raise ValueError(f"`style` must be one of {', '.join(map(repr, STYLES))}, got {style!r}.")
-
-
 def normalize(answer: str) -> str:
     """One spelling for equal numbers ("+1,200.50" -> "1200.5", "42." -> "42", "$8\\,000$" -> "8000").
 
@@ -93,7 +90,7 @@ def extract_answer(text: str, style: str = "auto") -> str | None:
         text: a generated text.
         style: "hash", "math" or "auto".
     """
-    check_style(style)
+    check_choice("style", style, STYLES)
     answer = _read(text, style)
     return None if answer is None else answer.spelling
 
@@ -111,7 +108,7 @@ def is_correct(prediction: str, gold: str, style: str = "auto") -> bool:
 
 def grade(prediction: str, gold: str, style: str = "auto") -> tuple[str | None, bool]:
     """The answer of a text and whether it is right, as `extract_answer` and `is_correct` say, read once."""
-    check_style(style)
+    check_choice("style", style, STYLES)
     answer = _read(prediction, style)
     return (None, False) if answer is None else (answer.spelling, _is_right(answer, _read_gold(gold, style), style))
 
@@ -130,7 +127,7 @@ def stand_ins(texts: Sequence[str], style: str = "auto") -> list[int | None]:
     Returns:
         Indices into `texts`; `None` for a text without an answer.
     """
-    check_style(style)
+    check_choice("style", style, STYLES)
     answers = [_read(text, style) for text in texts]
     first: dict[str, int] = {}  # spelling -> where it is first seen
     for index, answer in enumerate(answers):

@@ -1,6 +1,6 @@
-"""The console command `s2t`: finds a command, and starts it in as many processes as it wants.
+"""The console command `s2t`: starts a command, under `accelerate launch` where several processes are wanted.
 
-Knows nothing of what a command does. As a module (`python -m s2t_recipes.cli train ...`) it runs one in this process.
+As a module (`python -m s2t_recipes.cli train ...`) it runs a command in this process.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def wants_launcher() -> bool:
-    """Whether `accelerate launch` would do more, without options, than start one process: there are several devices,
-    or `accelerate config` has written down what to do."""
+    """Whether `accelerate launch` without options would start more than one process, or start it in another way: there
+    are several devices, or `accelerate config` has written a file."""
     import torch
     from accelerate.commands.config import default_config_file
 

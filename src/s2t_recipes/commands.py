@@ -84,7 +84,7 @@ COMMANDS = {
 
 
 class CommandFailed(RuntimeError):
-    """A command could not finish, for a reason that its message tells completely."""
+    """A command could not finish; its message is all that a user needs to know."""
 
 
 def program() -> str:
@@ -126,7 +126,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def work() -> Iterator[None]:
-    """For what begins when all input is checked: a ValueError or ImportError in here keeps its traceback."""
+    """Marks what runs after all input was checked: a ValueError or ImportError in here keeps its traceback."""
     try:
         yield
     except (ValueError, ImportError) as error:
@@ -148,7 +148,7 @@ def run(main: Callable[[], None] | str) -> None:
                 print(opening(main.__module__), end="\n\n")
             main()
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        print("\nStopped. The same command resumes from here.", file=sys.stderr)
         sys.exit(130)
 
 

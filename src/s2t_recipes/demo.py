@@ -6,7 +6,7 @@
 Plans one job for each command that a user would type (it is printed) and runs them stage by stage. A job that fails
 stops everything with its own error. What is finished is kept: a job with a stamp in OUTPUT_DIR/done is not run again,
 and in a folder without stamps, or where a command changed, every recipe skips what it finished. This file knows which
-recipe comes when; it does not know what any of them does.
+recipe comes when, and nothing of what they do.
 """
 
 from __future__ import annotations
@@ -28,20 +28,17 @@ from transformers import AutoConfig, AutoTokenizer
 from s2t_recipes.commands import RECIPES, recipe
 from s2t_recipes.jobs import Job, JobFailed, Jobs, typed
 from s2t_recipes.models import load_pretrained
+from s2t_recipes.options import SmallParser
 from s2t_recipes.problems import PROMPT_SETTINGS, encode_prompts, load_problems, read_template_kwargs
-from s2t_recipes.splits import is_bed, split_command
+from s2t_recipes.splits import has_corpus_script, split_command
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
 from transformers_s2t.files import write_json
 from transformers_s2t.reserved_tokens import check_same_vocabulary, find_reserved_token_ids
 
 
 LABELLED_PARTS = ("label", "tuning", "calibration", "test")
-#: Tuning and calibration problems for each label problem, as in the embedded bed.
+#: Tuning and calibration problems for each label problem, as in recipes/embedded.
 HELD_OUT_SHARE = 0.6
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
 
 
 def part_sizes(num_train: int, num_test: int) -> dict[str, int]:
@@ -53,17 +50,15 @@ def check_answers(file: Path) -> None:
     """Raises a ValueError where problems have no answer."""
     problems = load_problems(str(file))
     if unanswered := sum(problem.answer is None for problem in problems):
-        raise ValueError(
-            f"`dataset`: {unanswered} of the {len(problems)} problems of the part test have no answer to check "
-            "generated texts against."
-        )
+        counts = f"{unanswered} of the {len(problems)} problems of the part test"
+        raise ValueError(f"`dataset`: {counts} have no answer to check generated texts against.")
 
 
 def check_same_run(file: Path, settings: dict) -> None:
-    """Notes what a folder is made with; refuses to go on in one that was made with something else.
+    """Notes what a folder is made with, or checks it: labels of one pair must not meet selectors of another.
 
     Raises:
-        ValueError: naming what differs. Mixing labels of one pair with selectors of another would go unnoticed.
+        ValueError: naming what differs.
     """
     if not file.is_file():
         write_json(file, settings)
@@ -77,48 +72,36 @@ def check_same_run(file: Path, settings: dict) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Label, train, calibrate, evaluate and report, with one command.")
+    parser = SmallParser("What is run, and on what")
     embedded = os.path.relpath(RECIPES / "embedded")
-
-    def add(name: str, help: str, **options) -> None:
-        shown = "" if options.get("default") in (None, False) else " (default: %(default)s)"
-        parser.add_argument(name, help=help + shown, **options)
-
-    add("--model", "the small model: a Hub id or a local folder", default=f"{embedded}/student")
-    add("--teacher_model", "the large model, with the same tokenizer", default=f"{embedded}/teacher")
-    add("--dataset", "Hub id, folder with train and test files, one file, or recipes/embedded", default=embedded)
-    add("--output_dir", "where everything goes", default="runs/demo")
-    add("--num_seeds", "selectors to train", type=int, default=3)
-    add(
-        "--limit_train",
-        "problems to label for training; 0.6 times as many for tuning and calibration each",
-        type=int,
-        default=500,
-    )
-    add("--limit_test", "problems to evaluate on", type=int, default=500)
-    add("--max_new_tokens", "tokens of a solution at most (default: 72 for recipes/embedded, else 256)", type=int)
-    add("--batch_size", "sequences per generate call (default: 250 for recipes/embedded, else 64)", type=int)
-    add("--train_config", "YAML for recipes/train.py (default: train.yaml of a data set that has one)")
-    add(
-        "--label_config",
-        "YAML for recipes/label.py, for what selectors learn from (default: label.yaml of a data set that has one)",
-    )
-    add("--add_reserved_tokens", "resize a model that has no reserved tokens", action="store_true")
-    add("--policies", "policies to evaluate (default: those of recipes/eval.py)", nargs="+")
-    add(
-        "--chat_template",
-        "format prompts with the tokenizer's chat template (default: where it has one)",
-        action=argparse.BooleanOptionalAction,
-    )
-    add("--system_prompt", "system message of the chat template")
-    add("--chat_template_kwargs", "variables of the chat template, a JSON object: '{\"enable_thinking\": false}'")
-    add("--num_parallel", "recipes side by side (default: 2 on two or more cores, 1 with a GPU)", type=int)
-    add("--seed", "of the data and of the first selector", type=int, default=0)
+    add = parser.add_argument
+    add("--model", default=f"{embedded}/student", help="Small model: a Hub id or a local folder.")
+    add("--teacher_model", default=f"{embedded}/teacher", help="Large model, with the same tokenizer.")
+    add("--dataset", default=embedded, help="Hub id, folder with train and test files or a corpus.py, or one file.")
+    add("--output_dir", default="runs/demo", help="Folder for everything that is made.")
+    add("--num_seeds", type=int, default=3, help="Number of selectors.")
+    text = "Problems to label for training; 0.6 times as many for tuning and for calibration."
+    add("--limit_train", type=int, default=500, help=text)
+    add("--limit_test", type=int, default=500, help="Problems to evaluate on.")
+    text = "Largest number of tokens of a solution (default: 72 for a folder with a corpus.py, else 256)."
+    add("--max_new_tokens", type=int, help=text)
+    text = "Sequences per generate call (default: 250 for a folder with a corpus.py, else 64)."
+    add("--batch_size", type=int, help=text)
+    text = "YAML for recipes/train.py (default: train.yaml of the data set, where it has one)."
+    add("--train_config", help=text)
+    text = "YAML for recipes/label.py, for what selectors learn from (default: label.yaml of the data set)."
+    add("--label_config", help=text)
+    add("--add_reserved_tokens", action="store_true", help="Resize a model that has no reserved tokens.")
+    add("--policies", nargs="+", help="Policies to evaluate (default: those of recipes/eval.py).")
+    text = "Put prompts into the tokenizer's chat template (default: where it has one)."
+    add("--chat_template", action=argparse.BooleanOptionalAction, help=text)
+    add("--system_prompt", help="System message of the chat template.")
+    text = "Variables of the chat template, a JSON object: '{\"enable_thinking\": false}'."
+    add("--chat_template_kwargs", help=text)
+    text = "Number of recipes side by side (default: 2 on two or more cores, 1 with a GPU)."
+    add("--num_parallel", type=int, help=text)
+    add("--seed", type=int, default=0, help="Seed of the data and of the first selector.")
     args = parser.parse_args(arguments)
     for name in ("num_seeds", "limit_train", "limit_test", "max_new_tokens", "batch_size", "num_parallel"):
         value = getattr(args, name)
@@ -164,20 +147,12 @@ def prompt_arguments(args: argparse.Namespace) -> list[str]:
     return arguments + ([] if kwargs is None else ["--chat_template_kwargs", json.dumps(kwargs)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stages
-
-
 class Stage(NamedTuple):
     """Jobs that may run side by side, and what is looked at when they are finished."""
 
     title: str
     jobs: list[Job]
     then: Callable[[], None] | None = None
-
-
-def is_missing(file: Path) -> bool:
-    return not file.is_file()
 
 
 def print_metrics(adapters: dict[int, Path]) -> None:
@@ -198,7 +173,7 @@ def plan(args: argparse.Namespace, jobs: Jobs, dtype: list[str]) -> list[Stage]:
     Raises:
         ValueError: see [`prompt_arguments`].
     """
-    out, bed, chat = jobs.folder, is_bed(args.dataset), prompt_arguments(args)
+    out, generated, chat = jobs.folder, has_corpus_script(args.dataset), prompt_arguments(args)
     student, teacher = ["--model", args.model], ["--teacher_model", args.teacher_model]
     length, batch = ["--max_new_tokens", str(args.max_new_tokens)], ["--batch_size", str(args.batch_size)]
     problems = {part: out / "data" / f"{part}.jsonl" for part in LABELLED_PARTS}
@@ -230,15 +205,15 @@ def plan(args: argparse.Namespace, jobs: Jobs, dtype: list[str]) -> list[Stage]:
         command = [recipe("calibrate.py"), "--adapter", str(adapter), *student, *teacher]
         command += ["--labels", labels["calibration"], *batch, *dtype]
         output, needs = adapter / CALIBRATION_NAME, (routed[-1], labelled["calibration"])
-        wanted = partial(is_missing, output)  # the one recipe that would not skip what it finished
+        wanted = partial(lambda file: not file.is_file(), output)  # this recipe would not skip what it finished
         calibrated.append(jobs.add(f"calibration-seed{seed}", output, command, needs, only_if=wanted))
 
     command = [recipe("eval.py"), *student, *teacher, "--adapters", *map(str, adapters.values())]
-    command += ["--dataset", str(problems["test"]), "--answer_style", "hash" if bed else "auto", *length, *batch]
+    command += ["--dataset", str(problems["test"]), "--answer_style", "hash" if generated else "auto", *length, *batch]
     # labels of the part test tell how good the premise is
     command += ["--label_dirs", *(labels[part] for part in LABELLED_PARTS if part != "test")]
     command += ["--eval_labels", labels["test"], "--prior_labels", labels["label"]]
-    command += ["--zero_shot_text", "?"] if bed else []
+    command += ["--zero_shot_text", "?"] if generated else []
     command += ["--policies", *args.policies] if args.policies else []
     command += [*chat, "--output_dir", str(out)]
     evaluated = jobs.add("evaluation", out / "report.json", command, (data, *labelled.values(), *calibrated))
@@ -247,9 +222,7 @@ def plan(args: argparse.Namespace, jobs: Jobs, dtype: list[str]) -> list[Stage]:
 
     count = f"{args.num_seeds} selector{'s' if args.num_seeds > 1 else ''}"
     return [
-        Stage(
-            "Problems: label, tuning, calibration and test, disjoint", [data], partial(check_answers, problems["test"])
-        ),
+        Stage("Problems: label, tuning, calibration and test", [data], partial(check_answers, problems["test"])),
         Stage("Labels: the small model writes, the large one scores its candidates", [*labelled.values()]),
         Stage(f"Training: {count}, one for each seed", trained, partial(print_metrics, adapters)),
         Stage("Routers: a light head for each selector that says when to ask it, without the large model", routed),
@@ -288,7 +261,7 @@ def run_stages(jobs: Jobs, stages: list[Stage], began: float) -> None:
         except JobFailed as error:
             print(
                 f"\n{error}\n\nStage {number} of {len(stages)} failed; the command above runs that job alone. "
-                "What is done is kept: started again, the same command goes on from here.",
+                "What is done is kept: the same command resumes from here.",
                 file=sys.stderr,
             )
             sys.exit(error.status)
@@ -306,9 +279,9 @@ def main() -> None:
     from s2t_recipes.adapters import check_model
 
     has_gpu = torch.cuda.is_available()
-    bed, out = is_bed(args.dataset), Path(args.output_dir)
-    args.max_new_tokens = args.max_new_tokens or (72 if bed else 256)
-    args.batch_size = args.batch_size or (250 if bed else 64)
+    generated, out = has_corpus_script(args.dataset), Path(args.output_dir)
+    args.max_new_tokens = args.max_new_tokens or (72 if generated else 256)
+    args.batch_size = args.batch_size or (250 if generated else 64)
     num_parallel = args.num_parallel or (1 if has_gpu else min(2, os.cpu_count() or 1))
     env = {}
     if all(Path(source).exists() for source in (args.model, args.teacher_model, args.dataset)):
@@ -327,23 +300,14 @@ def main() -> None:
     if args.chat_template is None:
         args.chat_template = tokenizers[0].chat_template is not None
     if not has_gpu and "OMP_NUM_THREADS" not in os.environ:
-        env["OMP_NUM_THREADS"] = "1" if bed else str(os.cpu_count() or 1)  # tiny models gain nothing
+        env["OMP_NUM_THREADS"] = "1" if generated else str(os.cpu_count() or 1)  # tiny models gain nothing
     args.chat_template_kwargs = read_template_kwargs(args.chat_template_kwargs)
     jobs = Jobs(out, num_parallel, env, forks=False, keep=True)
     stages = plan(args, jobs, dtype=[] if has_gpu else ["--dtype", "float32"])
     encode_prompts(tokenizers[0], ["a prompt"], **{name: getattr(args, name) for name in PROMPT_SETTINGS})
 
-    names = (
-        "model",
-        "teacher_model",
-        "dataset",
-        "limit_train",
-        "train_config",
-        "label_config",
-        *PROMPT_SETTINGS,
-        "seed",
-        "max_new_tokens",
-    )
+    names = ["model", "teacher_model", "dataset", "limit_train", "train_config", "label_config"]
+    names += [*PROMPT_SETTINGS, "seed", "max_new_tokens"]
     check_same_run(out / "demo.json", {name: getattr(args, name) for name in names})
     began = time.monotonic()
     run_stages(jobs, stages, began)

@@ -20,10 +20,9 @@ def bootstrap_interval(
     """95 % percentile interval of the mean over problems, from resampled problems.
 
     Args:
-        values_N: each problem's value.
-        seed: seed of the resampling.
-        num_resamples: how often all of them are drawn.
-        weights_N: each problem's weight in the mean, its number of tokens for example; all alike where not given.
+        values_N: value of each problem.
+        seed, num_resamples: seed and number of the resamplings.
+        weights_N: weight of each problem in the mean, its number of tokens for example; by default all alike.
     """
     random = np.random.default_rng(seed)
     values_N = np.asarray(values_N, dtype=np.float64)
@@ -43,8 +42,8 @@ def mean_over_points(values_SN: np.ndarray, groups_N: np.ndarray, seed: int = 0)
     Points of one problem are not independent, so whole problems with all their points are resampled.
 
     Args:
-        values_SN: the value of each seed at each point.
-        groups_N: the problem that each point belongs to.
+        values_SN: value of each seed at each point.
+        groups_N: problem that each point belongs to.
         seed: seed of the resampling.
 
     Returns:
@@ -79,10 +78,8 @@ def divergence_buckets(
     if len(divergence_N) < 2 * num_buckets:
         return None
     order_N = np.argsort(divergence_N, kind="stable")
-    parts = [
-        order_N[round(k * len(order_N) / num_buckets) : round((k + 1) * len(order_N) / num_buckets)]
-        for k in range(num_buckets)
-    ]
+    cuts = [round(k * len(order_N) / num_buckets) for k in range(1, num_buckets)]
+    parts = np.split(order_N, cuts)
     starts = [part[0] for part in parts]
     return {
         "edges": [float(divergence_N[n]) for n in (*starts, order_N[-1])],

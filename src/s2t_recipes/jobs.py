@@ -41,15 +41,16 @@ class Job:
     """One command.
 
     Args:
-        name: of the job, unique, fit for a file name.
-        output: the folder or file that it writes last.
-        command: a recipe's path and its arguments; a function where they depend on what earlier jobs found.
+        name: name of the job, unique, fit for a file name.
+        output: folder or file that it writes last.
+        command: path and arguments of a recipe; a function where they depend on what earlier jobs found.
         needs: jobs that must be finished before.
-        folder: what others read, where that is not `output` itself.
-        alone: runs with no other job beside it, because it measures time.
-        only_if: asked when what it needs is finished. Where it says no the job is not run, and what needs it does not
-            wait for it.
-        again: runs whenever it is asked for, finished or not: its recipe looks at more than its command and inputs.
+        folder: folder that others read, where that is not `output` itself.
+        alone: whether no other job may run beside it, because it measures time.
+        only_if: condition that is asked when what it needs is finished. Where it is false the job is not run, and
+            what needs the job does not wait for it.
+        again: whether it runs whenever it is asked for, finished or not: its recipe looks at more than its command and
+            inputs.
     """
 
     name: str
@@ -71,12 +72,7 @@ class Job:
 
 
 class JobFailed(CommandFailed):
-    """A command ended with an error; the message holds the command and the end of its log.
-
-    Args:
-        message: what is told.
-        status: exit status for the program that ran the command.
-    """
+    """A command ended with an error: its message holds the command and the end of its log, `status` how it exited."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
@@ -98,13 +94,13 @@ class Jobs:
     """The jobs of a run.
 
     Args:
-        folder: where stamps and logs go.
-        num_parallel: jobs side by side.
+        folder: folder for stamps and logs.
+        num_parallel: number of jobs side by side.
         env: environment variables of the jobs' processes, beside those of this one.
-        forks: fork the processes from one that has imported the libraries already, with `env` as it was in the first
-            run: with hundreds of short jobs the imports would cost more than the work. Otherwise each job is started
-            as a user would, and may have the terminal.
-        keep: leave what a job wrote with another command or other inputs to its recipe, which goes on from it or
+        forks: whether processes are forked from one that has imported the libraries already, with `env` as it was in
+            the first run: with hundreds of short jobs the imports would cost more than the work. Otherwise each job is
+            started as a user would, and may have the terminal.
+        keep: whether what a job wrote with another command or other inputs is left to its recipe, which resumes it or
             skips what is finished. Otherwise it is removed before the job runs again.
     """
 
@@ -140,12 +136,11 @@ class Jobs:
         return self.all[name]
 
     def is_done(self, job: Job) -> bool:
-        """Whether it and all that it reads are finished and as they were then; or it is not to be run."""
+        """Whether the job is finished and nothing that it reads has changed since; or it is not to be run."""
         return job not in self.missing([job])
 
     def missing(self, asked: Iterable[Job] | None = None) -> list[Job]:
-        """Those of the jobs asked for (all, by default) that are not done; among them those of which it is not known
-        yet whether they are to be run."""
+        """The jobs among `asked` (by default all) that are not done, and those that may yet turn out not to be run."""
         done: dict[Job, bool] = {}
 
         def look(job: Job) -> bool:
@@ -176,8 +171,8 @@ class Jobs:
         }
 
     def run(self, asked: Iterable[Job] | None = None, on_terminal: bool = False, stop: bool = False) -> None:
-        """Runs what is missing: of the jobs whose inputs are there the one with the longest chain of others behind it,
-        so that no such chain is left for the end, when it would keep a single process busy.
+        """Runs what is missing. Of the jobs that can start, the one with the longest chain of jobs behind it is first:
+        left for the end, such a chain would keep a single process busy.
 
         Args:
             asked: run only these (default: all), each behind what it needs; what they need beside is finished.
@@ -302,7 +297,7 @@ class Jobs:
 
 
 def chains_behind(jobs: list[Job]) -> dict[Job, int]:
-    """How many jobs wait one for the other behind each one, in the longest chain. `jobs`: each after what it needs."""
+    """Length of the longest chain of jobs that wait for each job. `jobs`: each after what it needs."""
     length = dict.fromkeys(jobs, 0)
     for job in reversed(jobs):
         for need in job.needs:

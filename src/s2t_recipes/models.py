@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available, logging
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -25,6 +29,12 @@ def load_model(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
     own = model.generation_config
     model.generation_config = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id)
     return model
+
+
+def load_quietly() -> None:
+    """Models are loaded without progress bars and warnings of PEFT, which would cut through a recipe's own bar."""
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    logging.disable_progress_bar()
 
 
 def default_device() -> torch.device:
@@ -59,7 +69,7 @@ def make_quantization_config(
 
     Args:
         compute_dtype: type in which matrices of 4-bit weights are multiplied.
-        prefix: of the flags, for errors.
+        prefix: beginning of the flags, for errors.
 
     Raises:
         ImportError: where bitsandbytes is not installed.
@@ -73,11 +83,8 @@ def make_quantization_config(
 def padding_token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
     """What fills up short rows: the padding token, or else the end of a sequence.
 
-    Args:
-        name: of the model, for the error.
-
     Raises:
-        ValueError: where the tokenizer has neither.
+        ValueError: naming the model, where its tokenizer has neither.
     """
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_token_id is None:
@@ -93,6 +100,5 @@ def load_pretrained(argument: str, name: str, auto_class: type) -> Any:
         return auto_class.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"`{argument}` must be a Hub id or a local folder of a model, got {name!r}: {reason}"
-        ) from None
+        legal = "a Hub id or a local folder of a model"
+        raise ValueError(f"`{argument}` must be {legal}, got {name!r}: {reason}") from None

@@ -1,4 +1,4 @@
-"""Options of a command: dataclasses, read from the command line and a YAML file, and listed by `--help`."""
+"""Options of a command, in two forms with one `--help`: dataclasses, also read from YAML, or added one by one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from trl import TrlParser
 
@@ -16,7 +17,28 @@ from trl import TrlParser
 OURS = ("s2t_recipes", "transformers_s2t")
 
 
-class Parser(TrlParser):
+def check_least(args: Any, **least: float) -> None:
+    """Raises a ValueError for the first argument below its least value; `None` is legal: no limit."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"`{name}` must be at least {low}, got {value!r}.")
+
+
+class _SectionedHelp:
+    """A `--help` of one usage line and sections of options, each with its default or "(required)"."""
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        for title, names in self._sections().items():
+            formatter.start_section(title)
+            formatter.add_arguments(_spelled_once(action) for action in self._actions if action.dest in names)
+            formatter.end_section()
+        return formatter.format_help()
+
+
+class Parser(_SectionedHelp, TrlParser):
     """TRL's parser, with a `--help` that lists our own options before those of the libraries.
 
     Args:
@@ -38,15 +60,6 @@ class Parser(TrlParser):
             raise ValueError("`--config` must be followed by a YAML file.")
         return super().parse_args_and_config(args, **kwargs)
 
-    def format_help(self) -> str:
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, self._actions, [])
-        for title, names in self._sections().items():
-            formatter.start_section(title)
-            formatter.add_arguments(_spelled_once(action) for action in self._actions if action.dest in names)
-            formatter.end_section()
-        return formatter.format_help()
-
     def _sections(self) -> dict[str, set[str]]:
         """Title -> names of options. Those that a class of ours takes from a library's class belong to the latter."""
         found: dict[type, set[str]] = {}
@@ -61,15 +74,37 @@ class Parser(TrlParser):
         return {_title(cls): found[cls] for cls in order}
 
 
+class SmallParser(_SectionedHelp, argparse.ArgumentParser):
+    """argparse's parser with the same `--help`, for few options, or one without a name.
+
+    Args:
+        title: title of the options.
+        usage: what is typed behind the program's name.
+    """
+
+    def __init__(self, title: str, usage: str = "[--OPTION VALUE ...]"):
+        super().__init__(usage=f"%(prog)s {usage}", formatter_class=_HelpFormatter)
+        self.title = title
+
+    def _sections(self) -> dict[str, set[str]]:
+        return {self.title: {action.dest for action in self._actions if action.dest != "help"}}
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return f"{action.help or ''} (required)" if action.required else super()._get_help_string(action)
+        if action.required:
+            return f"{action.help or ''} (required)"
+        has_none = action.default is None or action.default is False or action.default == []
+        if has_none or "(default: " in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def _spelled_once(action: argparse.Action) -> argparse.Action:
     """The option without its second spelling, `--like-this`."""
     action = copy.copy(action)
-    action.option_strings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
+    names = [option for option in action.option_strings if "_" in option or f"--{action.dest}" == option]
+    action.option_strings = names or action.option_strings
     return action
 
 

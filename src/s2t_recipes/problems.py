@@ -24,15 +24,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers_s2t.labels.folder import share_of
 
 
-__all__ = [
-    "Problem",
-    "check_template_kwargs",
-    "encode_prompts",
-    "load_problems",
-    "read_template_kwargs",
-    "split_by_id",
-    "template_variables",
-]
 #: How prompts are put, in the arguments of the recipes and in the header of labels.
 PROMPT_SETTINGS = ("chat_template", "system_prompt", "chat_template_kwargs")
 
@@ -43,8 +34,8 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `id` is made of the prompt, so it is the same one in every file and data set: evaluation refuses
-    ids that were labelled."""
+    """One problem. `id` is a hash of the prompt, the same in every file and data set: evaluation refuses ids that were
+    labelled."""
 
     id: str
     prompt: str
@@ -83,7 +74,6 @@ def load_problems(
     problems: dict[str, Problem] = {}
     where = source if split is None else f"{source} ({split})"
     for number, row in enumerate(rows):
-        _check_columns(row, number, where, prompt_column, answer_column)
         problem = _to_problem(row, number, where, prompt_column, answer_column)
         problems.setdefault(problem.id, problem)
         if limit is not None and len(problems) == limit:
@@ -93,27 +83,20 @@ def load_problems(
     return list(problems.values())
 
 
-def _check_columns(
-    row: Mapping[str, Any], number: int, where: str, prompt_column: str, answer_column: str | None
-) -> None:
-    for argument, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
-        if column is not None and column not in row:
-            raise ValueError(f"`{argument}`={column!r} is not in row {number} of {where}; columns there: {list(row)}.")
-
-
 def _to_problem(
     row: Mapping[str, Any], number: int, where: str, prompt_column: str, answer_column: str | None
 ) -> Problem:
+    for argument, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
+        if column is not None and column not in row:
+            raise ValueError(f"`{argument}`={column!r} is not in row {number} of {where}; columns there: {list(row)}.")
     prompt = row[prompt_column]
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(f"column {prompt_column!r} must hold text, got {prompt!r} in row {number} of {where}.")
     answer = None if answer_column is None else row[answer_column]
     if answer is not None and (isinstance(answer, bool) or not isinstance(answer, (str, int, float))):
-        raise ValueError(
-            f"column {answer_column!r} must hold text or a number, got {answer!r} in row {number} of {where}."
-        )
-    id = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-    return Problem(id, prompt, _answer_text(answer))
+        what = f"got {answer!r} in row {number} of {where}"
+        raise ValueError(f"column {answer_column!r} must hold text or a number, {what}.")
+    return Problem(hashlib.sha256(prompt.encode()).hexdigest()[:16], prompt, _answer_text(answer))
 
 
 def _answer_text(answer: str | int | float | None) -> str | None:
@@ -138,9 +121,8 @@ def read_rows(source: str, split: str | None) -> Iterable[Mapping[str, Any]]:
 def _file_of_split(folder: Path, split: str | None) -> Path:
     there = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES)
     for suffix in SUFFIXES:
-        file = folder / f"{split}{suffix}"
-        if split is not None and file.is_file():
-            return file
+        if split is not None and (folder / f"{split}{suffix}").is_file():
+            return folder / f"{split}{suffix}"
     names = ", ".join(there) or "none"
     if split is None:
         raise ValueError(f"`split` is required for the folder {folder}; its data files: {names}.")
@@ -233,10 +215,9 @@ def read_template_kwargs(value: Mapping[str, Any] | str | None) -> dict[str, Any
 
 
 def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
-    """What `chat_template_kwargs` can set in a tokenizer's template; `None` where it cannot be told."""
-    source = re.sub(
-        r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", tokenizer.get_chat_template()
-    )  # transformers' own tag
+    """Variables of a tokenizer's template that `chat_template_kwargs` can set; `None` where it cannot be parsed."""
+    own_tag = r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}"  # transformers', which Jinja does not know
+    source = re.sub(own_tag, "", tokenizer.get_chat_template())
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         tree = environment.parse(source)
@@ -253,11 +234,7 @@ def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
 
 
 def check_template_kwargs(kwargs: Mapping[str, Any] | None, *tokenizers: PreTrainedTokenizerBase) -> None:
-    """A template ignores what it does not know without a word.
-
-    Raises:
-        ValueError: for a key that no template of these tokenizers uses.
-    """
+    """Raises a ValueError for a key that no template of these tokenizers uses: a template would ignore it silently."""
     legal = [template_variables(tokenizer) for tokenizer in tokenizers]
     if not kwargs or None in legal:
         return
@@ -279,12 +256,10 @@ def encode_prompts(
     """Token ids of prompts, ready to be continued.
 
     Args:
-        tokenizer: of the model that goes on.
-        prompts: their texts.
-        chat_template: put each into the tokenizer's chat template, up to where the assistant begins. Otherwise the
-            text is encoded as it is, less an end-of-sequence token that the tokenizer itself may append.
-        system_prompt: for the template.
-        chat_template_kwargs: variables of the template, e.g. `{"enable_thinking": False}`.
+        tokenizer, prompts: tokenizer of the model that continues them, and their texts.
+        chat_template: whether each is put into the tokenizer's chat template, up to where the assistant begins.
+            Otherwise the text is encoded as it is, less an end-of-sequence token that the tokenizer may append.
+        system_prompt, chat_template_kwargs: system message and variables of the template.
 
     Raises:
         ValueError: for a tokenizer without a template, a system prompt or variables without one, a template that
@@ -295,9 +270,8 @@ def encode_prompts(
     if system_prompt is not None and not chat_template:
         raise ValueError("`system_prompt` needs `chat_template`: without one, write it into the prompts.")
     if chat_template_kwargs and not chat_template:
-        raise ValueError(
-            f"`chat_template_kwargs` needs `chat_template`, got {dict(chat_template_kwargs)} without: pass true."
-        )
+        got = dict(chat_template_kwargs)
+        raise ValueError(f"`chat_template_kwargs` needs `chat_template`, got {got} without: pass true.")
     if chat_template:
         check_template_kwargs(chat_template_kwargs, tokenizer)
     encoded = []
@@ -347,9 +321,8 @@ def _fill_template(
                 f"({reason}). Write it into the prompts."
             ) from None
         if kwargs and not fails(system_prompt, None):
-            raise ValueError(
-                f"`chat_template_kwargs` {dict(kwargs)} does not suit the tokenizer's chat template ({reason})."
-            ) from None
+            what = f"`chat_template_kwargs` {dict(kwargs)}"
+            raise ValueError(f"{what} does not suit the tokenizer's chat template ({reason}).") from None
         raise ValueError(
             f"`chat_template`: that of the tokenizer cannot be filled with the prompt {prompt[:60]!r} ({reason}); "
             "pass false to do without."
@@ -364,7 +337,4 @@ def _fill_template(
 
 def _trailing(ids: list[int], id: int | None) -> int:
     """How often `id` stands at the end."""
-    count = 0
-    while count < len(ids) and ids[-1 - count] == id:
-        count += 1
-    return count
+    return next((count for count, last in enumerate(reversed(ids)) if last != id), len(ids))

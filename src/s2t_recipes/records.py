@@ -1,7 +1,6 @@
-"""Finished work on disk: records under a header that says of which settings they are. Knows no policies.
+"""Finished work on disk: records below a header with the hash of the settings that they were made with.
 
-What was made with the same settings is not made again: `read_records` gives it back for the same hash of the settings
-and for no other.
+`read_records` returns them for the same hash and for no other, so nothing is made twice. Knows no policies.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from transformers_s2t.selector_files import adapter_folder
 
 
 def fingerprint(source: str) -> str:
-    """Name of a model, adapter, data set or labels, and for a local folder a digest of its files: making it again
-    changes it."""
+    """Name of a model, adapter, data set or labels. For a local folder a digest of its files is added, which changes
+    when it is made again."""
     folder = Path(source)
     if not folder.is_dir():
         return source
@@ -40,7 +39,7 @@ def write_records(file: Path, header: dict, records: list[dict]) -> None:
 
 
 def read_records(file: Path, settings_hash: str | None = None) -> tuple[dict, list[dict]] | None:
-    """Header and records of finished work; `None` where there are none, or of other settings."""
+    """Header and records of finished work; `None` where there are none, or they were made with other settings."""
     if not file.is_file():
         return None
     with open(file, encoding="utf-8") as lines:

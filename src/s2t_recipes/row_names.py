@@ -1,4 +1,4 @@
-"""What the rows of a report are called, and which belong together. Knows policies by name and nothing else."""
+"""Names and groups of the rows of a report. Knows policies by name and nothing else."""
 
 from __future__ import annotations
 

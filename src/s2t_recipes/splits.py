@@ -3,80 +3,60 @@
     python recipes/splits.py --dataset openai/gsm8k:main --output_dir runs/gsm8k/data --label 2000 --test 1000
 
 The part `test` comes from the test split where there is one, everything else from the training split; a hash of a
-problem's id and the seed says where it belongs, so that which others there are changes nothing. A folder that writes
-its own problems (recipes/embedded) is asked for them. Knows files and columns, nothing of models.
+problem's id and the seed says where it belongs, so other problems change nothing. Knows files and columns, not models.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from s2t_recipes.problems import SUFFIXES, Problem, load_problems, split_by_id
+from s2t_recipes.options import SmallParser
+from s2t_recipes.problems import SUFFIXES, Problem, load_problems, read_rows, split_by_id
 from transformers_s2t.files import atomic_write
 
 
 PROBLEM_PARTS = ("label", "tuning", "calibration", "test", "fresh")
-BED_PARTS = (*PROBLEM_PARTS, "words")  # words: what a bed writes that is no problem
+CORPUS_PARTS = (*PROBLEM_PARTS, "words")  # words: text that is no problem, which a corpus.py may write
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
 
 
-def is_bed(dataset: str) -> bool:
-    """Whether a data set is a folder that writes its own problems (recipes/embedded)."""
+def has_corpus_script(dataset: str) -> bool:
+    """Whether a data set is a folder with a corpus.py, which writes its problems (recipes/embedded)."""
     return (Path(dataset) / "corpus.py").is_file()
 
 
 def split_command(
     recipe: str, dataset: str, output_dir: str, sizes: Mapping[str, int], seed: int, options: list[str] | None = None
 ) -> list[str]:
-    """The command that writes the parts.
+    """The command that writes the parts: `recipe`, the path of splits.py, or the data set's own corpus.py.
 
     Args:
-        recipe: path of this file.
-        dataset: as `--dataset`.
-        output_dir: where the parts go.
-        sizes: part -> problems; 0 for none.
-        seed: of the division, or of a bed's problems.
-        options: more arguments, those of a bed's corpus.py.
+        recipe, dataset, output_dir, seed: path of splits.py, and what it takes.
+        sizes: part -> number of problems.
+        options: more arguments, those of corpus.py.
     """
-    sign = "--num-" if is_bed(dataset) else "--"
+    sign, start = "--", [recipe, "--dataset", dataset, "--output_dir", output_dir]
+    if has_corpus_script(dataset):
+        sign, start = "--num-", [f"{dataset}/corpus.py", "--output", output_dir]
     counts = [text for name, size in sizes.items() for text in (f"{sign}{name}", str(size))]
-    if is_bed(dataset):
-        start = [f"{dataset}/corpus.py", "--output", output_dir]
-    else:
-        start = [recipe, "--dataset", dataset, "--output_dir", output_dir]
     return [*start, "--seed", str(seed), *counts, *(options or [])]
 
 
-def guess_columns(source: str, split: str | None) -> tuple[str, str]:
-    """Names of the prompt and the answer column.
+def load_split(source: str, split: str | None) -> list[Problem]:
+    """The problems of a split, from columns with the usual names.
 
     Raises:
-        ValueError: where no known name is there.
+        ValueError: where no column has one.
     """
-
-    def first_that_fits(names: tuple[str, ...], as_prompt: str | None) -> str:
-        for name in names:
-            prompt, answer = (name, None) if as_prompt is None else (as_prompt, name)
-            try:
-                load_problems(source, split, prompt_column=prompt, answer_column=answer, limit=1)
-            except ValueError as error:
-                reason = error
-            else:
-                return name
-        what = "prompt" if as_prompt is None else "answer"
-        raise ValueError(f"`dataset`: no {what} column named {' or '.join(names)}: {reason}")
-
-    prompt = first_that_fits(PROMPT_COLUMNS, None)
-    return prompt, first_that_fits(ANSWER_COLUMNS, prompt)
-
-
-def load_split(source: str, split: str | None) -> list[Problem]:
-    prompt, answer = guess_columns(source, split)
-    return load_problems(source, split, prompt_column=prompt, answer_column=answer)
+    names, found = next(iter(read_rows(source, split)), {}), {}
+    for what, usual in (("prompt", PROMPT_COLUMNS), ("answer", ANSWER_COLUMNS)):
+        found[f"{what}_column"] = next((name for name in usual if name in names), None)
+        if found[f"{what}_column"] is None:
+            raise ValueError(f"`dataset`: no {what} column named {' or '.join(usual)}; columns there: {list(names)}.")
+    return load_problems(source, split, **found)
 
 
 def divide(source: str, sizes: Mapping[str, int], seed: int) -> dict[str, list[Problem]]:
@@ -128,15 +108,14 @@ def write_problems(file: Path, problems: list[Problem]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write disjoint parts of a data set, one .jsonl each.")
-    parser.add_argument("--dataset", required=True, help="Hub id, folder with train and test files, or one file")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the .jsonl files")
-    parser.add_argument("--seed", type=int, default=0, help="of the division (default: 0)")
+    parser = SmallParser("What is divided, and into what")
+    parser.add_argument("--dataset", required=True, help="Hub id, folder with train and test files, or one file.")
+    parser.add_argument("--output_dir", required=True, type=Path, help="Folder for the .jsonl files.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the division.")
     for name in PROBLEM_PARTS:
-        parser.add_argument(f"--{name}", type=int, default=0, help=f"problems of {name}.jsonl (default: none)")
-    parser.add_argument(
-        "--only", choices=PROBLEM_PARTS, help="write this part alone, divided as with all (default: all)"
-    )
+        parser.add_argument(f"--{name}", type=int, default=0, help=f"Number of problems of {name}.jsonl.")
+    text = "Part that is written alone, divided as with all (default: all are written)."
+    parser.add_argument("--only", choices=PROBLEM_PARTS, help=text)
     args = parser.parse_args()
     sizes = {name: getattr(args, name) for name in PROBLEM_PARTS}
     if min(sizes.values()) < 0 or not any(sizes.values()) or sizes.get(args.only) == 0:

@@ -1,14 +1,14 @@
-"""What a reader needs beside the numbers of an evaluation: prompts, right answers, and what each token says.
+"""Texts of an evaluation, beside its numbers: prompts, right answers, and the text of each token.
 
-recipes/eval.py writes them as `texts.json` into its folder, so that the folder can be read where neither the model
-nor the data set is. For folders made before that, they are looked up again. Knows tokenizers and problems; knows no
-models and no policies.
+`s2t eval` writes them as `texts.json`, so its folder can be read without the model and the data set. For older folders
+they are looked up in the data set and the tokenizer. Knows tokenizers and problems; knows no models and no policies.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 from s2t_recipes.answers import extract_answer
@@ -22,23 +22,16 @@ def collect_texts(problems: Iterable, tokenizer, runs: Iterable[list[dict]]) -> 
     """The content of `texts.json`.
 
     Args:
-        problems: of the evaluation, in order.
-        tokenizer: of the small model; `None` leaves the tokens out.
-        runs: the records of each policy and seed.
+        problems: problems of the evaluation, in order.
+        tokenizer: tokenizer of the small model; `None` leaves the tokens out.
+        runs: records of each policy and seed.
 
     Returns:
         `problems` (rows of id, prompt, right answer), `tokens` (id -> text), `special` (ids that are no text) and
         `joined`: several tokens, ids separated by spaces, may be one character between them.
     """
-    texts = {
-        "problems": [
-            [problem.id, problem.prompt, problem.answer and (extract_answer(problem.answer, "hash") or problem.answer)]
-            for problem in problems
-        ],
-        "tokens": {},
-        "special": [],
-        "joined": {},
-    }
+    rows = [[p.id, p.prompt, p.answer and (extract_answer(p.answer, "hash") or p.answer)] for p in problems]
+    texts = {"problems": rows, "tokens": {}, "special": [], "joined": {}}
     if tokenizer is None:
         return texts
     records = [record for run in runs for record in run if "tokens" in record]
@@ -64,20 +57,16 @@ def ids_of(record: dict) -> Iterator[int]:
 
 def broken_runs(ids: list[int], pieces: dict[int, str]) -> Iterator[list[int]]:
     """Neighbouring tokens that are each a part of a character."""
-    run: list[int] = []
-    for id in [*ids, None]:
-        if id is not None and BROKEN in pieces[id]:
-            run.append(id)
-        elif run:
-            yield run
-            run = []
+    for is_broken, run in groupby(ids, key=lambda id: BROKEN in pieces[id]):
+        if is_broken:
+            yield list(run)
 
 
 def find_texts(folder: Path, meta: dict, runs: list[list[dict]]) -> tuple[dict, list[str]]:
-    """`texts.json` of a run, or what can be had without it from the data set and the tokenizer that `meta` names.
+    """Content of the `texts.json` of a run; without that file, what data set and tokenizer of `meta` still give.
 
     Returns:
-        the texts, and a sentence for each thing that is missing.
+        Texts, and a sentence for each thing that is missing.
     """
     file = folder / TEXTS_NAME
     if file.is_file():
@@ -116,7 +105,7 @@ def find_texts(folder: Path, meta: dict, runs: list[list[dict]]) -> tuple[dict, 
 
 
 def locate(folder: Path, name: str) -> Path | str:
-    """A path of a report, which was written from another place or was moved with its folder; else `name` itself."""
+    """The path `name` of a report as it is found below its folder, which may have been moved; else `name` itself."""
     parts = Path(name).parts
     for start in range(len(parts)):
         if parts[start] not in ("/", "..") and (inside := folder.joinpath(*parts[start:])).exists():

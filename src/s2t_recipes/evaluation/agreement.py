@@ -17,25 +17,20 @@ Legend: S seeds (adapters), N decision points, K candidates.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from trl import TrlParser
+from transformers.hf_argparser import HfArg
 
 from s2t_recipes.adapters import check_model
 from s2t_recipes.estimates import mean_over_points
 from s2t_recipes.evaluation.controls import prior_scores, token_prior
-from s2t_recipes.evaluation.fidelity import (
-    HIT_SIZES,
-    MIN_RANKED,
-    find_agreement,
-    problems_of_points,
-    rows_with_points,
-)
+from s2t_recipes.evaluation.fidelity import HIT_SIZES, MIN_RANKED, find_agreement, problems_of_points, rows_with_points
 from s2t_recipes.models import default_device, load_model
+from s2t_recipes.options import Parser
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration.scored_points import ScoredPoints, score_labels
 from transformers_s2t.files import write_json
@@ -50,15 +45,15 @@ from transformers_s2t.losses import spearman
 class AgreementArguments:
     """What is compared with the teacher, and where."""
 
-    labels: str = field(metadata={"help": "Labels of held-out prompts (recipes/label.py)."})
-    adapters: list[str] = field(metadata={"help": "Trained adapters, one per seed; figures are their mean."})
-    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
-    train_labels: str | None = field(
-        default=None, metadata={"help": "The adapters' training labels: for the token prior, and checked disjoint."}
+    labels: str = HfArg(help="Labels of held-out prompts (recipes/label.py).")
+    adapters: list[str] = HfArg(help="Trained adapters, one per seed; figures are their mean.")
+    model: str | None = HfArg(default=None, help="Base model (default: the one that the adapter names).")
+    train_labels: str | None = HfArg(
+        default=None, help="Training labels of the adapters, for the token prior; they must share no problem."
     )
-    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
-    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type."})
+    output: str | None = HfArg(default=None, help="JSON file to write.")
+    batch_size: int = HfArg(default=32, help="Trajectories per forward.")
+    dtype: str = HfArg(default="auto", help="Type of the weights.")
 
 
 def compare(
@@ -71,11 +66,10 @@ def compare(
     """Name -> Agree@1 in per cent and, for those that give scores, Spearman, with their intervals.
 
     Args:
-        runs: the points as each seed's selector scores them.
-        fusions: each selector's weights.
+        runs, fusions: points as each seed's selector scores them, and its fusion weights.
         prior: counts of [`controls.token_prior`]; `None` for no such row.
         keep_N: points that count.
-        problems_N: the problem of each point: problems are resampled, with all their points.
+        problems_N: problem of each point: problems are resampled, with all their points.
     """
     kept = [run.where(keep_N) for run in runs]
     first, problems_N = kept[0], problems_N[keep_N.numpy()]
@@ -158,17 +152,14 @@ def format_rows(rows: dict[str, dict]) -> list[str]:
     """The rows of [`compare`] as lines of text."""
     lines = []
     for row, figures in rows.items():
-        low, high = figures["ci"]
-        line = f"  {row:<18} {figures['agree_at_1']:5.1f}  [{low:.1f}, {high:.1f}]"
+        lines.append(f"  {row:<18} {figures['agree_at_1']:5.1f}  " + "[{:.1f}, {:.1f}]".format(*figures["ci"]))
         if "spearman" in figures:
-            low, high = figures["spearman_ci"]
-            line += f"   {figures['spearman']:.3f}  [{low:.3f}, {high:.3f}]"
-        lines.append(line)
+            lines[-1] += f"   {figures['spearman']:.3f}  " + "[{:.3f}, {:.3f}]".format(*figures["spearman_ci"])
     return lines
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = TrlParser(AgreementArguments).parse_args_and_config(argv)
+    (args,) = Parser(AgreementArguments).parse_args_and_config(argv)
     configs = [SelectorConfig.from_pretrained(adapter) for adapter in args.adapters]
     labels, header, prior = read_labels_and_prior(args, configs)
     runs, fusions = [], []
@@ -181,11 +172,8 @@ def main(argv: list[str] | None = None) -> None:
     problems_N = problems_of_points(rows["problem_id"], rows["positions"])
     at_kl_N, has_choice_N = points.divergence_N >= header.divergence_threshold, points.mask_NK.sum(-1) > 1
     ranks_NK = points.candidate_ids_NK == points.teacher_top_N[:, None]
-    hit_at_k = {
-        str(k): round(float(ranks_NK[at_kl_N, :k].any(-1).float().mean()), 4)
-        for k in HIT_SIZES
-        if k <= ranks_NK.shape[1]
-    }
+    sizes = [k for k in HIT_SIZES if k <= ranks_NK.shape[1]]
+    hit_at_k = {str(k): round(float(ranks_NK[at_kl_N, :k].any(-1).float().mean()), 4) for k in sizes}
     print(f"\n{len(labels)} trajectories, {len(at_kl_N)} labelled points, {int(at_kl_N.sum())} of them top-KL")
     print("Hit@K at the top-KL points: " + ", ".join(f"@{k} {value:.3f}" for k, value in hit_at_k.items()))
     agree = {}

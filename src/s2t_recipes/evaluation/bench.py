@@ -37,16 +37,13 @@ class Bench:
     """The problems, encoded, and the one way in which every policy is run on them.
 
     Args:
-        problems: with answers.
-        prompt_ids: token ids of each problem's prompt.
-        tokenizer: the small model's.
-        pad_token_id: fills up short rows.
-        device: where the models are.
+        problems, prompt_ids: problems with answers, and token ids of each prompt.
+        tokenizer, pad_token_id: the small model's tokenizer, and the token that fills up short rows.
+        device: device of the models.
         batch_size: sequences per `generate` call.
-        drops_rows: whether rows that have ended leave their batch, where no selector runs.
-        max_new_tokens: at most, for every policy.
-        temperature: sampling temperature, where samples vote.
-        seed: seed of these samples.
+        drops_rows: whether finished rows leave their batch, where no selector runs.
+        max_new_tokens: largest number of new tokens, for every policy.
+        temperature, seed: temperature and seed of samples that vote.
         answer_style: how answers are read, see answers.py.
     """
 
@@ -90,14 +87,12 @@ class Bench:
         """Runs one policy on all problems.
 
         Args:
-            policy: what is run.
-            model: writes the text.
-            config: how one `generate` call selects; `None` for plain decoding.
-            selector: decides between candidates; `None` for plain decoding.
-            teacher: read by the "kl" trigger.
-            lengths: how many tokens to expect of each problem, so that texts of like length share a batch; votes stay
+            policy, model: what is run, and the model that writes the text.
+            config, selector: how one `generate` call selects, and who decides; `None` for plain decoding.
+            teacher: model that the "kl" trigger reads.
+            lengths: expected number of tokens of each problem, so that texts of like length share a batch; votes stay
                 with their prompts. `None`: prompts of like length share one.
-            progress: a bar, advanced by problems.
+            progress: bar that is advanced by problems.
 
         Returns:
             Totals over all batches, and one record per problem, in the problems' order.

@@ -25,8 +25,8 @@ from transformers_s2t.scoring.candidates import append_candidates
 HEAD_BATCH = 256  # candidates whose logits over the whole vocabulary are held at a time
 
 
-class SecondCandidateSelector(Selector):
-    """Always the student's second candidate. Steps where the floor leaves one candidate only are not asked.
+class ControlSelector(Selector):
+    """A selector without an adapter.
 
     Args:
         thresholds: trigger -> {target rate: threshold}, as calibrated for another selector.
@@ -35,22 +35,26 @@ class SecondCandidateSelector(Selector):
     def __init__(self, thresholds: Mapping[str, Mapping[float, float]] | None = None):
         self.thresholds = dict(thresholds or {})
 
+
+class SecondCandidateSelector(ControlSelector):
+    """Always the student's second candidate. Steps where the floor leaves one candidate only are not asked."""
+
     def score(self, session, rows_A: torch.Tensor, proposals) -> torch.Tensor:
         scores_AK = torch.zeros_like(proposals.logprobs_BK)
         scores_AK[:, 1:2] = 1.0
         return scores_AK
 
 
-class RandomCandidateSelector(Selector):
+class RandomCandidateSelector(ControlSelector):
     """Any of the candidates above the floor, all equally likely.
 
     Args:
         seed: the same seed and the same calls in the same order give the same choices.
-        thresholds: trigger -> {target rate: threshold}, as calibrated for another selector.
+        thresholds: see [`ControlSelector`].
     """
 
     def __init__(self, seed: int = 0, thresholds: Mapping[str, Mapping[float, float]] | None = None):
-        self.thresholds = dict(thresholds or {})
+        super().__init__(thresholds)
         self._random = torch.Generator().manual_seed(seed)
 
     def score(self, session, rows_A: torch.Tensor, proposals) -> torch.Tensor:
@@ -61,10 +65,7 @@ class RandomCandidateSelector(Selector):
 
 def token_prior(labels: Dataset) -> Counter:
     """How often each token is the teacher's choice in the training labels: a choice without any context."""
-    counts: Counter = Counter()
-    for ids in labels["teacher_top_id"]:
-        counts.update(ids)
-    return counts
+    return Counter(id for ids in labels["teacher_top_id"] for id in ids)
 
 
 def prior_scores(prior: Counter, candidate_ids_NK: torch.Tensor) -> torch.Tensor:
@@ -73,25 +74,25 @@ def prior_scores(prior: Counter, candidate_ids_NK: torch.Tensor) -> torch.Tensor
     return torch.tensor(counts, dtype=torch.float32, device=candidate_ids_NK.device)
 
 
-class PriorSelector(Selector):
+class PriorSelector(ControlSelector):
     """The candidate that the teacher chose most often in the training labels, whatever the text.
 
     A tie, as between tokens that it never chose, goes to the candidate that the student ranks higher.
 
     Args:
         prior: counts of [`token_prior`].
-        thresholds: trigger -> {target rate: threshold}, as calibrated for another selector.
+        thresholds: see [`ControlSelector`].
     """
 
     def __init__(self, prior: Counter, thresholds: Mapping[str, Mapping[float, float]] | None = None):
-        self.thresholds = dict(thresholds or {})
+        super().__init__(thresholds)
         self._prior = prior
 
     def score(self, session, rows_A: torch.Tensor, proposals) -> torch.Tensor:
         return prior_scores(self._prior, proposals.ids_BK)
 
 
-class ZeroShotSelector(Selector):
+class ZeroShotSelector(ControlSelector):
     """The small model reads the text with each candidate behind it, as it is: no adapter, no training.
 
     With a token (a sign of doubt, say), the score is -log P(token) behind the candidate: the one after which the model
@@ -106,7 +107,7 @@ class ZeroShotSelector(Selector):
     Args:
         model: the small model that generates.
         token_id: the token that the choice is to make unlikely; `None` for the most certain candidate.
-        thresholds: trigger -> {target rate: threshold}, as calibrated for another selector.
+        thresholds: see [`ControlSelector`].
     """
 
     shares_the_cache = True  # the model that writes is the one that scores
@@ -117,8 +118,8 @@ class ZeroShotSelector(Selector):
         token_id: int | None = None,
         thresholds: Mapping[str, Mapping[float, float]] | None = None,
     ):
+        super().__init__(thresholds)
         self.model = model
-        self.thresholds = dict(thresholds or {})
         self._token_id = token_id
 
     def score(self, session, rows_A: torch.Tensor, proposals) -> torch.Tensor:

@@ -9,7 +9,7 @@ Legend: S seeds (adapters), N decision points, K candidates.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -45,10 +45,6 @@ DEFINITION = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels
-
-
 class Labels(NamedTuple):
     """Held-out labels: the name they came by, the rows, the header."""
 
@@ -80,27 +76,18 @@ def measure_hits(labels: Labels, num_candidates: int) -> tuple[dict[str, float],
     """
     threshold = labels.header.divergence_threshold
     columns = ["prompt_length", "divergence", "positions", "candidate_ids", "teacher_logprobs", "teacher_top_id"]
-    hits, best, depth = Counter(), [], 0
+    ranks, best, depth = [], [], 0
     for length, divergence, positions, candidates, logprobs, top_ids in zip(*(labels.rows[name] for name in columns)):
         for position, ids_K, logprobs_K, top_id in zip(positions, candidates, logprobs, top_ids):
-            if divergence[position - length] < threshold:
-                continue
-            depth = max(depth, len(ids_K))
-            hits[ids_K.index(top_id) if top_id in ids_K else None] += 1
-            best.append(int(np.argmax(logprobs_K[:num_candidates])))
+            if divergence[position - length] >= threshold:
+                depth = max(depth, len(ids_K))
+                ranks.append(ids_K.index(top_id) if top_id in ids_K else math.inf)
+                best.append(int(np.argmax(logprobs_K[:num_candidates])))
     if not best:
         raise ValueError(f"`eval_labels`: {labels.name!r} holds no position with a divergence of {threshold} or more.")
-    hit_at_k = {
-        str(size): sum(count for rank, count in hits.items() if rank is not None and rank < size) / len(best)
-        for size in HIT_SIZES
-        if size <= depth
-    }
+    hit_at_k = {str(size): sum(rank < size for rank in ranks) / len(ranks) for size in HIT_SIZES if size <= depth}
     student, second = find_agreement([np.zeros(len(best)), np.ones(len(best))], best).mean(1).tolist()
     return hit_at_k, {"student": student, "second": second, "num_points": len(best)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scoring
 
 
 def rows_with_points(labels: Dataset) -> Dataset:
@@ -156,10 +143,9 @@ def measure_fidelity(
 
     Args:
         folder: OUTPUT_DIR.
-        adapters: one per seed.
-        labels: from [`open_labels`].
-        load: gives a new base model; every adapter gets its own.
-        num_candidates, min_prob_ratio: as the evaluation offers candidates.
+        adapters, labels: adapters, one per seed, and labels from [`open_labels`].
+        load: function that gives a new base model; every adapter gets its own.
+        num_candidates, min_prob_ratio: how the evaluation offers candidates.
         settings: what else in the evaluation changes scores.
         seed: seed of the intervals.
     """
@@ -187,10 +173,6 @@ def measure_fidelity(
     return {"num_candidates": num_candidates, "min_prob_ratio": min_prob_ratio, **figures}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-
-
 def find_agreement(choices_SN: Sequence[np.ndarray], target_N: np.ndarray) -> np.ndarray:
     """Whether each seed's choice at each point is the teacher's best candidate, (S, N)."""
     metric = load_metric("selection_agreement")
@@ -201,7 +183,7 @@ def summarize_points(runs: list[list[dict]], threshold: float, seed: int = 0) ->
     """Agreement with the teacher over all points and by divergence, beside the student's first and second candidate.
 
     Args:
-        runs: for each seed the records of [`score_points`], of the same labels.
+        runs: records of [`score_points`] for each seed, of the same labels.
         threshold: least divergence of the top-KL points, nats.
         seed: seed of the resampling.
 

@@ -1,6 +1,6 @@
 """Everything that is read, checked and decided before a model is loaded: arguments in, one plan out.
 
-Here, and only here, the arguments are read. Problems that an adapter has seen, in training or after (its
+Problems that an adapter has seen, in training or after (its
 seen_problems.json), are refused, and so are those of --label_dirs and --prior_labels.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,12 @@ class Job:
     """A policy with one of its adapters, or with none: what is run, kept on disk and recognised as one.
 
     Attributes:
-        policy: what is run.
+        policy: policy that is run.
         seed: number of the adapter; `None` for a policy without adapters.
-        adapter: its folder or Hub id, of a selector or of an adapter that decodes by itself.
-        config: how one `generate` call selects; `None` for plain decoding.
-        settings: everything that its records depend on.
-        file: its records.
+        adapter: folder or Hub id of a selector or of an adapter that writes text itself.
+        config: settings of selecting; `None` for plain decoding.
+        settings: all settings that its records depend on.
+        file: file of its records.
     """
 
     policy: Policy
@@ -96,30 +96,19 @@ class Plan:
     """What an evaluation does, decided.
 
     Attributes:
-        arguments: as they were given, for the report.
-        output_dir: where records, texts and the report go.
-        model, teacher_model, dtype: what is loaded, and how.
-        seed: seed of the random control and the intervals.
-        num_candidates, min_prob_ratio: how candidates are offered.
-        bench: the problems and how policies are run on them.
+        args: arguments of the evaluation, checked.
+        bench: problems, and how policies are run on them.
         selectors: S2T-Local adapters.
-        jobs: in the order of the table, seed by seed.
+        jobs: jobs in the order of the table, seed by seed.
         by_length: whether problems share a batch with those of like greedy texts.
-        prior: the token prior; `None` without `prior_labels`.
-        zero_shot_id: the token that the control `zero-shot` makes unlikely; `None` for the most certain candidate.
+        prior: token prior; `None` without `prior_labels`.
+        zero_shot_id: token that the control `zero-shot` makes unlikely; `None` for the most certain candidate.
         held_out: labels on which selectors are compared with the teacher; `None` for none.
-        hit_at_k, agree_at_1: what these say without a selector.
-        leaks: problems that were seen before, in words, where that is allowed.
+        hit_at_k, agree_at_1: figures of these labels without a selector.
+        leaks: sentences about problems that were seen before, where that is allowed.
     """
 
-    arguments: dict[str, Any]
-    output_dir: Path
-    model: str
-    teacher_model: str | None
-    dtype: str
-    seed: int
-    num_candidates: int
-    min_prob_ratio: float
+    args: EvaluateArguments
     bench: Bench
     selectors: Selectors
     jobs: list[Job]
@@ -127,9 +116,9 @@ class Plan:
     prior: Counter | None
     zero_shot_id: int | None
     held_out: Labels | None
-    hit_at_k: dict[str, float] = field(default_factory=dict)
-    agree_at_1: dict[str, float] = field(default_factory=dict)
-    leaks: list[str] = field(default_factory=list)
+    hit_at_k: dict[str, float]
+    agree_at_1: dict[str, float]
+    leaks: list[str]
 
     @property
     def policies(self) -> list[Policy]:
@@ -165,17 +154,9 @@ def make_plan(args: EvaluateArguments) -> Plan:
     zero_shot_id = None if args.zero_shot_text is None else first_token(args.zero_shot_text, tokenizer)
     bench = make_bench(args, problems, tokenizer, default_device())
     load_metric("math_answer")  # it is copied into a cache, which may not be writable
-    # else nothing tells the lengths
-    by_length = args.batch_by == "greedy_length" and policies[0] == GREEDY
+    by_length = args.batch_by == "greedy_length" and policies[0] == GREEDY  # else nothing tells the lengths
     return Plan(
-        arguments=asdict(args),
-        output_dir=Path(args.output_dir),
-        model=args.model,
-        teacher_model=args.teacher_model,
-        dtype=args.dtype,
-        seed=args.seed,
-        num_candidates=args.num_candidates,
-        min_prob_ratio=args.min_prob_ratio,
+        args=args,
         bench=bench,
         selectors=selectors,
         jobs=plan_jobs(args, policies, selectors, tuned, bench, prior, by_length),
@@ -189,12 +170,8 @@ def make_plan(args: EvaluateArguments) -> Plan:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models, adapters and thresholds
-
-
 def check_folder(name: str, value: str | None) -> None:
-    """A path that is not there fails at once; `name` or `owner/name` may be on the Hub."""
+    """Raises a FileNotFoundError for a path that is not there; `name` or `owner/name` may be on the Hub."""
     looks_local = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
     if looks_local and not Path(value).expanduser().exists():
         raise FileNotFoundError(f"`{name}`: {value!r} does not exist.")
@@ -219,10 +196,6 @@ def check_thresholds(args: EvaluateArguments, policies: list[Policy], selectors:
             own = [config.thresholds for config in selectors.configs] if policy.is_local else [selectors.thresholds]
             for thresholds in own:
                 policy.decoding_config(args).resolve_threshold(thresholds)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Problems, and whether they were seen before
 
 
 def read_problems(args: EvaluateArguments) -> list[Problem]:
@@ -264,13 +237,10 @@ def check_same_prompts(args: EvaluateArguments) -> None:
 
 
 def find_leaks(checks: Iterator[Callable[[], None]], allowed: bool) -> list[str]:
-    """Runs checks that raise a ValueError for problems that were seen before.
-
-    Returns:
-        What they say, where leaks are allowed.
+    """Runs checks that raise a ValueError for problems that were seen before; returns their messages.
 
     Raises:
-        ValueError: the first of them, where they are not.
+        ValueError: the first of them, where leaks are not `allowed`.
     """
     leaks = []
     for check in checks:
@@ -278,9 +248,8 @@ def find_leaks(checks: Iterator[Callable[[], None]], allowed: bool) -> list[str]
             check()
         except ValueError as error:
             if not allowed:
-                raise ValueError(
-                    f"{error} (`--allow_leaks true` measures all the same, and the report says so.)"
-                ) from None
+                more = "(`--allow_leaks true` measures all the same, and the report says so.)"
+                raise ValueError(f"{error} {more}") from None
             leaks.append(str(error))
     return leaks
 
@@ -311,16 +280,8 @@ def check_no_leak(problems: Sequence[Problem], label_dirs: Sequence[str], argume
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
 def read_prior(folder: str, tokenizer: PreTrainedTokenizerBase) -> Counter:
-    """The token prior of a label folder.
-
-    Raises:
-        ValueError: where its ids are of another tokenizer.
-    """
+    """The token prior of a label folder. Raises a ValueError where its ids are of another tokenizer."""
     labels, header = read_labels(folder)
     if header is not None and header.vocab_hash != vocab_hash(tokenizer):
         raise ValueError(
@@ -331,11 +292,7 @@ def read_prior(folder: str, tokenizer: PreTrainedTokenizerBase) -> Counter:
 
 
 def first_token(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The first token of `zero_shot_text`.
-
-    Raises:
-        ValueError: where there is none that the tokenizer knows.
-    """
+    """The first token of `zero_shot_text`. Raises a ValueError where there is none that the tokenizer knows."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids or ids[0] == tokenizer.unk_token_id:
         raise ValueError(f"`zero_shot_text` must begin with a token that the model knows, got {text!r}.")
@@ -370,23 +327,16 @@ def make_bench(
     return bench
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Jobs
-
-
 def common_settings(args: EvaluateArguments, bench: Bench) -> dict[str, Any]:
     """What all records depend on."""
+    names = ("answer_style", "max_new_tokens", "batch_size", "dtype", *PROMPT_SETTINGS)
     return {
         "version": __version__,
         "records": RECORDS_FORMAT,
         "model": fingerprint(args.model),
         "problems": hash_of([asdict(problem) for problem in bench.problems]),
-        "answer_style": args.answer_style,
-        "max_new_tokens": args.max_new_tokens,
-        "batch_size": args.batch_size,
-        "dtype": args.dtype,
         "device": bench.device.type,
-        **{name: getattr(args, name) for name in PROMPT_SETTINGS},
+        **{name: getattr(args, name) for name in names},
     }
 
 

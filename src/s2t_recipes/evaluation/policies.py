@@ -1,4 +1,4 @@
-"""Ways of decoding that are compared: how they are written, which there are, and what each needs.
+"""Policies, the ways of decoding that are compared: how they are written, and what each needs.
 
 A policy is written `name[:trigger[:rate]]`:
 
@@ -105,7 +105,7 @@ class Policy:
         return ":".join([self.name, *([self.trigger] if self.trigger else []), *rate])
 
     def record_name(self, seed: int | None) -> str:
-        """The file of its records, of one adapter or (`None`) of a policy without adapters."""
+        """File of the records with one adapter; `seed` is `None` for a policy without adapters."""
         return self.label.replace(":", "_") + ("" if seed is None else f"_adapter{seed}") + ".jsonl"
 
     @property
@@ -121,7 +121,7 @@ class Policy:
         return self.trigger in THRESHOLD_TRIGGERS and self.trigger != "random"
 
     def fusion(self, args: EvaluateArguments) -> FusionWeights | None:
-        """The adapter's own for s2t-local (`None`), the selector's score alone everywhere else."""
+        """Fusion weights: `None`, the adapter's own, for s2t-local; else those of the selector's score alone."""
         if self.name == "s2t-local":
             return None
         return FusionWeights(switch=-args.bare_margin if self.name == "s2t-local-bare" else 0.0)
@@ -142,7 +142,7 @@ GREEDY = Policy("greedy")
 
 
 def parse_tuned(texts: list[str]) -> dict[str, list[str]]:
-    """Name -> folders, one per seed, of `name=folder`.
+    """Name -> folders, one per seed, from texts `name=folder`.
 
     Raises:
         ValueError: for another form, or a name that another policy has.

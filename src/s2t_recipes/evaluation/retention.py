@@ -10,11 +10,11 @@ Per token, in nats: KL(base || model), and the model's own loss, on three kinds 
     text         anything that has nothing to do with the task: problems as recipes/eval.py reads them (their
                  prompts), or a .txt file with one document per line
 
-of the base model (loaded once more, so that its zeros are measured too), of adapters that decode by themselves
-(recipes/train_baseline.py; the same name again is another seed), and of S2T-Local selectors in the state in which they
-write text. Where the base model writes it (proposals="base"), nothing may differ; that is not assumed, the text goes
-through the model that holds the adapter. Reserved tokens are no text: they are left out of every distribution, and
-where one stands in a text it is not counted. Problems that an adapter has seen are refused.
+Measured are the base model itself (loaded once more, so its zeros are measured too), adapters that write text
+themselves (recipes/train_baseline.py), and S2T-Local selectors in the state in which they write text. With
+proposals="base" the base model writes it, and nothing may differ; that is not assumed, the text goes through the model
+that holds the adapter. Reserved tokens are left out of every distribution, and not counted in a text. Problems that an
+adapter has seen are refused.
 
 Legend: B rows, T tokens, S positions, V vocabulary, D documents, P seeds.
 """
@@ -22,26 +22,24 @@ Legend: B rows, T tokens, S positions, V vocabulary, D documents, P seeds.
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from trl import TrlParser
+from transformers.hf_argparser import HfArg
 
 from s2t_recipes.adapters import check_model, check_same_tokenizer, check_tuned, merge_adapter
+from s2t_recipes.commands import typed_command
 from s2t_recipes.estimates import bootstrap_interval
-from s2t_recipes.evaluation.arguments import DTYPES, check_least
 from s2t_recipes.evaluation.plan import check_folder
 from s2t_recipes.evaluation.policies import parse_tuned
 from s2t_recipes.evaluation.rows import align, versions
-from s2t_recipes.models import default_device, free_memory, load_model
+from s2t_recipes.models import DTYPES, default_device, free_memory, load_model, load_quietly
+from s2t_recipes.options import Parser, check_least
 from s2t_recipes.problems import Problem, encode_prompts, load_problems
 from transformers_s2t import LocalSelector, SelectorConfig
 from transformers_s2t.config import check_choice
@@ -77,24 +75,22 @@ class RetentionArguments:
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    model: str = field(metadata={"help": "The base model: a Hub id or a local folder."})
-    labels: str = field(metadata={"help": "Labels of held-out prompts, with text that the base model wrote."})
-    text: str = field(
-        metadata={"help": "Other text: a .jsonl, .json or .parquet file, a folder of them, a Hub id, or a .txt file."}
-    )
-    tuned: list[str] = field(
+    model: str = HfArg(help="Base model: a Hub id or a local folder.")
+    labels: str = HfArg(help="Labels of held-out prompts, with text that the base model wrote.")
+    text: str = HfArg(help="Other text: a .jsonl, .json, .parquet or .txt file, a folder of files, or a Hub id.")
+    tuned: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "Adapters that decode by themselves, as name=folder; the same name again is another seed."},
+        help="Adapters that write text themselves, as name=folder; the same name again is another seed.",
     )
-    adapters: list[str] = field(default_factory=list, metadata={"help": "S2T-Local adapters, one per selector seed."})
-    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
-    text_column: str = field(default="prompt", metadata={"help": "Column with the text; not for .txt."})
-    text_split: str | None = field(default=None, metadata={"help": "Split, of a folder or a Hub id."})
-    text_limit: int = field(default=200, metadata={"help": "Only the first so many documents of `text`."})
-    max_length: int = field(default=256, metadata={"help": "Only the first so many tokens of each document."})
-    batch_size: int = field(default=32, metadata={"help": "Texts per forward, fewer where they are long."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type; auto: float32 on a CPU."})
-    seed: int = field(default=0, metadata={"help": "Seed of the intervals."})
+    adapters: list[str] = HfArg(default_factory=list, help="S2T-Local adapters, one per selector seed.")
+    output: str | None = HfArg(default=None, help="JSON file to write.")
+    text_column: str = HfArg(default="prompt", help="Column with the text; not for a .txt file.")
+    text_split: str | None = HfArg(default=None, help="Split of a folder or a Hub id.")
+    text_limit: int = HfArg(default=200, help="Number of documents of `text`, the first ones.")
+    max_length: int = HfArg(default=256, help="Number of tokens of each document, the first ones.")
+    batch_size: int = HfArg(default=32, help="Texts per forward, fewer where they are long.")
+    dtype: str = HfArg(default="auto", help="Type of the weights; auto: float32 on a CPU.")
+    seed: int = HfArg(default=0, help="Seed of the intervals.")
 
     def __post_init__(self):
         check_least(self, text_limit=1, max_length=2, batch_size=1)
@@ -133,10 +129,6 @@ class Row:
 
 #: kind -> id -> sums of KL and loss, and number of tokens.
 Sums = dict[str, dict[str, np.ndarray]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents
 
 
 def read_label_documents(args: RetentionArguments) -> tuple[list[Document], TrajectoryHeader]:
@@ -189,27 +181,18 @@ def read_text(args: RetentionArguments) -> list[Problem]:
     return [Problem(hashlib.sha256(line.encode()).hexdigest()[:16], line, None) for line in lines[: args.text_limit]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing
-
-
 def load_model_of(args: RetentionArguments, row: Row, source: str | None, device: torch.device) -> PreTrainedModel:
     """A model as it writes text."""
     model = load_model(args.model, args.dtype, device)
     if row.kind == "selector":
         selector = LocalSelector.from_pretrained(source, model)
         return selector.writer(selector.views())
-    if row.kind == "tuned":  # as recipes/eval.py decodes with it
-        model = merge_adapter(model, source, "tuned")
-    return model
+    return merge_adapter(model, source, "tuned") if row.kind == "tuned" else model
 
 
 @torch.no_grad()
 def compare(
-    base: PreTrainedModel,
-    model: PreTrainedModel,
-    sequences: Sequence[list[int]],
-    excluded: torch.Tensor,
+    base: PreTrainedModel, model: PreTrainedModel, sequences: Sequence[list[int]], excluded: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """KL(base || model), the model's loss and whether it counts, at every token (T - 1) but the first of each text.
 
@@ -267,10 +250,7 @@ def add_up(
 def summarize(runs: list[Sums], base: Sums | None, seed: int) -> dict[str, dict | None]:
     """Figures of each kind of text, mean over the seeds; `None` for a kind without a token.
 
-    Args:
-        runs: sums, one entry per seed.
-        base: the base model's sums, for the change of the loss; `None` where it is the base model itself.
-        seed: seed of the resampling.
+    `base` are the base model's sums, for the change of the loss; `None` where `runs` are of the base model itself.
     """
     figures = {}
     for kind in KINDS:
@@ -292,16 +272,11 @@ def summarize(runs: list[Sums], base: Sums | None, seed: int) -> dict[str, dict 
     return figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it
-
-
 def make_rows(args: RetentionArguments, header: TrajectoryHeader, problem_ids: dict[str, list[str]]) -> list[Row]:
     """The rows of the table; selectors whose text the adapted model writes get one of their own.
 
     Args:
-        args: the arguments.
-        header: the labels' header.
+        args, header: arguments, and header of the labels.
         problem_ids: argument -> ids of its texts, none of which an adapter may have seen.
 
     Raises:
@@ -309,16 +284,13 @@ def make_rows(args: RetentionArguments, header: TrajectoryHeader, problem_ids: d
         ValueError: for one that has seen a text, is no adapter, or is of another tokenizer.
     """
     tuned = parse_tuned(args.tuned)
-    for argument, sources in (
-        ("tuned", [path for paths in tuned.values() for path in paths]),
-        ("adapters", args.adapters),
-    ):
-        for path in sources:
-            check_folder(argument, path)
-            for what, ids in problem_ids.items():
-                check_unseen(path, ids, STAGES, what)
-            if argument == "tuned":
-                check_tuned(argument, path, "name it in `adapters`")
+    sources = [("tuned", path) for paths in tuned.values() for path in paths]
+    for argument, path in [*sources, *(("adapters", path) for path in args.adapters)]:
+        check_folder(argument, path)
+        for what, ids in problem_ids.items():
+            check_unseen(path, ids, STAGES, what)
+        if argument == "tuned":
+            check_tuned(argument, path, "name it in `adapters`")
     rows = {name: Row(name, "tuned", sources) for name, sources in tuned.items()}
     for path in args.adapters:
         config = SelectorConfig.from_pretrained(path)
@@ -392,7 +364,7 @@ def measure(args: RetentionArguments) -> dict:
             "settings": asdict(args),
             "device": str(device),
             "versions": versions(),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": typed_command(),
         },
         "rows": [
             {
@@ -417,8 +389,7 @@ def format_table(report: dict) -> str:
                 cells.append("-")
                 continue
             figures = row[kind][name]
-            low, high = figures["ci"]
-            cells.append(f"{figures['value']:.4f} [{low:.4f}, {high:.4f}]")
+            cells.append("{:.4f} [{:.4f}, {:.4f}]".format(figures["value"], *figures["ci"]))
         lines.append((row["name"] + (f" (x{row['num_seeds']})" if row["num_seeds"] > 1 else ""), *cells))
     text = align(lines)
     counts = ", ".join(
@@ -433,11 +404,8 @@ def format_table(report: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's
-    logging.disable_progress_bar()  # of loading weights: it would cut through the one bar
-    (args,) = TrlParser(RetentionArguments).parse_args_and_config(argv)
+    load_quietly()
+    (args,) = Parser(RetentionArguments).parse_args_and_config(argv)
     report = measure(args)
     print()
     print(format_table(report))

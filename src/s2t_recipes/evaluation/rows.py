@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import platform
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ import torch
 import transformers
 
 from s2t_recipes.answers import extract_answer
+from s2t_recipes.commands import typed_command
 from s2t_recipes.estimates import NUM_RESAMPLES, bootstrap_interval
 from s2t_recipes.evaluation.fidelity import DEFINITION, describe
 from s2t_recipes.evaluation.plan import Job, Plan
@@ -48,10 +48,6 @@ DEFINITIONS = {
 Run = tuple[dict, list[dict]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
 def mcnemar(helped: int, hurt: int) -> float:
     """Exact two-sided p-value that `helped` and `hurt` are equally likely."""
     total = helped + hurt
@@ -70,11 +66,7 @@ def summarize(correct_PN: np.ndarray, greedy_N: np.ndarray | None, seed: int = 0
         "accuracy_ci": [100 * edge for edge in bootstrap_interval(correct_PN.mean(0), seed)],
         "accuracy_by_seed": [100 * float(value) for value in correct_PN.mean(1)],
         "accuracy_sd": 100 * float(correct_PN.mean(1).std(ddof=1)) if len(correct_PN) > 1 else None,
-        "gain": None,
-        "gain_ci": None,
-        "helped": None,
-        "hurt": None,
-        "mcnemar_p": None,
+        **dict.fromkeys(("gain", "gain_ci", "helped", "hurt", "mcnemar_p")),
     }
     if greedy_N is not None:
         greedy_N = np.asarray(greedy_N, dtype=bool)
@@ -101,21 +93,12 @@ def local_agreement(configs: list[SelectorConfig]) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-
-
 def make_row(
     policy: Policy, runs: list[Run], greedy: Run | None, configs: list[SelectorConfig], seed: int = 0
 ) -> dict:
-    """One row of the table.
+    """One row of the table: a policy's `runs`, one per seed, compared with `greedy` where that was run.
 
-    Args:
-        policy: what was run.
-        runs: header and records, one entry per seed.
-        greedy: what it is compared with; `None` where that was not run.
-        configs: settings of the S2T-Local adapters.
-        seed: seed of the resampling.
+    `configs` are the settings of the S2T-Local adapters, `seed` is that of the resampling.
     """
     seeds = range(len(runs)) if policy.is_local or policy.is_tuned else (None,)
     correct_PN = np.array([[record["correct"] for record in records] for _, records in runs])
@@ -176,7 +159,7 @@ def costs(policy: Policy, runs: list[Run], greedy: Run | None) -> dict:
 def make_rows(
     policy: Policy, runs: list[Run], greedy: Run | None, configs: list[SelectorConfig], seed: int = 0
 ) -> Iterator[dict]:
-    """The row of a policy, and after a vote the oracle on the same samples: is any of them right?"""
+    """The row of a policy; for a vote a second one, the oracle: is any of the samples right?"""
     yield make_row(policy, runs, greedy, configs, seed)
     if policy.num_votes:
         found = [
@@ -184,10 +167,6 @@ def make_rows(
         ]
         best = replace(policy, name=f"best@{policy.num_votes}")
         yield make_row(best, found, greedy, configs, seed) | {"is_oracle": True, "records": []}  # the vote has them
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Examples
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
@@ -233,23 +212,13 @@ def pick_examples(tokenizer, problems: list[Problem], results: dict, num_example
     return [make_example(tokenizer, *item, policy) for item in found[:num_examples]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-
-
 def make_report(plan: Plan, runs: dict[Job, Run], fidelity: dict | None) -> dict:
-    """The content of report.json.
-
-    Args:
-        plan: what was run.
-        runs: header and records of each job.
-        fidelity: figures of [`fidelity.measure_fidelity`]; `None` for none.
-    """
+    """The content of report.json, from the runs of all jobs and the figures of [`fidelity.measure_fidelity`]."""
     results = {policy: [runs[job] for job in plan.jobs if job.policy == policy] for policy in plan.policies}
     greedy = results.get(GREEDY, [None])[0]
     configs, metrics = plan.selectors.configs, local_agreement(plan.selectors.configs)
-    rows = [row for policy, own in results.items() for row in make_rows(policy, own, greedy, configs, plan.seed)]
-    num_examples = plan.arguments["num_examples"]
+    rows = [row for policy, own in results.items() for row in make_rows(policy, own, greedy, configs, plan.args.seed)]
+    num_examples = plan.args.num_examples
     return {
         "meta": describe_run(plan, metrics),
         "rows": rows,
@@ -263,17 +232,17 @@ def make_report(plan: Plan, runs: dict[Job, Run], fidelity: dict | None) -> dict
 
 def describe_run(plan: Plan, metrics: dict[str, float]) -> dict:
     """What was run, on what, with which settings and versions."""
-    configs = plan.selectors.configs
+    configs, settings = plan.selectors.configs, asdict(plan.args)
     thresholds = {
         trigger: {f"{rate:g}": value for rate, value in table.items()}
         for trigger, table in plan.selectors.thresholds.items()
     }
     return {
-        **{name: plan.arguments[name] for name in ("model", "teacher_model", "adapters", "dataset", "split")},
+        **{name: settings[name] for name in ("model", "teacher_model", "adapters", "dataset", "split")},
         "num_problems": len(plan.bench.problems),
         "num_seeds": len(configs),
-        "eval_labels": plan.arguments["eval_labels"],
-        "settings": plan.arguments,
+        "eval_labels": settings["eval_labels"],
+        "settings": settings,
         "thresholds": thresholds,
         "fusion": [None if config.fusion is None else asdict(config.fusion) for config in configs],
         "selector_metrics": metrics,
@@ -281,18 +250,14 @@ def describe_run(plan: Plan, metrics: dict[str, float]) -> dict:
         "leaks": plan.leaks,
         "device": str(plan.bench.device),
         "versions": versions(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": typed_command(),
     }
 
 
 def versions() -> dict[str, str]:
     """Python's version and those of the libraries that decide figures."""
-    libraries = {"torch": torch, "transformers": transformers, "peft": peft}
-    return {
-        "python": platform.python_version(),
-        "transformers_s2t": __version__,
-        **{name: module.__version__ for name, module in libraries.items()},
-    }
+    found = {"python": platform.python_version(), "transformers_s2t": __version__}
+    return found | {module.__name__: module.__version__ for module in (torch, transformers, peft)}
 
 
 def align(lines: list[tuple[str, ...]], left: int = 1) -> list[str]:
@@ -317,7 +282,6 @@ def format_table(report: dict) -> str:
     lines = [titles]
     for row in report["rows"]:
         seeds = f" (x{row['num_seeds']})" if row["num_seeds"] > 1 else ""
-        low, high = row["accuracy_ci"]
         p = row["mcnemar_p"]
         lines.append(
             (
@@ -328,7 +292,7 @@ def format_table(report: dict) -> str:
                 number(row["flip_rate"], ".1f", 100),
                 "yes" if row["uses_teacher"] else "-",
                 number(row["accuracy"], ".1f"),
-                f"[{low:.1f}, {high:.1f}]",
+                "[{:.1f}, {:.1f}]".format(*row["accuracy_ci"]),
                 number(row["helped"], "g"),
                 number(row["hurt"], "g"),
                 "-" if p is None else "<.001" if p < 0.001 else f"{p:.3f}",
@@ -342,9 +306,9 @@ def format_table(report: dict) -> str:
         f"teacher {meta['teacher_model']}.",
         "rate, fired, flips: per cent of generated tokens. LLM: the teacher runs at inference. (xN): mean of N seeds.",
     ]
+    red, plain = ("\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for leak in meta["leaks"]:
-        red = ("\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "")
-        notes.insert(0, f"{red[0]}LEAK, these figures are not held out: {leak}{red[1]}")
+        notes.insert(0, f"{red}LEAK, these figures are not held out: {leak}{plain}")
     if report["hit_at_k"]:
         hits = "  ".join(f"Hit@{size} {value:.3f}" for size, value in report["hit_at_k"].items())
         notes.append(f"At the top-KL points of {meta['eval_labels']}: {hits}")

@@ -13,7 +13,6 @@ makes a page of OUTPUT_DIR.
 from __future__ import annotations
 
 import time
-import warnings
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +32,8 @@ from s2t_recipes.evaluation.fidelity import measure_fidelity
 from s2t_recipes.evaluation.plan import Job, Plan, make_plan
 from s2t_recipes.evaluation.policies import GREEDY
 from s2t_recipes.evaluation.rows import Run, format_table, make_report
-from s2t_recipes.models import free_memory, load_model
+from s2t_recipes.models import free_memory, load_model, load_quietly
+from s2t_recipes.options import Parser
 from s2t_recipes.records import fingerprint, read_records, write_records
 from s2t_recipes.texts import TEXTS_NAME, collect_texts
 from transformers_s2t import LocalSelector, Selector, TeacherSelector
@@ -50,10 +50,10 @@ def evaluate(args: EvaluateArguments) -> dict:
     plan = make_plan(args)
     runs = run_jobs(plan)
     fidelity = compare_with_teacher(plan)
-    report = make_report(plan, runs, fidelity)
+    report, folder = make_report(plan, runs, fidelity), Path(args.output_dir)
     texts = collect_texts(plan.bench.problems, plan.bench.tokenizer, [records for _, records in runs.values()])
-    write_json(plan.output_dir / TEXTS_NAME, texts)
-    write_json(plan.output_dir / "report.json", report)
+    write_json(folder / TEXTS_NAME, texts)
+    write_json(folder / "report.json", report)
     return report
 
 
@@ -66,7 +66,7 @@ def run_jobs(plan: Plan) -> dict[Job, Run]:
     run_id = f"{time.time():.6f}"
     teacher = None
     if any(job.policy.needs_teacher for job in todo):
-        teacher = load_model(plan.teacher_model, plan.dtype, plan.bench.device)
+        teacher = load_model(plan.args.teacher_model, plan.args.dtype, plan.bench.device)
     total = len(todo) * len(plan.bench.problems)
     with tqdm(total=total, unit="problem", desc="load model", smoothing=0.05) as bar:
         for _, jobs in groupby(sorted(todo, key=shared_model), key=shared_model):
@@ -86,7 +86,7 @@ def run_family(
 ) -> None:
     """Runs jobs that share a model, one after the other, and puts each into `runs` and on disk."""
     bench, first = plan.bench, jobs[0]
-    model, local = load_model(plan.model, plan.dtype, bench.device), None
+    model, local = load_model(plan.args.model, plan.args.dtype, bench.device), None
     if first.policy.is_tuned:
         model = merge_adapter(model, first.adapter, "tuned")
     elif first.adapter is not None:
@@ -114,7 +114,7 @@ def make_selector(plan: Plan, job: Job, model: PreTrainedModel, teacher: PreTrai
     elif name == "second":
         selector = SecondCandidateSelector(thresholds)
     elif name == "random":
-        selector = RandomCandidateSelector(plan.seed, thresholds)
+        selector = RandomCandidateSelector(plan.args.seed, thresholds)
     elif name == "prior":
         selector = PriorSelector(plan.prior, thresholds)
     elif name == "zero-shot":
@@ -131,26 +131,22 @@ def compare_with_teacher(plan: Plan) -> dict | None:
     """The adapters' agreement with the teacher at labelled points; `None` without labels or adapters."""
     if plan.held_out is None or not plan.selectors.paths:
         return None
-    device = plan.bench.device
+    args, device = plan.args, plan.bench.device
     return measure_fidelity(
-        plan.output_dir,
+        Path(args.output_dir),
         plan.selectors.paths,
         plan.held_out,
-        partial(load_model, plan.model, plan.dtype, device),
-        plan.num_candidates,
-        plan.min_prob_ratio,
-        {"model": fingerprint(plan.model), "dtype": plan.dtype, "device": device.type},
-        plan.seed,
+        partial(load_model, args.model, args.dtype, device),
+        args.num_candidates,
+        args.min_prob_ratio,
+        {"model": fingerprint(args.model), "dtype": args.dtype, "device": device.type},
+        args.seed,
     )
 
 
 def main() -> None:
-    from transformers.utils import logging
-    from trl import TrlParser
-
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's
-    logging.disable_progress_bar()  # of loading weights: it would cut through the one bar of the evaluation
-    (args,) = TrlParser(EvaluateArguments).parse_args_and_config()
+    load_quietly()
+    (args,) = Parser(EvaluateArguments).parse_args_and_config()
     report = evaluate(args)
     print()
     print(format_table(report))

@@ -7,9 +7,9 @@ A teacher too large for this machine may be behind a vLLM server: `--teacher_url
 and config in `--teacher_model` (no weights are loaded). A key, where one is needed, is read from OPENAI_API_KEY.
 A teacher with another tokenizer needs `--cross_tokenizer true` and compares texts (docs/labeling.md).
 
-Run the same command again after an interruption and it goes on; `s2t label --num_processes 4 ...` shares the problems
-among processes, as `accelerate launch recipes/label.py` does; with `--dry_run true` it labels a sample, keeps nothing
-and says what the rest will cost. Label training problems only: calibrate on other ones, evaluate on yet others.
+The same command resumes an interrupted run. `s2t label --num_processes 4 ...` shares the problems among processes, as
+`accelerate launch recipes/label.py` does. `--dry_run true` labels a sample, keeps nothing and says what the rest will
+cost. Label training problems only: calibrate on other ones, evaluate on yet others.
 Everything is checked before weights are loaded and before anything is written.
 """
 
@@ -19,7 +19,8 @@ import hashlib
 import json
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +41,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.hf_argparser import HfArg
 
 import transformers_s2t
 from s2t_recipes.adapters import check_model
 from s2t_recipes.commands import CommandFailed, one_line_errors, say, work
-from s2t_recipes.models import check_quantization, load_pretrained, make_quantization_config, padding_token_id
-from s2t_recipes.options import Parser
+from s2t_recipes.models import DTYPES, check_quantization, load_pretrained, make_quantization_config, padding_token_id
+from s2t_recipes.options import Parser, check_least
 from s2t_recipes.problems import (
     check_template_kwargs,
     encode_prompts,
@@ -57,6 +59,7 @@ from s2t_recipes.problems import (
 from s2t_recipes.report.data_card import write_data_card
 from s2t_recipes.splits import PROMPT_COLUMNS
 from transformers_s2t import LocalSelector, S2TDecodingConfig, TeacherSelector, s2t_generate
+from transformers_s2t.config import check_choice
 from transformers_s2t.files import write_json
 from transformers_s2t.labeling.cross_tokenizer import CrossTokenizer
 from transformers_s2t.labeling.http_teacher import HTTPTeacher, TeacherError, host_free
@@ -77,141 +80,111 @@ from transformers_s2t.selector_files import ADAPTER_WEIGHTS_NAME, adapter_folder
 
 STATS_NAME = "label_stats.json"
 DRY_RUN_PROBLEMS = 8  # or a whole batch, where that is more: the time of a row depends on how many run beside it
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
 class LabelArguments:
     """Which models label which problems, and how."""
 
-    model: str = field(metadata={"help": "Student: Hub id or local folder."})
-    dataset: str = field(
-        metadata={"help": "Problems: a .jsonl, .json or .parquet file, a folder of such, or a Hub id (id:config)."}
+    model: str = HfArg(help="Student: a Hub id or a local folder.")
+    dataset: str = HfArg(
+        help="Problems: a .jsonl, .json or .parquet file, a folder of such files, or a Hub id (id:config)."
     )
-    output_dir: str = field(metadata={"help": "Folder of the labels; one that this run began is gone on with."})
-    teacher_model: str | None = field(
+    output_dir: str = HfArg(help="Folder for the labels. An interrupted run in it is resumed.")
+    teacher_model: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Teacher, of the same tokenizer unless `cross_tokenizer` is set: Hub id or local folder. With "
-            "`teacher_url` its tokenizer is compared and its config read; left out, the server's tokenizer is taken "
-            "to be the student's."
-        },
+        help="Teacher, with the same tokenizer unless `cross_tokenizer` is set: a Hub id or a local folder. With "
+        "`teacher_url` its tokenizer is compared and its config read; left out, the server's tokenizer is taken to be "
+        "the student's.",
     )
-    cross_tokenizer: bool = field(
+    cross_tokenizer: bool = HfArg(
         default=False,
-        metadata={
-            "help": "The teacher may have another tokenizer: candidates are scored by the log-probability that the "
-            "text goes on with theirs, which is an estimate (docs/labeling.md). With `chat_template` it reads prompts "
-            "in its own template. Not with `teacher_url` or rollout_policy 's2t'."
-        },
+        help="The teacher may have another tokenizer: a candidate's score is an estimate, the log-probability that "
+        "the text continues with the candidate's text (docs/labeling.md). With `chat_template` the teacher reads "
+        "prompts in its own template. Not with `teacher_url` or rollout_policy 's2t'.",
     )
-    teacher_url: str | None = field(
+    teacher_url: str | None = HfArg(
+        default=None, help="vLLM server that runs the teacher, e.g. http://host:8000; key in OPENAI_API_KEY."
+    )
+    teacher_served_name: str | None = HfArg(
+        default=None, help="Name of the teacher on a server with several models, where it is not `teacher_model`."
+    )
+    top_logprobs: int = HfArg(
+        default=20, help="Number of tokens that the server names at each position, at most its own --max-logprobs."
+    )
+    max_concurrency: int = HfArg(default=16, help="Number of requests to the server at one time.")
+    split: str | None = HfArg(default=None, help="Split on the Hub, or file name in a folder.")
+    prompt_column: str | None = HfArg(
+        default=None, help="Column with the prompts (default: 'prompt', or else 'question' or 'problem')."
+    )
+    answer_column: str | None = HfArg(
+        default=None, help="Column that must be there, where it is given. Labels do not use answers."
+    )
+    skip: int = HfArg(default=0, help="Number of first problems to leave out.")
+    limit: int | None = HfArg(default=None, help="Number of problems to label (default: all).")
+    max_prompt_tokens: int | None = HfArg(
         default=None,
-        metadata={"help": "vLLM server that runs the teacher, e.g. http://host:8000; key in OPENAI_API_KEY."},
+        help="Number of tokens to which prompts are cut (story models with a short context). With `chat_template`, "
+        "which must not be cut, problems with longer prompts are left out and counted.",
     )
-    teacher_served_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the teacher on the server, where it offers several models and none is `teacher_model`."
-        },
+    num_candidates: int = HfArg(default=16, help="Number K of the student's tokens stored at each point.")
+    target_rate: float = HfArg(default=0.1, help="Share of generated tokens whose divergence reaches the threshold.")
+    divergence_threshold: float | None = HfArg(
+        default=None, help="Threshold in nats (default: estimated from `target_rate` on the first 200 problems)."
     )
-    top_logprobs: int = field(
-        default=20,
-        metadata={"help": "Tokens that the server names at each position, at most its own --max-logprobs."},
+    min_prob_ratio: float = HfArg(
+        default=0.05, help="Candidate floor: least probability of a candidate, as a share of the best one's."
     )
-    max_concurrency: int = field(default=16, metadata={"help": "Requests to the server at one time."})
-    split: str | None = field(default=None, metadata={"help": "Split on the Hub, or file name in a folder."})
-    prompt_column: str | None = field(
-        default=None,
-        metadata={"help": "Column that holds the prompts: by default 'prompt', or else 'question' or 'problem'."},
-    )
-    answer_column: str | None = field(
-        default=None,
-        metadata={"help": "Not used for labels (the teacher is the judge); checked to be there where it is given."},
-    )
-    skip: int = field(default=0, metadata={"help": "Leave out the first so many problems."})
-    limit: int | None = field(default=None, metadata={"help": "Label so many problems only."})
-    max_prompt_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Cut prompts to their first so many tokens (story models with a short context). With "
-            "`chat_template`, which must not be cut, problems of longer prompts are left out and counted."
-        },
-    )
-    num_candidates: int = field(default=16, metadata={"help": "K, the student's tokens stored at each point."})
-    target_rate: float = field(
-        default=0.1, metadata={"help": "Share of generated tokens whose divergence reaches the threshold."}
-    )
-    divergence_threshold: float | None = field(
-        default=None,
-        metadata={"help": "In nats; estimated from `target_rate` on the first 200 problems if not given."},
-    )
-    min_prob_ratio: float = field(
-        default=0.05, metadata={"help": "Candidate floor: share of the best candidate's probability."}
-    )
-    points: str = field(
+    points: str = HfArg(
         default="floor+kl",
-        metadata={"help": "What is stored: 'kl' (paper), 'floor' (two candidates above it), 'floor+kl' or 'all'."},
+        help="Points that are stored: 'kl' (paper), 'floor' (two candidates above it), 'floor+kl' or 'all'.",
     )
-    max_points: int | None = field(
-        default=None, metadata={"help": "Decision points of one trajectory, at most; spread evenly among its own."}
+    max_points: int | None = HfArg(
+        default=None, help="Largest number of points of one trajectory, spread evenly among its own (default: all)."
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Length of a rollout."})
-    rollout_policy: str = field(
+    max_new_tokens: int = HfArg(default=256, help="Largest number of new tokens of a rollout.")
+    rollout_policy: str = HfArg(
         default="greedy",
-        metadata={
-            "help": "Who writes: the student ('greedy', 'sample'), or it and who corrects it: the teacher ('s2t') or "
-            "a trained selector ('s2t-local', a second round)."
-        },
+        help="Who writes: the student alone ('greedy', 'sample'), or corrected by the teacher ('s2t') or by a trained "
+        "selector ('s2t-local', a second round).",
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of 'sample'."})
-    num_rollouts: int = field(default=1, metadata={"help": "Rollouts of each problem, several with 'sample'."})
-    validation_share: float = field(
+    temperature: float = HfArg(default=1.0, help="Temperature of 'sample'.")
+    num_rollouts: int = HfArg(default=1, help="Number of rollouts of each problem; several with 'sample' only.")
+    validation_share: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Share of the problems that is held out, as the split 'validation'. A hash of the prompt decides, "
-            "so it is the same problems in every run."
-        },
+        help="Share of the problems that is held out, as the split 'validation'. A hash of the prompt decides, so "
+        "these are the same problems in every run.",
     )
-    adapter: str | None = field(default=None, metadata={"help": "The trained selector of 's2t-local'."})
-    trigger: str = field(default="always", metadata={"help": "When 's2t' and 's2t-local' correct: a trigger's name."})
-    trigger_rate: float | None = field(
-        default=None, metadata={"help": "Share of tokens at which it fires, as calibrated with the adapter."}
+    adapter: str | None = HfArg(default=None, help="Trained selector of 's2t-local'.")
+    trigger: str = HfArg(default="always", help="Trigger at which 's2t' and 's2t-local' correct.")
+    trigger_rate: float | None = HfArg(
+        default=None, help="Share of tokens at which the trigger fires, as calibrated with the adapter."
     )
-    trigger_threshold: float | None = field(default=None, metadata={"help": "Or its threshold."})
-    batch_size: int = field(default=32, metadata={"help": "Rollouts of one forward."})
-    shard_size: int = field(default=100, metadata={"help": "Problems of one file, and the most a kill can lose."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling."})
-    chat_template: bool = field(default=False, metadata={"help": "Put prompts into the tokenizer's chat template."})
-    system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
-    chat_template_kwargs: dict[str, Any] | str | None = field(
+    trigger_threshold: float | None = HfArg(default=None, help="Threshold of the trigger, instead of a rate.")
+    batch_size: int = HfArg(default=32, help="Rollouts per forward.")
+    shard_size: int = HfArg(default=100, help="Problems per file, the most that a killed run can lose.")
+    seed: int = HfArg(default=0, help="Seed of the sampling.")
+    chat_template: bool = HfArg(default=False, help="Put prompts into the tokenizer's chat template.")
+    system_prompt: str | None = HfArg(default=None, help="System message of the chat template.")
+    chat_template_kwargs: dict[str, Any] | str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Variables of the chat template: a JSON object, e.g. '{\"enable_thinking\": false}', in YAML a "
-            "mapping."
-        },
+        help="Variables of the chat template: a JSON object, e.g. '{\"enable_thinking\": false}', in YAML a mapping.",
     )
-    dtype: str = field(
+    dtype: str = HfArg(
         default="auto",
-        metadata={
-            "help": "Weights' type: 'auto' (the checkpoint's own; float32 on a CPU), 'float32', 'bfloat16', ..."
-        },
+        help="Type of the weights: auto (float32 on a CPU, else the checkpoint's own), float32, bfloat16 or float16.",
     )
-    teacher_load_in_4bit: bool = field(
-        default=False, metadata={"help": "Quantize the teacher to 4 bits (bitsandbytes, nf4) as it is loaded."}
+    teacher_load_in_4bit: bool = HfArg(
+        default=False, help="Quantize the teacher to 4 bits (bitsandbytes, nf4) as it is loaded."
     )
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Or to 8 bits."})
-    device_map: str | None = field(
-        default=None, metadata={"help": "Where weights go, e.g. 'auto' (default with an accelerator) or 'cpu'."}
+    teacher_load_in_8bit: bool = HfArg(default=False, help="Quantize the teacher to 8 bits.")
+    device_map: str | None = HfArg(
+        default=None, help="Place of the weights, e.g. 'auto' (default with an accelerator) or 'cpu'."
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace labels that are in output_dir."})
-    push_to_hub: str | None = field(
-        default=None, metadata={"help": "Hub data set (you/name) to which the finished labels are pushed."}
-    )
-    private: bool = field(default=False, metadata={"help": "Make that data set a private one."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Label a sample, write nothing, and print what the whole job will cost."}
-    )
+    overwrite: bool = HfArg(default=False, help="Replace labels that are in `output_dir`.")
+    push_to_hub: str | None = HfArg(default=None, help="Hub data set (you/name) for the finished labels.")
+    private: bool = HfArg(default=False, help="Make that data set a private one.")
+    dry_run: bool = HfArg(default=False, help="Label a sample, keep nothing, and print what the whole job will cost.")
 
     def __post_init__(self):
         self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
@@ -219,16 +192,12 @@ class LabelArguments:
             raise ValueError("`teacher_model` is required, or `teacher_url` of a server that runs the teacher.")
         if self.teacher_served_name is not None and self.teacher_url is None:
             raise ValueError("`teacher_served_name` must be given with `teacher_url` only: it names a server's model.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}.")
+        check_choice("dtype", self.dtype, DTYPES)
         for name in ("batch_size", "shard_size", "top_logprobs", "max_concurrency"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if self.skip < 0:
-            raise ValueError(f"`skip` must be 0 or more, got {self.skip!r}.")
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise ValueError(f"`max_prompt_tokens` must be at least 1, got {self.max_prompt_tokens!r}.")
+        check_least(self, skip=0, max_prompt_tokens=1)
         if self.rollout_policy == "s2t" and self.teacher_url is not None:
             raise ValueError(
                 "`rollout_policy` must not be 's2t' with `teacher_url`: a server is too far to ask at steps."
@@ -274,11 +243,11 @@ class LabelArguments:
         return S2TDecodingConfig(trigger=self.trigger, target_rate=self.trigger_rate, threshold=self.trigger_threshold)
 
     def decoding_settings(self) -> dict[str, Any]:
-        """What the header says of it; the adapter by its bytes, for a folder's name says little."""
+        """Settings of the correction for the header; the adapter is named by a hash of its weights."""
         config = self.decoding_config()
         if config is None:
             return {}
-        settings = {"trigger": config.trigger, "target_rate": config.target_rate, "threshold": config.threshold}
+        settings = {name: getattr(config, name) for name in ("trigger", "target_rate", "threshold")}
         if self.adapter is not None:
             file = adapter_folder(self.adapter) / ADAPTER_WEIGHTS_NAME
             if not file.is_file():
@@ -288,7 +257,10 @@ class LabelArguments:
 
     def header(self) -> TrajectoryHeader:
         """The settings, without what has to be read from the models."""
-        kwargs = self.chat_template_kwargs
+        names = ("dataset", "split", "prompt_column", "chat_template", "system_prompt", "max_prompt_tokens")
+        prompt_source = {name: getattr(self, name) for name in names}
+        if self.chat_template_kwargs is not None:  # older labels do not name it
+            prompt_source["chat_template_kwargs"] = self.chat_template_kwargs
         return TrajectoryHeader(
             model=self.model,
             teacher_model=self.teacher_model or "",
@@ -308,15 +280,7 @@ class LabelArguments:
             validation_share=self.validation_share,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
-            prompt_source={
-                "dataset": self.dataset,
-                "split": self.split,
-                "prompt_column": self.prompt_column,
-                "chat_template": self.chat_template,
-                "system_prompt": self.system_prompt,
-                "max_prompt_tokens": self.max_prompt_tokens,
-                **({} if kwargs is None else {"chat_template_kwargs": kwargs}),  # older labels do not name it
-            },
+            prompt_source=prompt_source,
             versions={
                 module.__name__: module.__version__
                 for module in (transformers_s2t, transformers, torch, datasets, tokenizers)
@@ -325,7 +289,7 @@ class LabelArguments:
 
 
 class Plan(NamedTuple):
-    """All that is known before weights are loaded."""
+    """What is known before weights are loaded."""
 
     prompts: dict[str, list[int]]
     header: TrajectoryHeader
@@ -393,9 +357,7 @@ def prepare(args: LabelArguments) -> Plan:
                 f"{args.max_prompt_tokens}: a template must not be cut, and no problem would be left."
             )
         fits = [len(ids) <= args.max_prompt_tokens for ids in encoded]
-        problems, texts, encoded = (
-            [one for one, fit in zip(many, fits) if fit] for many in (problems, texts, encoded)
-        )
+        problems, texts, encoded = (list(compress(many, fits)) for many in (problems, texts, encoded))
     elif args.max_prompt_tokens is not None:
         encoded = [ids[: args.max_prompt_tokens] for ids in encoded]
     prompts = {problem.id: ids for problem, ids in zip(problems, encoded)}
@@ -422,12 +384,8 @@ def prepare(args: LabelArguments) -> Plan:
         dtype=resolve_dtype(args.dtype, config),
     )
     if teacher is not None:
-        header = replace(
-            header,
-            teacher_model=args.teacher_model or teacher.source,
-            teacher_source=teacher.source,
-            top_logprobs=teacher.top_logprobs,
-        )
+        source = {"teacher_model": args.teacher_model or teacher.source, "teacher_source": teacher.source}
+        header = replace(header, **source, top_logprobs=teacher.top_logprobs)
     quantization_of_teacher(args, header.dtype)  # is bitsandbytes there?
     find_unfinished(args.output_dir, header, args.overwrite)
     return Plan(prompts, header, pad_token_id, teacher, cross, teacher_prompts, num_all - len(problems))
@@ -443,7 +401,7 @@ def guess_prompt_column(args: LabelArguments) -> str:
 
 
 def known_to(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `chat_template_kwargs` that the template of one of two tokenizers uses."""
+    """The `chat_template_kwargs` that a tokenizer's template uses."""
     names = None if tokenizer.chat_template is None else template_variables(tokenizer)
     return {name: value for name, value in kwargs.items() if names is None or name in names}
 
@@ -469,27 +427,21 @@ def pair_tokenizers(
 def teacher_tokens(
     cross: CrossTokenizer, text: str, ids: list[int], teacher_prompts: dict[tuple[int, ...], list[int]] | None
 ) -> int:
-    """How long a prompt is to the teacher."""
+    """Length of a prompt in the teacher's tokens."""
     try:
         return cross.count_tokens(ids, len(ids), None if teacher_prompts is None else teacher_prompts[tuple(ids)])
     except ValueError as error:
-        raise ValueError(
-            f"`cross_tokenizer`: the prompt {text[:60]!r} cannot be read by `teacher_model`: {error}"
-        ) from None
+        where = f"`cross_tokenizer`: the prompt {text[:60]!r} cannot be read by `teacher_model`"
+        raise ValueError(f"{where}: {error}") from None
 
 
 def connect(args: LabelArguments, teacher_config: PretrainedConfig | None) -> HTTPTeacher:
-    """The server's model: the one called `teacher_served_name` there, else `teacher_model`, else the only one."""
+    """The model of the server with the name `teacher_served_name`, else `teacher_model`, else the only one."""
     rows = None if teacher_config is None else teacher_config.get_text_config().vocab_size
     try:
-        return HTTPTeacher(
-            args.teacher_url,
-            args.teacher_served_name,
-            args.teacher_model,
-            max_concurrency=args.max_concurrency,
-            top_logprobs=args.top_logprobs,
-            num_embeddings=rows,
-        )
+        settings = {name: getattr(args, name) for name in ("max_concurrency", "top_logprobs")}
+        names = (args.teacher_url, args.teacher_served_name, args.teacher_model)
+        return HTTPTeacher(*names, **settings, num_embeddings=rows)
     except ValueError as error:  # `url` and `model` have other names here
         message = str(error).replace("`url`", "`teacher_url`").replace("`model`", "`teacher_served_name`")
         raise ValueError(message) from None
@@ -503,7 +455,7 @@ def quantization_of_teacher(args: LabelArguments, dtype: str) -> BitsAndBytesCon
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
-    """What 'auto' stands for: float32 on a CPU, else what the checkpoint is stored in."""
+    """The type of the weights; 'auto' is float32 on a CPU, else the type in the checkpoint."""
     if dtype != "auto":
         return dtype
     if not torch.accelerator.is_available():
@@ -533,12 +485,9 @@ def load_models(
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=device_map)
     teacher = plan.teacher
     if teacher is None:
-        teacher = AutoModelForCausalLM.from_pretrained(
-            args.teacher_model,
-            dtype=dtype,
-            device_map=device_map,
-            quantization_config=quantization_of_teacher(args, dtype),
-        )
+        quantized = quantization_of_teacher(args, dtype)
+        settings = {"dtype": dtype, "device_map": device_map, "quantization_config": quantized}
+        teacher = AutoModelForCausalLM.from_pretrained(args.teacher_model, **settings)
     if plan.cross is not None:
         teacher = CrossTokenizerTeacher(teacher, plan.cross, plan.teacher_prompts)
     decode_with = None
@@ -547,11 +496,8 @@ def load_models(
             selector = TeacherSelector(teacher)
         else:
             selector = LocalSelector.from_pretrained(args.adapter, model)
-        decode_with = {
-            "custom_generate": s2t_generate,
-            "selector": selector,
-            "decoding_config": args.decoding_config(),
-        }
+        decode_with = {"custom_generate": s2t_generate, "selector": selector}
+        decode_with["decoding_config"] = args.decoding_config()
     return model, teacher, decode_with
 
 
@@ -564,18 +510,9 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
     """Loads the weights, labels, writes the statistics and returns them; `None` in all processes but the main one."""
     state = process_state(args)
     model, teacher, decode_with = load_models(args, plan)
-    header = label_problems(
-        model,
-        teacher,
-        plan.prompts,
-        args.output_dir,
-        plan.header,
-        plan.pad_token_id,
-        batch_size=args.batch_size,
-        shard_size=args.shard_size,
-        overwrite=args.overwrite,
-        decode_with=decode_with,
-    )
+    settings = {name: getattr(args, name) for name in ("batch_size", "shard_size", "overwrite")}
+    settings["decode_with"] = decode_with
+    header = label_problems(model, teacher, plan.prompts, args.output_dir, plan.header, plan.pad_token_id, **settings)
     if not state.is_main_process:
         return None
     labels, _ = read_labels(args.output_dir, split="all")
@@ -618,7 +555,7 @@ def report(args: LabelArguments, stats: dict[str, Any]) -> str:
 
 
 class Cost(NamedTuple):
-    """What is left to do, by a sample of it. Loading the models is not in the time."""
+    """Cost of the remaining work, estimated from a sample. Loading the models is not in the time."""
 
     sample: int
     sample_seconds: float
@@ -633,7 +570,7 @@ class Cost(NamedTuple):
 
 
 def estimate(args: LabelArguments, plan: Plan) -> Cost:
-    """Labels problems from all over what is left into a temporary folder, and scales up what that took."""
+    """Labels a sample of the remaining problems in a temporary folder, and scales its cost up."""
     unfinished = find_unfinished(args.output_dir, plan.header, args.overwrite) is not None
     done = done_problem_ids(args.output_dir) & plan.prompts.keys() if unfinished else set()
     todo = [id for id in plan.prompts if id not in done]
@@ -644,17 +581,9 @@ def estimate(args: LabelArguments, plan: Plan) -> Cost:
     model, teacher, decode_with = load_models(args, plan)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        label_problems(
-            model,
-            teacher,
-            sample,
-            folder,
-            replace(plan.header, validation_share=0.0),
-            plan.pad_token_id,
-            args.batch_size,
-            num_sample,
-            decode_with=decode_with,
-        )
+        header = replace(plan.header, validation_share=0.0)
+        settings = {"batch_size": args.batch_size, "shard_size": num_sample, "decode_with": decode_with}
+        label_problems(model, teacher, sample, folder, header, plan.pad_token_id, **settings)
         seconds = time.perf_counter() - began
         files = shard_files(folder)
         num_bytes = sum(file.stat().st_size for file in files)
@@ -716,6 +645,6 @@ def main(argv: list[str] | None = None) -> None:
         with work():
             stats = label(args, plan)
     except TeacherError as error:
-        raise CommandFailed(f"{error} What is labelled is kept; the same command goes on.") from error
+        raise CommandFailed(f"{error} What is labelled is kept; the same command resumes.") from error
     if stats is not None:
         print(report(args, stats))

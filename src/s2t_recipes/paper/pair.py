@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from s2t_recipes.splits import BED_PARTS, PROBLEM_PARTS, is_bed
-from transformers_s2t.files import write_json
+from s2t_recipes.splits import CORPUS_PARTS, PROBLEM_PARTS, has_corpus_script
 
 
 #: How often a sweep halves, or doubles, the learning rate while the last one is the best.
@@ -101,7 +100,7 @@ class Pair:
             pair = cls(name=file.stem, **values)
         except TypeError as error:
             raise ValueError(f"{file}: {error}") from None
-        legal = BED_PARTS if is_bed(pair.dataset) else PROBLEM_PARTS
+        legal = CORPUS_PARTS if has_corpus_script(pair.dataset) else PROBLEM_PARTS
         for name in [*pair.sizes, *pair.part_options]:
             if name not in legal:
                 raise ValueError(f"{file}: parts must be among {', '.join(legal)}, got {name!r}.")
@@ -135,8 +134,3 @@ def fill_in(value: Any, folders: dict[str, str | None], file: Path) -> Any:
                 raise FileNotFoundError(f"{file} wants {value}: pass its folder as --{name}.")
             return str(path)
     return value
-
-
-def note_pair(pair: Pair, folder: Path) -> None:
-    """Writes the settings of a pair into the folder of what is made with them, as pair.json."""
-    write_json(folder / "pair.json", {f.name: getattr(pair, f.name) for f in fields(pair)})

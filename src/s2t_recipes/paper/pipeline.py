@@ -24,11 +24,10 @@ class Pipeline:
     """The jobs of one pair. Every method returns a job; asked twice for the same, it is the same job.
 
     Args:
-        pair: models, data, settings.
-        jobs: the run that the jobs are added to.
-        folder: output folder of the pair; the jobs write into it.
-        model: a student other than the pair's, as a job that makes it (a tuned one, for a selector on top of it).
-        prefix: beginning of the names of everything that depends on that student.
+        pair: models, data and settings.
+        jobs, folder: run that the jobs are added to, and output folder of the pair.
+        model, prefix: job that makes another student than the pair's (a tuned one, for a selector on top of it), and
+            beginning of the names of everything that depends on that student.
     """
 
     def __init__(self, pair: Pair, jobs: Jobs, folder: Path, model: Job | None = None, prefix: str = ""):
@@ -40,14 +39,10 @@ class Pipeline:
 
     def on_top_of(self, adapter: Job | BestTraining, name: str) -> Pipeline:
         """The same pair with another student: this one, with an adapter merged into it."""
-        output = self.folder / "merged" / name
+        output, needs = self.folder / "merged" / name, [adapter, *self.models]
         command = [recipe("merge.py"), "--model", self.model, "--output_dir", str(output), "--dtype", self.pair.dtype]
-        merged = self.add(
-            f"merge-{name}", output, lambda: [*command, "--adapter", str(adapter.path)], [adapter, *self.models]
-        )
+        merged = self.add(f"merge-{name}", output, lambda: [*command, "--adapter", str(adapter.path)], needs)
         return Pipeline(self.pair, self.jobs, self.folder, merged, f"{name}-")
-
-    # models and data
 
     @property
     def models(self) -> tuple[Job, ...]:
@@ -95,8 +90,6 @@ class Pipeline:
         sizes, options = pair.sizes, ["--only", part, *pair.part_options.get(part, [])]
         command = split_command(recipe("splits.py"), pair.dataset, str(folder), sizes, pair.data_seed, options)
         return self.add(f"data-{part}", folder / f"{part}.jsonl", command)
-
-    # the stages
 
     def labels(self, part: str, limit: int | None = None, **options) -> Job:
         """Labels of the first problems of a part.
@@ -146,21 +139,19 @@ class Pipeline:
         """An adapter: trained, with a router, calibrated.
 
         Args:
-            labels: labels to train on.
+            labels, calibration: labels to train on, and labels to calibrate on.
             seed: seed of the training.
-            calibration: labels to calibrate on.
-            route: train a router.
-            decode: calibrate thresholds by decoding; otherwise fusion weights only, which is enough without a trigger.
+            route: whether a router is trained.
+            decode: whether thresholds are calibrated by decoding; otherwise fusion weights only, which is enough
+                without a trigger.
             rate: learning rate, or the sweep that finds it; by default the pair's.
             only_if: condition on which it is trained; by default it always is.
             options: further arguments of recipes/train.py.
         """
         pair = self.pair
-        shown = options if isinstance(rate, Sweep) or rate is None else {"learning_rate": f"{rate:g}"} | options
-        best = "-best" if isinstance(rate, Sweep) else ""
         extra = ("" if route else "-unrouted") + ("" if decode else "-undecoded")
         calibrated_on = "" if calibration.path.name == f"{self.prefix}calibration" else f"-{calibration.path.name}"
-        name = f"{labels.path.name}{calibrated_on}{tag(shown)}{best}{extra}-seed{seed}"
+        name = f"{labels.path.name}{calibrated_on}{tag_with_rate(options, rate)}{extra}-seed{seed}"
         output = self.folder / "selectors" / name
         command = [recipe("train.py"), "--model", self.model, "--labels", str(labels.path)]
         command += ["--output_dir", str(output), "--seed", str(seed)]
@@ -194,16 +185,11 @@ class Pipeline:
 
     def with_thresholds(self, best: BestTraining, name: str, calibration: Job) -> Job:
         """A copy of the best selector of a sweep, calibrated for triggers too."""
-        output = self.folder / "selectors" / name
+        folder = self.folder / "selectors" / name
         command = self._calibrate(calibration, {"teacher_model": self.pair.teacher_model})
-        command += ["--output_dir", str(output)]
-        return self.add(
-            f"calibrate-{name}",
-            output / CALIBRATION_NAME,
-            lambda: [*command, "--adapter", str(best.path)],
-            (best, calibration),
-            output,
-        )
+        command += ["--output_dir", str(folder)]
+        output, needs = folder / CALIBRATION_NAME, (best, calibration)
+        return self.add(f"calibrate-{name}", output, lambda: [*command, "--adapter", str(best.path)], needs, folder)
 
     def _calibrate(self, calibration: Job, settings: Mapping[str, Any]) -> list[str]:
         """Command of recipes/calibrate.py, all but the adapter."""
@@ -229,9 +215,7 @@ class Pipeline:
             seed, rate, only_if: see `selector`.
             options: further arguments of recipes/train_baseline.py.
         """
-        shown = options if isinstance(rate, Sweep) else {"learning_rate": f"{rate:g}"} | options
-        best = "-best" if isinstance(rate, Sweep) else ""
-        name = f"{method}-{labels.path.name}{tag(shown)}{best}-seed{seed}"
+        name = f"{method}-{labels.path.name}{tag_with_rate(options, rate)}-seed{seed}"
         output = self.folder / "baselines" / name
         command = [recipe("train_baseline.py"), "--method", method.removesuffix("-sampled"), "--model", self.model]
         command += ["--teacher_model", self.pair.teacher_model, "--labels", str(labels.path)]
@@ -259,31 +243,23 @@ class Pipeline:
         """A report.json of recipes/eval.py.
 
         Args:
-            name: name of the output folder.
+            name, part: name of the output folder, and part of the pair whose problems are answered.
             policies: labels of the policies.
-            part: part of the pair whose problems are answered.
             adapters: selectors, one for each seed.
             tuned: label and training of each imitation. A second-best training that turns out not to be there is left
                 out, and its policy with it.
-            needs: further jobs whose output the options name.
+            needs, options: further arguments of recipes/eval.py, and further jobs whose output they name.
             only_if: see `selector`.
-            options: further arguments of recipes/eval.py.
         """
         data = self.data(part)
         output = self.folder / "evaluations" / f"{self.prefix}{name}"
         command = [recipe("eval.py"), "--model", self.model, "--dataset", str(data.path)]
         command += ["--output_dir", str(output)]
         teacher = any(re.match(r"teacher|takeover|s2t:|.*:kl:", policy) for policy in policies)
-        pair = self.pair
-        settings = {
-            "teacher_model": self.pair.teacher_model if teacher else None,
-            "max_new_tokens": pair.max_new_tokens,
-            "batch_size": pair.batch_size,
-            "dtype": pair.dtype,
-            **self.chat,
-            "zero_shot_text": pair.zero_shot_text if any("zero-shot" in policy for policy in policies) else None,
-            "policies": list(policies),
-        }
+        pair, zero_shot = self.pair, any("zero-shot" in policy for policy in policies)
+        settings = {"teacher_model": pair.teacher_model if teacher else None}
+        settings |= {name: getattr(pair, name) for name in ("max_new_tokens", "batch_size", "dtype")} | self.chat
+        settings |= {"zero_shot_text": pair.zero_shot_text if zero_shot else None, "policies": list(policies)}
         settings |= pair.evaluate | options
 
         def whole_command() -> list[str]:
@@ -300,8 +276,6 @@ class Pipeline:
         needs = [data, *self.models, *trained, *needs]
         name, output = f"evaluate-{self.prefix}{name}", output / "report.json"
         return self.add(name, output, whole_command() if is_known else whole_command, needs, only_if=only_if)
-
-    # learning rates
 
     def train(self, method: str, labels: Job, seed: int, rate: float | Sweep, *, calibration: Job, **options) -> Job:
         """A selector without thresholds, or a baseline, as sweeps and curves compare them."""
@@ -351,6 +325,13 @@ def with_rate(command: list[str], settings: Mapping[str, Any], rate: float | Swe
     return command + as_arguments(settings if rate is None else {**settings, "learning_rate": f"{rate:g}"})
 
 
+def tag_with_rate(options: Mapping[str, Any], rate: float | Sweep | None) -> str:
+    """See `tag`; the learning rate counts as an option."""
+    if isinstance(rate, Sweep):
+        return f"{tag(options)}-best"
+    return tag(options if rate is None else {"learning_rate": f"{rate:g}"} | options)
+
+
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
     """`{"lora_r": 4, "policies": ["a", "b"], "x": True}` as a command line: a mapping as JSON, `None` not at all."""
     arguments = []
@@ -364,7 +345,7 @@ def as_arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def tag(options: Mapping[str, Any]) -> str:
-    """The part of a file's name that tells which options differ from the usual ones; empty for none."""
+    """Part of a file's name that lists the options that differ from the usual ones; empty for none."""
     texts = [f"{name}={value}" for name, value in options.items()]
     text = re.sub(r"[^\w.=+-]+", "_", "".join(f"-{text}" for text in texts))
     return text if len(text) < 80 else f"{text[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -9,13 +9,13 @@ Every number in a table comes from a JSON that recipes/paper.py wrote. Knows for
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from s2t_recipes.commands import RECIPES
+from s2t_recipes.options import SmallParser
 
 
 ROOT = RECIPES.parent
@@ -89,23 +89,19 @@ def fill(text: str, results: dict[str, dict[str, Any]]) -> str:
         done.append(line)
         if not line.startswith("<!-- results: "):
             continue
-        words = line.removeprefix("<!-- results: ").removesuffix(" -->").split()
-        name, pair, *rest = words
+        name, pair, *rest = line.removeprefix("<!-- results: ").removesuffix(" -->").split()
         if name not in results or pair not in results[name]["pairs"]:
             raise ValueError(f"{line!r} names results that there are not: have {sorted(results)}.")
         behind = [other for other in lines if other == "<!-- end -->" or other.startswith("<!-- results: ")]
         if not behind or behind[0] != "<!-- end -->":
             raise ValueError(f"{line!r} has no <!-- end --> behind it.")
         found = results[name]["pairs"][pair]
-        keys, places = rest, []
-        if "rows" in rest:
-            cut = rest.index("rows")
-            keys, places = rest[:cut], [int(place) for place in rest[cut + 1 :]]
+        cut = rest.index("rows") if "rows" in rest else len(rest)
+        keys, places = rest[:cut], [int(place) for place in rest[cut + 1 :]]
         legal = [column[1] for column in found["columns"]]
         if not set(keys) <= set(legal) or not all(0 <= place < len(found["rows"]) for place in places):
-            raise ValueError(
-                f"{line!r} must name columns among {', '.join(legal)} and {len(found['rows'])} rows from 0."
-            )
+            what = f"columns among {', '.join(legal)} and {len(found['rows'])} rows from 0"
+            raise ValueError(f"{line!r} must name {what}.")
         columns = [column for column in found["columns"] if not keys or column[1] in keys]
         rows = [found["rows"][place] for place in places] if places else found["rows"]
         done += ["", table(columns, rows), "", "<!-- end -->"]
@@ -151,9 +147,9 @@ def differences(results: dict[str, dict[str, Any]], others: dict[str, dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write docs/results/*.md and the tables of other texts.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where something differs")
-    parser.add_argument("--same", type=Path, metavar="FOLDER", help="compare with another run's results, and stop")
+    parser = SmallParser("What is done instead of writing")
+    parser.add_argument("--check", action="store_true", help="Change nothing; exit status 1 where something differs.")
+    parser.add_argument("--same", type=Path, metavar="FOLDER", help="Compare with the results of another run.")
     args = parser.parse_args()
     if args.same is not None:
         ours, others = read_results(RESULTS), read_results(args.same)
@@ -163,14 +159,11 @@ def main() -> None:
         found = differences(ours, others)
         print("\n".join(found) or f"the same: {', '.join(compared)}")
         sys.exit(1 if found else 0)
-    stale = [
-        (file, text)
-        for file, text in pages().items()
-        if not file.is_file() or file.read_text(encoding="utf-8") != text
-    ]
-    for file, text in stale:
+    wanted = pages()
+    stale = [file for file in wanted if not file.is_file() or file.read_text(encoding="utf-8") != wanted[file]]
+    for file in stale:
         print(f"{file}: {'out of date' if args.check else 'written'}")
         if not args.check:
-            file.write_text(text, encoding="utf-8")
+            file.write_text(wanted[file], encoding="utf-8")
     if args.check and stale:
         sys.exit(1)

@@ -6,7 +6,7 @@
 
 A table is a YAML of recipes/paper (what is compared), a pair one of recipes/paper/pairs (models, data, shared
 settings). Labels, selectors, baselines and evaluations that tables share are made once, each by the recipe that a user
-would type; what is finished is kept in `--output_dir`, and the same command goes on where it stopped. Figures go to
+would type; what is finished is kept in `--output_dir`, and the same command resumes a stopped run. Figures go to
 `--results` as JSON and Markdown, with the commands behind them, seeds and versions. Times are told apart from what two
 runs must agree on.
 """
@@ -20,6 +20,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ import yaml
 from s2t_recipes.commands import RECIPES
 from s2t_recipes.evaluation.rows import versions
 from s2t_recipes.jobs import Jobs
+from s2t_recipes.options import SmallParser
 from s2t_recipes.paper import results
-from s2t_recipes.paper.pair import Pair, note_pair
+from s2t_recipes.paper.pair import Pair
 from s2t_recipes.paper.pipeline import Pipeline
 from s2t_recipes.paper.tables import KINDS
 from transformers_s2t.files import write_json
@@ -44,25 +46,19 @@ WITHOUT_ANSWERS = ("sufficiency", "fidelity")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Regenerate the tables of docs/results.")
+    parser = SmallParser("Which tables are made, on which pairs, and where they go")
     tables = sorted(file.stem for file in PAPER.glob("*.yaml"))
-    pairs = sorted(file.stem for file in (PAPER / "pairs").glob("*.yaml"))
-
-    def add(name: str, help: str, **options) -> None:
-        parser.add_argument(name, help=help, **options)
-
-    add("--tables", f"by default all: {', '.join(tables)}; or paths of YAMLs", nargs="+", default=tables)
-    add("--pairs", f"instead of those that a table names: {', '.join(pairs)}; or paths of YAMLs", nargs="+")
-    add("--output_dir", "where everything that is made goes (default: runs/paper)", default="runs/paper")
-    add("--results", "where tables go (default: docs/results)", type=Path, default=results.RESULTS)
+    pairs = ", ".join(sorted(file.stem for file in (PAPER / "pairs").glob("*.yaml")))
+    add = parser.add_argument
+    add("--tables", nargs="+", default=tables, help="Tables of recipes/paper, or paths of YAMLs.")
+    add("--pairs", nargs="+", help=f"{pairs}, or paths of YAMLs (default: those that a table names).")
+    add("--output_dir", default="runs/paper", help="Folder for everything that is made.")
+    add("--results", type=Path, default=results.RESULTS, help="Folder for the tables (default: docs/results).")
     for name in ("data", "models"):
-        add(f"--{name}", f"folder that {{{name}}} in a pair's YAML stands for; without it the pair is left out")
-    add(
-        "--num_parallel",
-        f"recipes side by side (default: one per core, at most {MAX_PARALLEL}; 1 with a GPU)",
-        type=int,
-    )
-    add("--dry_run", "list the jobs that are missing, and run none", action="store_true")
+        add(f"--{name}", help=f"Folder for {{{name}}} in a pair's YAML; without it such a pair is left out.")
+    text = f"Number of recipes side by side (default: one per core, at most {MAX_PARALLEL}; 1 with a GPU)."
+    add("--num_parallel", type=int, help=text)
+    add("--dry_run", action="store_true", help="List the jobs that are missing, and run none.")
     args = parser.parse_args(arguments)
     if args.num_parallel is not None and args.num_parallel < 1:
         parser.error(f"`num_parallel` must be at least 1, got {args.num_parallel}")
@@ -98,12 +94,6 @@ def read_table(file: Path) -> dict[str, Any]:
     return {"name": file.stem} | spec
 
 
-def describe_device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return "CPU, one thread per process"
-
-
 def placeless(command: str, places: Mapping[str, str]) -> str:
     """A command without the folders of this machine. `places`: folder -> what stands for it."""
     for folder, name in sorted(places.items(), key=lambda place: -len(place[0])):
@@ -118,7 +108,7 @@ def write_table(file: Path, spec: dict[str, Any], command: str, pair: Pair, resu
     entry = {
         "title": pair.title,
         "seeds": f"0 to {last_seed}" if last_seed else "0",
-        "device": describe_device(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread per process",
         "versions": versions(),
         "columns": [list(column) for column in result.columns],
         "rows": result.rows,
@@ -155,30 +145,25 @@ def main(arguments: list[str] | None = None) -> None:
     planned = []
     for spec in specs:
         for name in wanted[spec["name"]]:
-            if name in absent:
-                continue
-            pair = pairs[name]
-            if spec["kind"] not in WITHOUT_ANSWERS and not pair.has_answers:
-                continue
-            planned.append((spec, pair, KINDS[spec["kind"]](pipelines[name], spec)))
+            pair, kind = pairs.get(name), spec["kind"]
+            if pair is not None and (pair.has_answers or kind in WITHOUT_ANSWERS):
+                planned.append((spec, pair, KINDS[kind](pipelines[name], spec)))
     for reason in absent.values():
         print(f"Left out, its tables stay as they are: {reason}")
     todo = jobs.missing()
     perhaps = sum(job.only_if is not None for job in todo)
     more = f", {perhaps} only where a sweep of learning rates asks for them" if perhaps else ""
-    print(
-        f"{len(planned)} tables, {len(jobs.all)} jobs, {len(todo)} of them to run{more}; {num_parallel} side by side"
-    )
+    counts = f"{len(planned)} tables, {len(jobs.all)} jobs, {len(todo)} of them to run{more}"
+    print(f"{counts}; {num_parallel} side by side")
     if args.dry_run:
         for job in todo:
             print(f"  {job.name}{' (perhaps)' if job.only_if else ''}")
         return
     for pair in pairs.values():
-        note_pair(pair, out / pair.name)
+        write_json(out / pair.name / "pair.json", asdict(pair))
     jobs.run()
-    places = {str(out): "runs/paper"} | {
-        folder: name.upper() for name, folder in (("data", args.data), ("models", args.models)) if folder
-    }
+    places = {str(out): "runs/paper", args.data: "DATA", args.models: "MODELS"}
+    places = {folder: name for folder, name in places.items() if folder}
     args.results.mkdir(parents=True, exist_ok=True)
     for spec, pair, collect in planned:
         command = ["python", "recipes/paper.py", "--tables", spec["name"]]

@@ -67,8 +67,6 @@ class Sweep:
     reports: dict[float, Job] = field(default_factory=dict)
     again: dict[int, dict[float, tuple[Job, Job]]] = field(default_factory=dict)
 
-    # planning
-
     def plan(self, first_seed: int, other_seeds: Sequence[int], try_out: TryOut) -> None:
         """Adds the jobs of all rates that might be tried; those that depend on reports have a [`Condition`]."""
         for rate in self.first:
@@ -102,8 +100,6 @@ class Sweep:
         """Rates that might be tried too: below the first ones and above, from these outwards."""
         powers = [2.0**power for power in range(1, self.further + 1)]
         return [self.first[0] / power for power in powers], [self.first[-1] * power for power in powers]
-
-    # what reports tell
 
     def is_tried(self, rate: float) -> bool:
         """Whether the search comes to this rate. Known once the reports of those before are there."""

@@ -22,6 +22,8 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Polygon  # noqa: E402
 
+from transformers_s2t.files import atomic_write  # noqa: E402
+
 
 #: Colours on white. report_page/style.css has the same names for both schemes.
 COLORS = {
@@ -62,7 +64,7 @@ class Box:
 
 @dataclass
 class Canvas:
-    """Shapes in the order in which they are drawn. `name` is what a screen reader says of the whole."""
+    """Shapes in the order in which they are drawn. `name` is the text for screen readers."""
 
     width: float
     height: float
@@ -85,7 +87,7 @@ class Canvas:
     def text(
         self, x: float, y: float, text: str, color: str = "ink", anchor: str = "start", size: float = 13, bold=False
     ) -> None:
-        """`y` is the middle of the line; `anchor` is start, middle or end. It gets a seam of the paper's colour."""
+        """Text with a seam in the paper's colour. `y` is the middle of the line, `anchor` start, middle or end."""
         self.shapes.append(("text", x, y, text, color, anchor, size, bold))
 
 
@@ -99,13 +101,9 @@ def _n(number: float) -> str:
 
 def to_svg(canvas: Canvas, css_class: str) -> str:
     """One inline element that grows and shrinks with its place."""
-    parts = [
-        f'<svg class="{css_class}" viewBox="0 0 {_n(canvas.width)} {_n(canvas.height)}" role="img" '
-        f'aria-label="{escape(canvas.name)}">'
-    ]
-    for kind, *shape in canvas.shapes:
-        parts.append(_SVG[kind](*shape))
-    return "".join(parts) + "</svg>"
+    shapes = "".join(_SVG[kind](*shape) for kind, *shape in canvas.shapes)
+    box = f"0 0 {_n(canvas.width)} {_n(canvas.height)}"
+    return f'<svg class="{css_class}" viewBox="{box}" role="img" aria-label="{escape(canvas.name)}">{shapes}</svg>'
 
 
 def _path(points) -> str:
@@ -203,31 +201,18 @@ def paint(canvas: Canvas, axes: Axes) -> None:
                 axes.scatter(*zip(*dots), s=area, color=COLORS[color], alpha=opacity, linewidths=0, zorder=order)
         else:
             x, y, text, color, anchor, size, bold = shape
-            drawn = axes.text(
-                x,
-                y,
-                text,
-                color=COLORS[color],
-                size=size * points,
-                ha={"start": "left", "middle": "center", "end": "right"}[anchor],
-                va="center_baseline",
-                weight="bold" if bold else "normal",
-                parse_math=False,
-                zorder=order,
-            )
+            side = {"start": "left", "middle": "center", "end": "right"}[anchor]
+            look = {"color": COLORS[color], "size": size * points, "weight": "bold" if bold else "normal"}
+            place = {"ha": side, "va": "center_baseline", "zorder": order}
+            drawn = axes.text(x, y, text, **look, **place, parse_math=False)
             drawn.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
 
 
 def save_png(figure: Figure, path: Path) -> Path:
     """Writes a figure at its own resolution, whole or not at all, closes it and returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    try:
-        figure.savefig(temporary, dpi=figure.dpi, format="png", metadata={"Software": None})
-        temporary.replace(path)
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as out:
+        figure.savefig(out, dpi=figure.dpi, format="png", metadata={"Software": None})
+    plt.close(figure)
     return path
 
 
@@ -236,25 +221,18 @@ def save_png(figure: Figure, path: Path) -> Path:
 
 
 def place_labels(
-    anchors: list[tuple[float, float]],
-    texts: list[str],
-    size: float,
-    room: Box,
-    obstacles: list[Box],
-    thin: list[Box],
+    anchors: list[tuple[float, float]], texts: list[str], size: float, room: Box, obstacles: list[Box], thin: list[Box]
 ) -> list[tuple[Box, bool]]:
     """Where the label of each point goes: near it, inside `room`, off other labels, points and leaders.
 
     Args:
-        anchors: the points, in pixels.
-        texts: texts of the labels, one for each point.
+        anchors, texts: points in pixels, and the label of each.
         size: size of the font, in pixels.
-        room: they stay inside it.
-        obstacles: boxes that no label may lie on.
-        thin: boxes that a label had better not lie on.
+        room: box in which labels stay.
+        obstacles, thin: boxes that no label may lie on, and boxes that a label had better not lie on.
 
     Returns:
-        the label's box, and whether it is far enough from its point to need a line to it.
+        Box of each label, and whether it is far enough from its point to need a line to it.
     """
     directions = [(math.cos(math.tau * k / 16), math.sin(math.tau * k / 16)) for k in range(16)]
     placed: list[tuple[float, Box, tuple] | None] = [None] * len(anchors)
@@ -274,9 +252,8 @@ def place_labels(
         leader = (anchors[number], _nearest(box, anchors[number]))
         total = distance
         for other in obstacles:
-            inside = (
-                other.left <= anchors[number][0] <= other.right and other.top <= anchors[number][1] <= other.bottom
-            )
+            x, y = anchors[number]
+            inside = other.left <= x <= other.right and other.top <= y <= other.bottom
             total += 2000 * box.overlaps(other) + 40 * (not inside and _crosses(leader, other))
         total += sum(12 * box.overlaps(other) for other in thin)
         for place, known in enumerate(placed):
@@ -304,7 +281,7 @@ def place_labels(
 
 
 def _nearest(box: Box, point: tuple[float, float]) -> tuple[float, float]:
-    """The point of a box's edge that faces `point`: the middle of a short side, or the nearest of a long one."""
+    """The point on the edge of a box that faces `point`: the nearest on a long side, the middle of a short one."""
     x, y = point
     if box.left - 4 <= x <= box.right + 4:
         return min(max(x, box.left), box.right), box.top if y < box.top else box.bottom
@@ -345,7 +322,4 @@ def spread(positions: list[float], gap: float, low: float, high: float) -> list[
                 moved[i - 1] -= overlap / 2
                 moved[i] += overlap / 2
         moved = [min(max(y, low + i * gap), high - (len(moved) - 1 - i) * gap) for i, y in enumerate(moved)]
-    out = [0.0] * len(positions)
-    for place, i in enumerate(order):
-        out[i] = moved[place]
-    return out
+    return [y for _, y in sorted(zip(order, moved))]

@@ -7,7 +7,6 @@ where the report does not hold what it needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -50,10 +49,6 @@ class Point:
     rank: int | None
     best: int
     num_above: int
-
-
-def _both(draw: Callable[[float], Canvas], wide: float) -> tuple[Canvas, Canvas]:
-    return draw(wide), draw(NARROW)
 
 
 def per_cent(share: float) -> str:
@@ -103,14 +98,9 @@ def ticks(low: float, high: float, number: int = 6) -> list[float]:
 
 def log_ticks(low: float, high: float, room: float, gap: float = 40) -> list[float]:
     """Round numbers inside [low, high], `gap` pixels apart or more on a logarithmic axis `room` pixels long."""
-    decades = [base * 10.0**power for power in range(-7, 7) for base in (1, 1.5, 2, 3, 5, 7)]
-    inside = [value for value in decades if low <= value <= high]
     for bases in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-        chosen = [
-            value
-            for value in inside
-            if any(math.isclose(value / 10 ** math.floor(math.log10(value) + 1e-9), base) for base in bases)
-        ]
+        decades = [base * 10.0**power for power in range(-7, 7) for base in bases]
+        chosen = sorted(value for value in decades if low <= value <= high)
         gaps = [math.log(after / before) for before, after in zip(chosen, chosen[1:])]
         if not gaps or min(gaps) / math.log(high / low) * room >= gap:
             break
@@ -134,7 +124,6 @@ def cost_chart(rows: list[dict]) -> Chart | None:
     if len(timed) < 2:
         return None
     crowd = crowd_of(timed)
-    wide, narrow = _both(lambda width: draw_cost(timed, crowd, width), WIDE)
     left_out = len(rows) - len(timed)
     return Chart(
         "cost",
@@ -142,8 +131,8 @@ def cost_chart(rows: list[dict]) -> Chart | None:
         "Time in generate relative to greedy in the same run, logarithmic; bars are 95 % intervals of the accuracy. "
         + ("The panel of the best shows the frame again, larger. " if crowd else "")
         + (f"Without a time of the same run: {left_out} of {len(rows)} policies." if left_out else ""),
-        wide,
-        narrow,
+        draw_cost(timed, crowd, WIDE),
+        draw_cost(timed, crowd, NARROW),
         ("policy", "time", "accuracy", "95 % interval", "needs the larger model"),
         [
             (
@@ -159,7 +148,7 @@ def cost_chart(rows: list[dict]) -> Chart | None:
 
 
 def crowd_of(rows: list[dict]) -> list[dict]:
-    """The policies at the top that need a panel of their own, none where all can be told apart anyway."""
+    """The best policies, which need a panel of their own; none where all policies can be told apart without one."""
     best, worst = (choose(row["accuracy"] for row in rows) for choose in (max, min))
     top = [row for row in rows if row["accuracy"] >= best - 0.15 * (best - worst)]
     return top if len(top) >= 4 and best - worst > 12 and len(top) < len(rows) else []
@@ -216,14 +205,11 @@ def color_of(row: dict) -> str:
 
 def legend(canvas: Canvas, narrow: bool) -> None:
     x = 8.0
-    texts = (
-        ("no larger model", "needs it", "control")
-        if narrow
-        else ("runs without the larger model", "needs the larger model", "control (hollow)")
-    )
-    for (shape, color, hollow), text in zip(
-        (("circle", "free", False), ("square", "teacher", False), ("circle", "plain", True)), texts
-    ):
+    texts = ("runs without the larger model", "needs the larger model", "control (hollow)")
+    if narrow:
+        texts = ("no larger model", "needs it", "control")
+    marks = (("circle", "free", False), ("square", "teacher", False), ("circle", "plain", True))
+    for (shape, color, hollow), text in zip(marks, texts):
         canvas.mark(shape, x + 6, 12, 6, color, hollow)
         canvas.text(x + 18, 12, text)
         x += 18 + text_width(text, 13) + 18
@@ -295,7 +281,8 @@ def hits_chart(hit_at_k: dict[str, float]) -> Chart | None:
         "Hit@K: is the teacher's token within reach?",
         "Share of the points where student and teacher diverge most at which the teacher's own token is among the "
         "student's first K candidates.",
-        *_both(lambda width: draw_hits(hit_at_k, width), HALF),
+        draw_hits(hit_at_k, HALF),
+        draw_hits(hit_at_k, NARROW),
         ("K", "share of points"),
         [(str(size), f"{100 * share:.2f} %") for size, share in sorted_hits(hit_at_k)],
     )
@@ -334,7 +321,7 @@ def sectors_of(depth: int) -> list[tuple[str, int, int | None]]:
 
 
 def radial_chart(points: list[Point], depth: int, num_candidates: int) -> Chart | None:
-    """Every point of the top divergence: the angle says the rank of the teacher's token, the radius how far off."""
+    """All points of top divergence: the angle is the rank of the teacher's token, the radius the divergence."""
     if not points:
         return None
     sectors = sectors_of(depth)
@@ -380,10 +367,8 @@ def radial_chart(points: list[Point], depth: int, num_candidates: int) -> Chart 
             within = last is not None and last <= num_candidates
             color = "plain" if last == 1 else "free" if within else "bad"
             shown = values[::step]
-            dots = []
-            random = Random(k)
-            for value in shown:  # where in its sector means nothing
-                dots.append(at((k - 0.45 + 0.9 * random.random()) * share, radius(value)))
+            random = Random(k)  # where in its sector a dot lies means nothing
+            dots = [at((k - 0.45 + 0.9 * random.random()) * share, radius(value)) for value in shown]
             crowded = len(shown) > 300
             canvas.dots(dots, 1.6 if crowded else 2.4, color, 0.55 if crowded else 0.8)
             x, y = at(k * share, outer + 12)
@@ -409,7 +394,8 @@ def radial_chart(points: list[Point], depth: int, num_candidates: int) -> Chart 
         f"token among the student's candidates; the farther out, the larger the divergence (nats, logarithmic, "
         f"{low:.2g} to {high:.2g}). Green: within reach of a selector that is offered {num_candidates} candidates, "
         f"{per_cent(reach / len(points))} with rank 1." + sampled,
-        *_both(draw, HALF),
+        draw(HALF),
+        draw(NARROW),
         ("rank of the teacher's token", "points", "share", "median divergence"),
         [
             (name, str(count), per_cent(count / len(points)), f"{values[count // 2]:.3f}" if count else "–")
@@ -476,21 +462,18 @@ def buckets_chart(points: list[Point], num_candidates: int, fidelity: dict | Non
         "and second: the student's candidate is the one that the teacher likes best of those above the floor (where "
         f"only one is above it, the second is the first). Hit@{num_candidates}: the teacher's own token is among the "
         f"first {num_candidates}." + (fidelity_in_words(fidelity) if fidelity else ""),
-        *_both(draw, HALF),
+        draw(HALF),
+        draw(NARROW),
         ("divergence", "points", *lines),
         [
-            (
-                f"{edges[k]:.3g} to {edges[k + 1]:.3g}",
-                str(count),
-                *(per_cent(values[k]) for *_, values in lines.values()),
-            )
-            for k, count in enumerate(counts)
+            (f"{low:.3g} to {high:.3g}", str(count), *map(per_cent, shares))
+            for low, high, count, *shares in zip(edges, edges[1:], counts, *(values for *_, values in lines.values()))
         ],
     )
 
 
 def buckets_of(points: list[Point], num_candidates: int) -> dict | None:
-    """What labels tell by themselves, before anybody selects."""
+    """Rates by divergence that labels give without a selector."""
     hits = {
         "hit_at_k": [(point.rank or 10**9) <= num_candidates for point in points],
         "student_first": [point.best == 1 for point in points],
@@ -500,8 +483,8 @@ def buckets_of(points: list[Point], num_candidates: int) -> dict | None:
 
 
 def bucket_lines(num_candidates: int) -> dict[str, tuple[str, str, str, float]]:
-    """Key of the rates -> name, colour, mark and its radius. Those on top are smaller: lines that lie on one another
-    can be told apart."""
+    """Key of the rates -> name, colour, mark and its radius. Marks drawn later are smaller, so that equal lines can be
+    told apart."""
     return {
         "hit_at_k": (f"Hit@{num_candidates}", "teacher", "square", 7),
         "student_first": ("student's first", "plain", "circle", 6),
@@ -511,7 +494,7 @@ def bucket_lines(num_candidates: int) -> dict[str, tuple[str, str, str, float]]:
 
 
 def fidelity_in_words(fidelity: dict) -> str:
-    """What the line of the selectors is, and what it comes to."""
+    """Explains the line of the selectors, and gives its overall figures."""
     number = fidelity["num_seeds"]
     words = " S2T-Local: the selector chooses the teacher's best above the floor"
     words += f" (mean of {number} adapters)." if number > 1 else "."
@@ -539,13 +522,11 @@ def rates_chart(rows: list[dict]) -> Chart | None:
     for row in rows:
         if row["target_rate"] is not None and row["achieved_rate"] is not None:
             lines.setdefault((row["policy"], row["trigger"]), []).append(row)
-    lines = {
-        key: sorted(members, key=lambda row: row["achieved_rate"])
-        for key, members in lines.items()
-        if len(members) > 1
-    }
+    lines = {key: members for key, members in lines.items() if len(members) > 1}
     if not lines:
         return None
+    for members in lines.values():
+        members.sort(key=lambda row: row["achieved_rate"])
     drawn = [row for members in lines.values() for row in members]
 
     def draw(width: float) -> Canvas:
@@ -579,9 +560,8 @@ def rates_chart(rows: list[dict]) -> Chart | None:
                 canvas.text(22, 368 + 22 * place, str(place + 1), colors[i], "end", bold=True)
                 canvas.text(30, 368 + 22 * place, names[i], colors[i])
         else:
-            for (x, end), y_at, text, color in zip(
-                ends, spread([y for _, y in ends], 18, axes.box.top, axes.box.bottom), names, colors
-            ):
+            at = spread([y for _, y in ends], 18, axes.box.top, axes.box.bottom)
+            for (x, end), y_at, text, color in zip(ends, at, names, colors):
                 canvas.line([(x + 7, end), (right + 4, y_at)], color, 1, opacity=0.5)
                 canvas.text(right + 8, y_at, text, color)
         return canvas
@@ -591,7 +571,8 @@ def rates_chart(rows: list[dict]) -> Chart | None:
         "How often to ask",
         "Accuracy against the share of tokens at which the trigger fired, for policies that were run at several "
         "rates; bars are 95 % intervals.",
-        *_both(draw, HALF),
+        draw(HALF),
+        draw(NARROW),
         ("policy", "fired", "accuracy", "95 % interval"),
         [
             (

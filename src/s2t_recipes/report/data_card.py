@@ -1,6 +1,6 @@
-"""The card of a folder of labels: how they were made, how far the student's candidates suffice, and a picture of both.
+"""The card of a folder of labels: how they were made, how often the student's candidates suffice, and a picture.
 
-Reads what recipes/label.py wrote; knows no models.
+Reads the output of `s2t label`; knows no models.
 """
 
 from __future__ import annotations
@@ -29,20 +29,18 @@ def draw(file: Path, labels: Dataset, header: TrajectoryHeader, stats: dict[str,
     """Divergence of all generated tokens with the threshold, and Hit@K at those above it."""
     divergence = np.concatenate([np.asarray(row, dtype=float) for row in labels["divergence"]])
     floor = 1e-4  # nats; below it the models agree, and a logarithm has to end somewhere
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9.6, 3.2), width_ratios=(3, 2), layout="constrained", facecolor="white"
-    )
+    shape = {"figsize": (9.6, 3.2), "width_ratios": (3, 2), "layout": "constrained", "facecolor": "white"}
+    figure, (left, right) = plt.subplots(1, 2, **shape)
     high = max(float(divergence.max()), header.divergence_threshold * 2, floor * 10)
-    edges = np.union1d(
-        np.geomspace(floor, high, 41), max(header.divergence_threshold, floor)
-    )  # no bar has two colours
+    edges = np.geomspace(floor, high, 41)
+    edges = np.union1d(edges, max(header.divergence_threshold, floor))  # no bar has two colours
     counts, _ = np.histogram(divergence.clip(floor, high), edges)
     above = edges[:-1] >= header.divergence_threshold
     left.bar(edges[:-1], counts, np.diff(edges), align="edge", color=np.where(above, CHOSEN, KEPT))
     left.axvline(header.divergence_threshold, color=INK, linewidth=1)
     share = stats["kl_tokens"] / stats["tokens"]
-    left.text(header.divergence_threshold, 0.98, f" {share:.1%} of the tokens", transform=left.get_xaxis_transform(),
-              va="top", color=INK, fontsize=9)  # fmt: skip
+    place = {"transform": left.get_xaxis_transform(), "va": "top", "color": INK, "fontsize": 9}
+    left.text(header.divergence_threshold, 0.98, f" {share:.1%} of the tokens", **place)
     left.set(xscale="log", xlabel="KL(teacher || student), nats (the first bar: less)", ylabel="generated tokens")
     left.set_yscale("symlog", linthresh=10)
     hits = {int(k): 100 * value for k, value in stats["hit_at_k"].items()}
@@ -59,7 +57,7 @@ def draw(file: Path, labels: Dataset, header: TrajectoryHeader, stats: dict[str,
 
 
 def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeader, stats: dict[str, Any]) -> None:
-    """Writes `README.md`, which also tells `datasets` where the rows are, and `divergence.png`."""
+    """Writes `divergence.png` and `README.md`, whose first lines point `datasets` to the rows."""
     folder = Path(folder)
     student, teacher = (Path(name).name for name in (header.model, header.teacher_model))
     writes = {
@@ -69,11 +67,9 @@ def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeade
         "s2t-local": "rollouts of the student, corrected by a trained selector at decision points",
     }[header.rollout]
     hits = " | ".join(f"{value:.3f}" for value in stats["hit_at_k"].values())
-    of_texts = (
-        " The teacher has another tokenizer: its log-probabilities are those of texts, and estimates."
-        if header.cross_tokenizer
-        else ""
-    )
+    of_texts = ""
+    if header.cross_tokenizer:
+        of_texts = " The teacher has another tokenizer: its log-probabilities are those of texts, and estimates."
     sizes = " | ".join(f"Hit@{k}" for k in stats["hit_at_k"])
     sufficiency = (
         f"| {sizes} |\n|{'---|' * len(stats['hit_at_k'])}\n| {hits} |\n\n![Divergence and Hit@K]({PICTURE_NAME})\n"

@@ -7,16 +7,20 @@ page's looks and manners (report_page/) it knows only the names that they share.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import jinja2
+
 from s2t_recipes.report.canvas import to_png, to_svg
 from s2t_recipes.report.charts import Chart, Point, buckets_chart, cost_chart, hits_chart, radial_chart, rates_chart
 from s2t_recipes.row_names import grouped, label_of
 from s2t_recipes.texts import BROKEN, find_texts, ids_of, locate
+from transformers_s2t.files import atomic_write
 
 
 PAGE = Path(__file__).with_name("page")
@@ -26,20 +30,20 @@ PER_CENT = "\N{NO-BREAK SPACE}%"  # a rate stays on one line
 REDUCTIONS = ((), ("seeds",), ("seeds", "candidates"))
 #: What a record may hold beside its problem's id and whether it is right.
 RECORD_FIELDS = ("answer", "num_tokens", "text", "votes", "tokens", "kinds", "student_tokens", "asked")
-#: Columns of the table: key, title, explanation.
+#: Columns of the table: title and explanation.
 COLUMNS = (
-    ("policy", "policy", "what decodes, when it is asked"),
-    ("accuracy", "accuracy", "per cent of the problems, mean over the seeds"),
-    ("interval", "95 % interval", "bootstrap over problems; the dashed line is greedy"),
-    ("helped", "helped", "problems that greedy has wrong and the policy right"),
-    ("hurt", "hurt", "problems that greedy has right and the policy wrong"),
-    ("p", "p", "exact McNemar test against greedy; with several seeds the largest"),
-    ("fired", "fired", "triggered steps of the generated tokens"),
-    ("flips", "flips", "steps where another token than the student's first was taken"),
-    ("time", "time", "in generate, relative to greedy in the same run"),
-    ("forwards", "extra forwards", "batch forwards beyond those of plain decoding"),
-    ("teacher", "larger model", "whether it runs at inference"),
-    ("seeds", "seeds", "adapters that the row is the mean of"),
+    ("policy", "what decodes, when it is asked"),
+    ("accuracy", "per cent of the problems, mean over the seeds"),
+    ("95 % interval", "bootstrap over problems; the dashed line is greedy"),
+    ("helped", "problems that greedy has wrong and the policy right"),
+    ("hurt", "problems that greedy has right and the policy wrong"),
+    ("p", "exact McNemar test against greedy; with several seeds the largest"),
+    ("fired", "triggered steps of the generated tokens"),
+    ("flips", "steps where another token than the student's first was taken"),
+    ("time", "in generate, relative to greedy in the same run"),
+    ("extra forwards", "batch forwards beyond those of plain decoding"),
+    ("larger model", "whether it runs at inference"),
+    ("seeds", "adapters that the row is the mean of"),
 )
 
 
@@ -105,14 +109,10 @@ def read_runs(folder: Path, rows: list[dict]) -> tuple[list[Run], list[str]]:
 def record_names(row: dict) -> list[tuple[int | None, str]]:
     """Seed and file of each run of a row; reports that do not name the files are from before there were others."""
     local = row["policy"].startswith("s2t-local")
-    if "records" not in row:
-        stem = row["label"].replace(":", "_")
-        return (
-            [(seed, f"{stem}_adapter{seed}.jsonl") for seed in range(row["num_seeds"])]
-            if local
-            else [(None, f"{stem}.jsonl")]
-        )
-    return list(zip(range(row["num_seeds"]) if local or row.get("is_tuned") else (None,), row["records"]))
+    seeds = range(row["num_seeds"]) if local or row.get("is_tuned") else (None,)
+    stem = row["label"].replace(":", "_")
+    names = [f"{stem}_adapter{seed}.jsonl" if local else f"{stem}.jsonl" for seed in seeds]
+    return list(zip(seeds, row.get("records", names)))
 
 
 def read_record_file(file: Path) -> tuple[dict, list[dict]]:
@@ -177,16 +177,14 @@ def vocabulary(runs: list[Run]) -> list[int]:
 
 
 def pack(run: Run, texts: dict, place: dict[int, int], drop: tuple[str, ...] = (), number: int | None = None) -> dict:
-    """One run as columns. [`unpack`] gives the records back.
+    """One run as columns.
 
     Args:
-        run: a policy and seed.
-        texts: content of `texts.json`.
+        run, texts: a policy and seed, and the content of `texts.json`.
         place: token id -> its place in the vocabulary.
-        drop: "candidates" leaves them out.
-        number: number of problems; `None` for all.
+        drop, number: "candidates" to leave them out, and number of problems (`None` for all).
     """
-    records = [_renumber(record, place) for record in run.records[:number]]
+    records = [renumber(record, place) for record in run.records[:number]]
     packed = {
         "label": run.row["label"],
         "seed": run.seed,
@@ -204,20 +202,7 @@ def pack(run: Run, texts: dict, place: dict[int, int], drop: tuple[str, ...] = (
     return packed
 
 
-def unpack(packed: dict, problem_ids: list[str], texts: dict, ids: list[int]) -> list[dict]:
-    """The records that were packed; `ids` is the vocabulary."""
-    records = []
-    for n, correct in enumerate(packed["correct"]):
-        record = {"id": problem_ids[n], "correct": correct == "1"}
-        record |= {name: packed[name][n] for name in RECORD_FIELDS if name in packed}
-        record = _renumber(record, ids)
-        if "tokens" in record and record["text"] is None:
-            record["text"] = spell(record["tokens"], texts)
-        records.append(record)
-    return records
-
-
-def _renumber(record: dict, names) -> dict:
+def renumber(record: dict, names) -> dict:
     """The record with other numbers for its tokens."""
     record = dict(record)
     if "tokens" in record:
@@ -301,18 +286,14 @@ def table(rows: list[dict]) -> str:
     head = "".join(
         f'<th scope="col" title="{escape(tip)}"><button type="button" data-column="{place}">{escape(title)}'
         '<span class="arrow" aria-hidden="true"></span></button></th>'
-        for place, (_, title, tip) in enumerate(COLUMNS)
+        for place, (title, tip) in enumerate(COLUMNS)
     )
-    bodies = []
-    order = 0
+    bodies, order = [], itertools.count()
     for title, members in grouped(rows):
-        lines = []
-        for row in members:
-            lines.append(table_row(row, greedy, order))
-            order += 1
+        lines = "".join(table_row(row, greedy, next(order)) for row in members)
         bodies.append(
             f'<tbody><tr class="group"><th colspan="{len(COLUMNS)}" scope="rowgroup"><span>{escape(title)}</span></th>'
-            f"</tr>{''.join(lines)}</tbody>"
+            f"</tr>{lines}</tbody>"
         )
     return (
         '<div class="scroll" role="region" tabindex="0" aria-labelledby="h-table"><table id="policies">'
@@ -420,13 +401,9 @@ def charts_of(report: dict, folder: Path) -> list[Chart]:
 
 
 def build(report: dict, folder: Path, charts: list[Chart], max_megabytes: float = MAX_MEGABYTES) -> str:
-    """The page as a text.
+    """The page of a report in `folder` as a text, with `charts` of [`charts_of`].
 
-    Args:
-        report: content of a report.json of recipes/eval.py.
-        folder: folder of the report.
-        charts: charts of the report, see [`charts_of`].
-        max_megabytes: size of the records in the page; what does not fit is left out, seeds first.
+    Records take at most `max_megabytes` of it; what does not fit is left out, seeds first.
     """
     meta = report["meta"]
     runs, notes = read_runs(folder, report["rows"])
@@ -458,27 +435,14 @@ def build(report: dict, folder: Path, charts: list[Chart], max_megabytes: float 
         "data": "\n".join(elements),
     }
     page = (PAGE / "page.html").read_text(encoding="utf-8")
-    pieces = page.split("{{")
-    out = [pieces[0]]
-    for piece in pieces[1:]:  # once through: what is put in is not looked at again
-        name, rest = piece.split("}}", 1)
-        out += [parts[name], rest]
-    return "".join(out)
+    return jinja2.Environment(keep_trailing_newline=True).from_string(page).render(parts)
 
 
 def write_page(report: dict, folder: Path, picture: Path) -> list[Path]:
     """Writes the page and a PNG of each chart beside `picture`, named after it. Returns all paths, page first."""
     charts = charts_of(report, folder)
     page = picture.with_suffix(".html")
-    data = build(report, folder, charts).encode("utf-8", "replace")
-    temporary = page.with_name(f".{page.name}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(page)
-    finally:
-        temporary.unlink(missing_ok=True)
-    pictures = []
-    for chart in charts:
-        file = picture.with_name(f"{picture.stem}-{chart.name}.png")
-        pictures.append(to_png(chart.wide, file, chart.title))
-    return [page, *pictures]
+    with atomic_write(page) as out:
+        out.write(build(report, folder, charts).encode("utf-8", "replace"))
+    files = [picture.with_name(f"{picture.stem}-{chart.name}.png") for chart in charts]
+    return [page, *(to_png(chart.wide, file, chart.title) for chart, file in zip(charts, files))]

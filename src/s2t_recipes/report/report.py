@@ -8,7 +8,6 @@ needs `report.json` and nothing else; the page is html_report.py's. Knows no mod
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import matplotlib
 
+from s2t_recipes.options import SmallParser
 from s2t_recipes.report import charts
 from s2t_recipes.report.canvas import paint, save_png
 from s2t_recipes.report.html_report import read_report, write_page
@@ -54,10 +54,6 @@ def shorten(text: str | None, length: int) -> str:
     return text if len(text) <= length else "…" + text[-length + 1 :]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Panels
-
-
 def draw_bars(axes: Axes, rows: list[dict]) -> None:
     """Horizontal bars by group, with the intervals as lines and the figures in a column at the right."""
     y, ticks, labels = 0.0, [], []
@@ -85,9 +81,8 @@ def draw_bars(axes: Axes, rows: list[dict]) -> None:
     name_bars(axes, ticks, labels)
     axes.set(xlim=(0, 100), ylim=(y - 0.5, -0.7))
     axes.tick_params(axis="x", length=0, labelsize=9, labelcolor=FAINT)
-    axes.set_xlabel(
-        "accuracy in per cent, 95 % interval;  + problems helped, − hurt against greedy", size=9, color=INK
-    )
+    label = "accuracy in per cent, 95 % interval;  + problems helped, − hurt against greedy"
+    axes.set_xlabel(label, size=9, color=INK)
     axes.xaxis.grid(True, color=GRID, zorder=0)
     clear_frame(axes)
 
@@ -120,23 +115,15 @@ def draw_hits(axes: Axes, hit_at_k: dict[str, float]) -> None:
     """The page's chart of Hit@K at the size of `axes`, with a title."""
     width, height = axes.get_position().size * axes.figure.get_size_inches() * 100
     paint(charts.draw_hits(hit_at_k, width, height), axes)
-    axes.set_title(
-        "Hit@K: is the teacher's token among the student's first K?\n"
-        "(per cent of the points where they disagree most)",
-        size=10,
-        loc="left",
-        color=INK,
-    )
+    title = "Hit@K: is the teacher's token among the student's first K?"
+    more = "(per cent of the points where they disagree most)"
+    axes.set_title(f"{title}\n{more}", size=10, loc="left", color=INK)
 
 
 def clear_frame(axes: Axes) -> None:
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generations, token by token
 
 
 @dataclass(frozen=True)
@@ -188,10 +175,8 @@ def visible(text: str) -> str:
 
 
 def draw_example(axes: Axes, example: dict) -> None:
-    """Prompt, what greedy wrote, and the generation with its decisions marked. One data unit = one point (1/72 inch).
-
-    `axes` is `EXAMPLE_WIDTH` inches wide and as tall as [`example_height`] says.
-    """
+    """Prompt, what greedy wrote, and the generation with its decisions marked, on axes `EXAMPLE_WIDTH` inches wide and
+    [`example_height`] tall. One data unit = one point (1/72 inch)."""
     axes.set(xlim=(0, 72 * EXAMPLE_WIDTH), ylim=(72 * example_height(example), 0))
     axes.axis("off")
     mono = {"family": "monospace", "va": "center", "parse_math": False, "clip_on": False}
@@ -276,19 +261,8 @@ def draw_legend(figure: Figure, left: float, y: float) -> None:
     add("the student's own token there", 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The picture
-
-
 def draw(report: dict, path: str | Path) -> Path:
-    """Draws a report as one PNG, 1400 pixels wide.
-
-    Args:
-        report: content of a report.json of recipes/eval.py.
-        path: file of the picture.
-
-    Returns:
-        `path`.
+    """Draws the content of a report.json as one PNG, 1400 pixels wide, and returns its `path`.
 
     Raises:
         ValueError: where the report has no rows.
@@ -331,27 +305,17 @@ def draw(report: dict, path: str | Path) -> Path:
 
 def draw_title(figure: Figure, meta: dict, height: float) -> None:
     style = {"ha": "left", "va": "center", "parse_math": False}
-    figure.text(
-        0.35 / WIDTH,
-        1 - 0.28 / height,
-        f"Select to Think on {shorten(meta['model'], 60)}: {meta['num_problems']} problems",
-        **style,
-        size=15,
-        weight="bold",
-        color=INK,
-    )
+    title = f"Select to Think on {shorten(meta['model'], 60)}: {meta['num_problems']} problems"
+    figure.text(0.35 / WIDTH, 1 - 0.28 / height, title, **style, size=15, weight="bold", color=INK)
     line = f"teacher {shorten(meta.get('teacher_model'), 50)}  ·  data {shorten(meta['dataset'], 60)}"
     figure.text(0.35 / WIDTH, 1 - 0.56 / height, line, **style, size=10, color=FAINT)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the report of recipes/eval.py: a page and pictures.")
-    parser.add_argument("report", type=Path, help="the folder that recipes/eval.py wrote, or its report.json")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="the picture (default: report.png beside the report); the page and the charts go beside it",
-    )
+    parser = SmallParser("What is drawn, and where it goes", "[--output FILE.png] FOLDER")
+    parser.add_argument("report", metavar="FOLDER", type=Path, help="Folder of `s2t eval`, or its report.json.")
+    text = "File of the picture, beside which the page and the charts go (default: report.png beside the report)."
+    parser.add_argument("--output", type=Path, help=text)
     args = parser.parse_args()
     file, report = read_report(args.report)
     picture = draw(report, args.output or file.with_name("report.png"))

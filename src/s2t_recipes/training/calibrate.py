@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.hf_argparser import HfArg
 
 from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
 from s2t_recipes.commands import typed_command
 from s2t_recipes.models import default_device, load_model, padding_token_id
-from s2t_recipes.options import Parser
+from s2t_recipes.options import Parser, check_least
 from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
 from transformers_s2t.calibration.scored_points import (
     TARGET_RATES,
@@ -60,45 +61,33 @@ class CalibrateArguments:
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    adapter: str = field(metadata={"help": "Folder of the trained adapter; what is found is written into it."})
-    labels: str = field(
-        metadata={"help": "Labels of held-out training problems (`s2t label`); their split 'validation', if any."}
-    )
-    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
-    teacher_model: str | None = field(
+    adapter: str = HfArg(help="Folder of the trained adapter, into which the result is written.")
+    labels: str = HfArg(help="Labels of held-out training problems (`s2t label`); their split 'validation', if any.")
+    model: str | None = HfArg(default=None, help="Base model (default: the one that the adapter names).")
+    teacher_model: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "For thresholds of the 'kl' trigger under the deployed selector; without it they come from the "
-            "labels' text."
-        },
+        help="Large model, for thresholds of the 'kl' trigger under the deployed selector (default: none, these "
+        "thresholds come from the labels' text).",
     )
-    triggers: list[str] | None = field(
-        default=None, metadata={"help": "entropy, margin, router, kl; by default those that can be had."}
+    triggers: list[str] | None = HfArg(
+        default=None, help="Triggers among entropy, margin, router and kl (default: all that are possible)."
     )
-    target_rates: list[float] = field(
-        default_factory=lambda: list(TARGET_RATES), metadata={"help": "Shares of generated tokens that trigger."}
+    target_rates: list[float] = HfArg(
+        default_factory=lambda: list(TARGET_RATES), help="Shares of generated tokens that trigger, in (0, 1]."
     )
-    deployed: bool = field(
-        default=True,
-        metadata={"help": "false: thresholds from the labels' text, which takes no decoding, and fires too rarely."},
+    deployed: bool = HfArg(
+        default=True, help="false: thresholds from the labels' text, which takes no decoding, and fires too rarely."
     )
-    check_share: float = field(
-        default=0.33, metadata={"help": "Share of the problems on which the achieved rates are measured; 0 for none."}
+    check_share: float = HfArg(
+        default=0.33, help="Share of the problems, in [0, 1), on which the achieved rates are measured; 0 for none."
     )
-    limit: int | None = field(default=None, metadata={"help": "Problems to decode at most (all are used for fusion)."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Of each text; by default as labelled."})
-    warmup_tokens: int = field(
-        default=DEFAULT_WARMUP_TOKENS, metadata={"help": "First new tokens that never trigger; stored."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for a calibrated copy of `adapter`, which then stays as it is; by default none."},
-    )
-    push_to_hub: str | None = field(
-        default=None, metadata={"help": "Hub repository (you/name) to which the calibrated adapter is pushed."}
-    )
+    limit: int | None = HfArg(default=None, help="Number of problems to decode (all are used for fusion).")
+    max_new_tokens: int | None = HfArg(default=None, help="Largest number of new tokens (default: as labelled).")
+    warmup_tokens: int = HfArg(default=DEFAULT_WARMUP_TOKENS, help="Number of first new tokens that never trigger.")
+    batch_size: int = HfArg(default=32, help="Trajectories per forward.")
+    dtype: str = HfArg(default="auto", help="Type of the weights, the one that is deployed.")
+    output_dir: str | None = HfArg(default=None, help="Folder for a calibrated copy; `adapter` then stays as it is.")
+    push_to_hub: str | None = HfArg(default=None, help="Hub repository (you/name) for the calibrated adapter.")
 
     def __post_init__(self):
         for trigger in self.triggers or ():
@@ -108,12 +97,7 @@ class CalibrateArguments:
             raise ValueError(f"`target_rates` must be in (0, 1], got {self.target_rates}.")
         if not 0 <= self.check_share < 1:
             raise ValueError(f"`check_share` must be in [0, 1), got {self.check_share!r}.")
-        for name in ("limit", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
-        if self.warmup_tokens < 0:
-            raise ValueError(f"`warmup_tokens` must be at least 0, got {self.warmup_tokens!r}.")
+        check_least(self, limit=1, max_new_tokens=1, batch_size=1, warmup_tokens=0)
 
 
 def choose_triggers(args: CalibrateArguments, config: SelectorConfig) -> list[str]:
@@ -143,8 +127,8 @@ def choose_triggers(args: CalibrateArguments, config: SelectorConfig) -> list[st
 def fit_weights(
     args: CalibrateArguments, selector: LocalSelector, labels: Dataset
 ) -> tuple[FusionWeights | None, ScoredPoints | None, list[torch.Tensor] | None, bool]:
-    """Fusion weights, the points that they were fitted on, the router's logits at every token, and whether these are
-    cross-fitted, because the router had seen the problems."""
+    """Fusion weights, the points that they were fitted on, the router's logits at every token, and whether the logits
+    are cross-fitted, because the router had seen the problems."""
     config = selector.selector_config
     if config.proposals == "adapted":  # labels hold the base model's candidates and log-probabilities
         return None, None, None, False
@@ -171,11 +155,7 @@ def divide(labels: Dataset, check_share: float, limit: int | None) -> tuple[list
 
 
 def run_deployed(
-    args: CalibrateArguments,
-    deployment: Deployment,
-    triggers: list[str],
-    fit: list[list[int]],
-    check: list[list[int]],
+    args: CalibrateArguments, deployment: Deployment, triggers: list[str], fit: list[list[int]], check: list[list[int]]
 ) -> dict[str, dict[float, dict[str, Any]]]:
     """Trigger -> target rate -> threshold and achieved rates, by decoding."""
     table: dict[str, dict[float, dict[str, Any]]] = {}
@@ -237,10 +217,18 @@ def main(argv: list[str] | None = None) -> None:
     thresholds = {t: {rate: entry["threshold"] for rate, entry in by.items()} for t, by in table.items()}
     dataclasses.replace(config, thresholds=thresholds, fusion=fusion).save_pretrained(folder)
     measured = None if points is None else agreement(points, fusion)
-    counts = (len(fit), len(check))
     write_card(Path(folder) / "README.md", card_section(table, measured, len(check)))
-    write_json(Path(folder) / CALIBRATION_NAME, report(args, table, measured, fusion, was_seen, *counts))
-    print_report(table, measured, fusion, was_seen, len(labels), *counts)
+    report = {
+        "command": typed_command(),
+        "problems": {"calibrated": len(fit), "checked": len(check)},
+        "warmup_tokens": args.warmup_tokens,
+        "fusion": None if fusion is None else dataclasses.asdict(fusion),
+        "router_cross_fitted": was_seen,
+        "in_sample_points": measured,
+        "rates": {trigger: {f"{rate:g}": entry for rate, entry in by.items()} for trigger, by in table.items()},
+    }
+    write_json(Path(folder) / CALIBRATION_NAME, report)
+    print_report(report, table, len(labels))
     print(f"\nwritten to {Path(folder) / S2T_CONFIG_NAME}")
     if args.push_to_hub is not None:
         push_selector(folder, args.push_to_hub, commit_message="Calibrated S2T selector")
@@ -275,25 +263,12 @@ def make_deployment(
 
 
 def agreement(points: ScoredPoints, fusion: FusionWeights) -> dict[str, Any]:
-    """Number of points with a choice, and of each decision Agree@1 there, and flips."""
+    """Number of points with a choice, and Agree@1 and flips of each way to decide there."""
     found: dict[str, Any] = {"count": len(points.target_N)}
     found["student_first"] = {"agree_at_1": float((points.target_N == 0).float().mean())}
     for name, weights in (("selector", FusionWeights()), ("fused", fusion)):
         found[name] = {"agree_at_1": points.agreement(weights), **points.flips(weights)._asdict()}
     return found
-
-
-def report(args, table, measured, fusion, was_seen, num_fit: int, num_check: int) -> dict[str, Any]:
-    """What goes into calibration.json."""
-    return {
-        "command": typed_command(),
-        "problems": {"calibrated": num_fit, "checked": num_check},
-        "warmup_tokens": args.warmup_tokens,
-        "fusion": None if fusion is None else dataclasses.asdict(fusion),
-        "router_cross_fitted": was_seen,
-        "in_sample_points": measured,
-        "rates": {trigger: {f"{rate:g}": entry for rate, entry in by.items()} for trigger, by in table.items()},
-    }
 
 
 def card_section(table, measured, num_check: int) -> str:
@@ -320,27 +295,27 @@ def card_section(table, measured, num_check: int) -> str:
 
 
 def write_card(file: Path, section: str) -> None:
-    """Puts the section at the end of a model card, in place of the one of an earlier calibration."""
+    """Puts the section at the end of a model card; the section of an earlier calibration is replaced."""
     card = file.read_text(encoding="utf-8") if file.is_file() else ""
     with atomic_write(file) as out:
         out.write(with_calibration(card, section).encode())
 
 
-def print_report(table, measured, fusion, was_seen, num_labels: int, num_fit: int, num_check: int) -> None:
+def print_report(report: dict[str, Any], table, num_labels: int) -> None:
+    measured, fusion, problems = report["in_sample_points"], report["fusion"], report["problems"]
     if measured is not None:
         print(f"\n{measured['count']} decision points with a choice, of {num_labels} trajectories")
-        weights = ", ".join(f"{name} {value:.3f}" for name, value in dataclasses.asdict(fusion).items())
-        print(f"  fusion: {weights}" + (" (router cross-fitted: it has seen these problems)" if was_seen else ""))
+        weights = ", ".join(f"{name} {value:.3f}" for name, value in fusion.items())
+        crossed = " (router cross-fitted: it has seen these problems)" if report["router_cross_fitted"] else ""
+        print(f"  fusion: {weights}{crossed}")
         print(f"\n  {'at these points':<16}{'Agree@1':>9}{'helped':>9}{'hurt':>9}{'other':>9}")
         for name in ("student_first", "selector", "fused"):
             figures = measured[name]
-            flips = "".join(
-                f"{figures[key]:>9}" if key in figures else f"{'-':>9}" for key in ("helped", "hurt", "other")
-            )
+            flips = "".join(f"{figures.get(key, '-'):>9}" for key in ("helped", "hurt", "other"))
             print(f"  {name.replace('_', ' '):<16}{figures['agree_at_1']:>9.3f}{flips}")
     else:
         print("\nfusion stays the paper's rule: labels hold the base model's candidates, not the adapted one's")
-    print(f"\nthresholds calibrated on {num_fit} problems, checked on {num_check} others")
+    print(f"\nthresholds calibrated on {problems['calibrated']} problems, checked on {problems['checked']} others")
     print(f"  {'trigger':<10}{'target':>8}{'threshold':>12}{'calibrated':>12}{'achieved':>10}  95% interval")
     for trigger, by_rate in table.items():
         for rate, entry in by_rate.items():

@@ -9,12 +9,12 @@ candidate that stands last; its generation config suppresses these tokens.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
 from s2t_recipes.adapters import check_model, check_trained_on, merge_adapter
+from s2t_recipes.options import SmallParser
 from s2t_recipes.training.merge import check_new, load_tokenizer, save_checkpoint
 from transformers_s2t import SelectorConfig
 from transformers_s2t.reserved_tokens import resize_for_reserved_tokens
@@ -33,11 +33,11 @@ def check_exportable(adapter: str, config: SelectorConfig) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--adapter", required=True, help="Hub id or folder of the selector")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the checkpoint")
-    parser.add_argument("--model", help="Hub id or folder of the base model (default: the one that the adapter names)")
-    parser.add_argument("--dtype", default="auto", help="weights' type (default: the base model's own)")
+    parser = SmallParser("What is exported, and where it goes")
+    parser.add_argument("--adapter", required=True, help="Selector: a Hub id or a folder.")
+    parser.add_argument("--output_dir", required=True, type=Path, help="Folder for the checkpoint, new or empty.")
+    parser.add_argument("--model", help="Base model: a Hub id or a folder (default: the one that the adapter names).")
+    parser.add_argument("--dtype", default="auto", help="Type of the weights; auto: the base model's own.")
     args = parser.parse_args()
     check_new(args.output_dir)
     config = SelectorConfig.from_pretrained(args.adapter)

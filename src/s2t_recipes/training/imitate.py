@@ -16,20 +16,22 @@ seeds. `s2t eval` measures what was trained (`--tuned sft=FOLDER kd=FOLDER`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.hf_argparser import HfArg
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
 from s2t_recipes.adapters import BASELINE_NAME, check_model
 from s2t_recipes.models import default_device, load_model, padding_token_id
-from s2t_recipes.options import Parser
+from s2t_recipes.options import Parser, check_least
 from s2t_recipes.records import fingerprint, hash_of, read_records, write_records
 from s2t_recipes.training.lora_arguments import LoraArguments, quantization_of
+from transformers_s2t.config import check_choice
 from transformers_s2t.files import write_json
 from transformers_s2t.labeling.rollout import rollout
 from transformers_s2t.labels.folder import read_labels
@@ -53,37 +55,31 @@ class BaselineArguments(LoraArguments):
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    method: str = field(metadata={"help": "'sft' (the teacher's texts) or 'kd' (its distributions)."})
-    model: str = field(metadata={"help": "Name or path of the small model."})
-    teacher_model: str = field(metadata={"help": "Name or path of the large one, with the same tokenizer."})
-    labels: str = field(metadata={"help": "Folder written by `s2t label`: its problems, and its trajectories."})
-    max_problems: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
-    num_samples: int | None = field(
+    method: str = HfArg(help="'sft' (the teacher's texts) or 'kd' (its distributions).")
+    model: str = HfArg(help="Small model: a Hub id or a local folder.")
+    teacher_model: str = HfArg(help="Large model, with the same tokenizer: a Hub id or a local folder.")
+    labels: str = HfArg(help="Folder written by `s2t label`: its problems, and its trajectories.")
+    max_problems: int | None = HfArg(default=None, help="Number of problems, the first ones (default: all).")
+    num_samples: int | None = HfArg(
         default=None,
-        metadata={"help": "For 'sft': so many texts of each problem, sampled by the teacher, not its greedy one."},
+        help="Number of texts that the teacher samples of each problem, for 'sft' (default: its greedy one).",
     )
-    attn_implementation: str | None = field(
+    attn_implementation: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Attention of the model that is trained, as of from_pretrained. On a CPU a tiny model takes half "
-            "the time with 'eager': the backward pass of 'sdpa' is slow there."
-        },
+        help="Attention of the trained model, as from_pretrained takes it. On a CPU a tiny model takes half the time "
+        "with 'eager': the backward pass of 'sdpa' is slow there.",
     )
-    teacher_batch_size: int = field(default=64, metadata={"help": "Texts of the teacher written at a time."})
-    teacher_texts: str | None = field(
+    teacher_batch_size: int = HfArg(default=64, help="Texts of the teacher written at a time.")
+    teacher_texts: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "For 'sft': a folder that keeps the teacher's texts for other trainings that want the same; by "
-            "default they are written anew each time."
-        },
+        help="Folder that keeps the teacher's texts for other trainings that want the same, for 'sft' (default: they "
+        "are written anew each time).",
     )
-    overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
+    overwrite: bool = HfArg(default=False, help="Train again although `output_dir` holds an adapter.")
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}.")
-        if self.teacher_batch_size < 1:
-            raise ValueError(f"`teacher_batch_size` must be at least 1, got {self.teacher_batch_size!r}.")
+        check_choice("method", self.method, METHODS)
+        check_least(self, teacher_batch_size=1)
         if self.num_samples is not None and (self.num_samples < 1 or self.method != "sft"):
             raise ValueError(
                 f"`num_samples` must be at least 1, and is for method='sft', got {self.num_samples!r} with "
@@ -130,8 +126,8 @@ class DistillationTrainer(SFTTrainer):
     """KL(teacher || student) over the tokens that both have, mean over the trained tokens of the global batch.
 
     Args:
-        teacher_model: with the student's tokenizer; on its own device, without gradient.
-        texts: token ids, and where the trained ones begin. Of these the teacher's last hidden states are kept where
+        teacher_model: teacher with the student's tokenizer; on its own device, without gradient.
+        texts: token ids, and where the trained ones begin. The teacher's last hidden states of them are kept where
             they fit, so that it reads each text once and not in every epoch.
     """
 
@@ -157,9 +153,7 @@ class DistillationTrainer(SFTTrainer):
         total = (teacher_NV.exp() * (teacher_NV - student_NV)).sum()
         loss = total / (len(ids_N) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = (
-                loss * self.args.world_size
-            )  # the tokens of all processes were counted, whose gradients are averaged
+            loss = loss * self.args.world_size  # gradients are averaged, tokens were counted over all processes
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_logits(self, inputs: dict[str, torch.Tensor], trained_BT: torch.Tensor) -> torch.Tensor:
@@ -218,23 +212,17 @@ def make_texts(args: BaselineArguments, labels: Dataset, header: TrajectoryHeade
 def write_texts(
     args: BaselineArguments, prompts: dict[str, list[int]], header: TrajectoryHeader, pad: int
 ) -> list[list[int]]:
-    """Token ids of what the teacher writes, prompts included: `num_samples` of the first problem, of the second ..."""
+    """Token ids of the teacher's texts, prompts included, `num_samples` for each problem in turn."""
     teacher = load_model(args.teacher_model, args.dtype, default_device())
     wanted = [(id, number) for id in prompts for number in range(args.num_samples or 1)]
     order = sorted(wanted, key=lambda text: len(prompts[text[0]]))
     texts = {}
     for start in tqdm(range(0, len(order), args.teacher_batch_size), desc="The teacher's texts", unit="batch"):
         batch = order[start : start + args.teacher_batch_size]
-        new = rollout(
-            teacher,
-            [prompts[id] for id, _ in batch],
-            header.max_new_tokens,
-            pad,
-            header.eos_token_ids,
-            do_sample=args.num_samples is not None,
-            rollouts=[number for _, number in batch],
-            suppressed_ids=header.excluded_ids,
-        )
+        settings = {"do_sample": args.num_samples is not None, "rollouts": [number for _, number in batch]}
+        settings["suppressed_ids"] = header.excluded_ids
+        given = [prompts[id] for id, _ in batch]
+        new = rollout(teacher, given, header.max_new_tokens, pad, header.eos_token_ids, **settings)
         texts |= {text: [*prompts[text[0]], *tokens] for text, tokens in zip(batch, new)}
     return [texts[text] for text in wanted]
 
@@ -257,12 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(args.teacher_model))
     pad = padding_token_id(tokenizer, args.model)
     texts = make_texts(args, labels, header, pad)
-    dataset = Dataset.from_dict(
-        {
-            "input_ids": [ids for ids, _ in texts],
-            "labels": [[-100] * start + ids[start:] for ids, start in texts],
-        }
-    )
+    trained_ids = [[-100] * start + ids[start:] for ids, start in texts]
+    dataset = Dataset.from_dict({"input_ids": [ids for ids, _ in texts], "labels": trained_ids})
     dtype = "float32" if args.dtype == "auto" and default_device().type == "cpu" else args.dtype
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=dtype, attn_implementation=args.attn_implementation, quantization_config=quantization
@@ -283,18 +267,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model(config.output_dir)
     write_seen_problems(config.output_dir, "training", labels["problem_id"])
     trained = sum(len(ids) - start for ids, start in texts)
-    write_json(
-        Path(config.output_dir) / BASELINE_NAME,
-        {
-            "method": args.method,
-            "model": args.model,
-            "teacher_model": args.teacher_model,
-            "problems": len(set(labels["problem_id"])),
-            "texts": len(texts),
-            "trained_tokens": trained,
-            "learning_rate": config.learning_rate,
-            "num_train_epochs": config.num_train_epochs,
-            "seed": config.seed,
-        },
-    )
+    found = {name: getattr(args, name) for name in ("method", "model", "teacher_model")}
+    found |= {"problems": len(set(labels["problem_id"])), "texts": len(texts), "trained_tokens": trained}
+    found |= {name: getattr(config, name) for name in ("learning_rate", "num_train_epochs", "seed")}
+    write_json(Path(config.output_dir) / BASELINE_NAME, found)
     print(f"\n{args.method}: {len(texts)} texts, {trained} trained tokens, written to {config.output_dir}")

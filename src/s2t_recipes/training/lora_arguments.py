@@ -6,9 +6,12 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers.hf_argparser import HfArg
 from trl import ModelConfig, get_quantization_config
 
 from s2t_recipes.models import check_bitsandbytes, check_quantization
+from s2t_recipes.options import check_least
+from transformers_s2t.config import check_choice
 
 
 @dataclass
@@ -21,22 +24,20 @@ class LoraArguments(ModelConfig):
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    dtype: str | None = field(
+    dtype: str | None = HfArg(
         default="auto",
-        metadata={
-            "help": "Weights' type: 'auto' (the checkpoint's own), 'float32', 'bfloat16' or 'float16'.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
+        help="Type of the weights: auto (the checkpoint's own), float32, bfloat16 or float16.",
+        metadata={"choices": ["auto", "bfloat16", "float16", "float32"]},
     )
-    attn_implementation: str | None = field(
-        default="sdpa", metadata={"help": "Attention, as from_pretrained knows it: 'sdpa', 'eager' ..."}
+    attn_implementation: str | None = HfArg(
+        default="sdpa", help="Attention, as from_pretrained knows it: 'sdpa', 'eager' ..."
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter (the paper's 74.3 M of 1.5 B fit 64)."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter is lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in the adapter."})
-    lora_target_modules: list[str] | None = field(
+    lora_r: int = HfArg(default=16, help="Rank of the adapter (the paper's 74.3 M of 1.5 B fit 64).")
+    lora_alpha: int = HfArg(default=32, help="Scale of the adapter is lora_alpha / lora_r.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout in the adapter.")
+    lora_target_modules: list[str] | None = HfArg(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "'all-linear', or names of modules, with spaces or commas between."},
+        help="'all-linear', or names of modules, with spaces or commas between.",
     )
     model_name_or_path: str | None = field(default=None, init=False)
     model_revision: str = field(default="main", init=False)
@@ -47,10 +48,9 @@ class LoraArguments(ModelConfig):
         check_quantization(self.load_in_4bit, self.load_in_8bit)
         for option in dataclasses.fields(self):
             legal, value = option.metadata.get("choices"), getattr(self, option.name)
-            if legal is not None and value is not None and value not in legal:
-                raise ValueError(f"`{option.name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
-        if self.lora_r < 1:
-            raise ValueError(f"`lora_r` must be at least 1, got {self.lora_r!r}.")
+            if legal is not None and value is not None:
+                check_choice(option.name, value, legal)
+        check_least(self, lora_r=1)
         super().__post_init__()
         targets = self.lora_target_modules
         if targets not in (None, "all-linear"):  # one name as text would be a pattern to PEFT
@@ -59,7 +59,8 @@ class LoraArguments(ModelConfig):
 
 
 def quantization_of(args: LoraArguments, training_args: TrainingArguments) -> BitsAndBytesConfig | None:
-    """How the base model is quantized. Matrices are multiplied in the type of the weights, or else of the training.
+    """Quantization of the base model; `None` for none. Matrices are multiplied in `dtype`, for "auto" in the type of
+    the training.
 
     Raises:
         ImportError: where bitsandbytes is needed and not installed.

@@ -7,13 +7,13 @@ The tokenizer, with its chat template, is the adapter's where its folder has one
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from s2t_recipes.adapters import check_model, check_tuned, find_file, merge_adapter
+from s2t_recipes.options import SmallParser
 
 
 def check_new(output_dir: Path) -> None:
@@ -39,11 +39,11 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True, help="Hub id or folder of the model that the adapter was trained on")
-    parser.add_argument("--adapter", required=True, help="Hub id or folder of the adapter")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the merged model")
-    parser.add_argument("--dtype", default="auto", help="weights' type (default: the checkpoint's own)")
+    parser = SmallParser("What is merged, and where it goes")
+    parser.add_argument("--model", required=True, help="Model that the adapter was trained on: a Hub id or a folder.")
+    parser.add_argument("--adapter", required=True, help="Adapter: a Hub id or a folder.")
+    parser.add_argument("--output_dir", required=True, type=Path, help="Folder for the merged model, new or empty.")
+    parser.add_argument("--dtype", default="auto", help="Type of the weights; auto: the checkpoint's own.")
     args = parser.parse_args()
     check_new(args.output_dir)
     check_model("model", args.model)

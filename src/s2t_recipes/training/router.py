@@ -22,17 +22,18 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
+from transformers.hf_argparser import HfArg
 
 from s2t_recipes.adapters import check_model, check_same_tokenizer, check_trained_on, open_adapter
 from s2t_recipes.models import default_device, load_model
-from s2t_recipes.options import Parser
+from s2t_recipes.options import Parser, check_least
 from transformers_s2t import SelectorConfig
 from transformers_s2t.calibration.router_training import collect, default_layers, fit_router, trigger_metrics
-from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
+from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME, check_choice
 from transformers_s2t.files import atomic_write
 from transformers_s2t.fingerprints import same_weights, weights_name
 from transformers_s2t.labels.folder import label_splits, read_labels, share_of
@@ -40,7 +41,7 @@ from transformers_s2t.labels.seen_problems import read_seen_problems, write_seen
 from transformers_s2t.router import ROUTER_TARGETS, RouterConfig, num_layers
 
 
-#: Of an adapter, what training a router reads apart from the model.
+#: Settings of an adapter that training a router reads.
 SETTINGS = ("min_prob_ratio", "warmup_tokens", "reserved_token_ids")
 
 
@@ -52,53 +53,43 @@ class RouterArguments:
         ValueError: naming the argument, its legal values and the value given.
     """
 
-    adapter: str = field(metadata={"help": "Folder of the trained adapter; the router is written beside it."})
-    labels: str | None = field(
+    adapter: str = HfArg(help="Folder of the trained adapter; the router is written beside it.")
+    labels: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder written by `s2t label`, or a Hub data set; the adapter's own will do. Needed unless "
-            "`router_of` is given."
-        },
+        help="Folder written by `s2t label`, or a Hub data set; the adapter's own will do. Needed unless `router_of` "
+        "is given.",
     )
-    eval_labels: str | None = field(
+    eval_labels: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Labels of other problems, which choose layer and epoch; by default the split 'validation' of "
-            "`labels`, or a fifth of its problems."
-        },
+        help="Labels of other problems, which choose layer and epoch (default: the split 'validation' of `labels`, or "
+        "a fifth of its problems).",
     )
-    router_of: str | None = field(
+    router_of: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Adapter whose router is taken instead of training the same one again: a router depends on the "
-            "model, the labels and the seed, not on the selector. Goes without `labels`; options of training are not "
-            "read."
-        },
+        help="Adapter whose router is taken instead of training the same one again: a router depends on the model, "
+        "the labels and the seed, not on the selector. Not with `labels`; options of training are not read.",
     )
-    model: str | None = field(default=None, metadata={"help": "Base model; taken from the adapter where not given."})
-    target: str = field(default="gain", metadata={"help": "What is predicted: 'gain', 'differs' or 'kl'."})
-    min_gain: float = field(default=0.5, metadata={"help": "Of 'gain', in nats."})
-    layers: list[int] | None = field(
-        default=None,
-        metadata={"help": "Layers to try, 1 to the number of layers; by default five, evenly spread, with the last."},
+    model: str | None = HfArg(default=None, help="Base model (default: the one that the adapter names).")
+    target: str = HfArg(default="gain", help="What is predicted: 'gain', 'differs' or 'kl'.")
+    min_gain: float = HfArg(default=0.5, help="Least gain that counts for the target 'gain', in nats.")
+    layers: list[int] | None = HfArg(
+        default=None, help="Layers to try, from 1 (default: five, evenly spread, the last layer among them)."
     )
-    width: int = field(default=64, metadata={"help": "Of the head's hidden layer."})
-    num_top: int = field(default=8, metadata={"help": "Log-probabilities among the features."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW."})
-    num_epochs: int = field(default=30, metadata={"help": "At most; the best one by held-out loss is kept."})
-    max_steps: int | None = field(
-        default=None,
-        metadata={"help": "Of the head: where labels are many, only as many epochs as fit into these, but one."},
+    width: int = HfArg(default=64, help="Width of the head's hidden layer.")
+    num_top: int = HfArg(default=8, help="Number of log-probabilities among the features.")
+    learning_rate: float = HfArg(default=2e-3, help="Learning rate of AdamW, above 0.")
+    num_epochs: int = HfArg(default=30, help="Largest number of epochs; the best one by held-out loss is kept.")
+    max_steps: int | None = HfArg(
+        default=None, help="Largest number of the head's steps, as whole epochs, but one epoch at least."
     )
-    head_batch_size: int = field(default=512, metadata={"help": "Positions per step of the head."})
-    max_positions: int = field(
-        default=200_000,
-        metadata={"help": "Positions kept, a random share where there are more (they are held in memory)."},
+    head_batch_size: int = HfArg(default=512, help="Positions per step of the head.")
+    max_positions: int = HfArg(
+        default=200_000, help="Number of positions held in memory; a random share where there are more."
     )
-    batch_size: int = field(default=32, metadata={"help": "Trajectories per forward of the model."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type, the one you deploy."})
-    seed: int = field(default=0, metadata={"help": "Of the head's first weights and the order of positions."})
-    overwrite: bool = field(default=False, metadata={"help": "Write it anew where the adapter has a router."})
+    batch_size: int = HfArg(default=32, help="Trajectories per forward of the model.")
+    dtype: str = HfArg(default="auto", help="Type of the weights, the one that is deployed.")
+    seed: int = HfArg(default=0, help="Seed of the head's first weights and the order of positions.")
+    overwrite: bool = HfArg(default=False, help="Train again where the adapter has a router.")
 
     def __post_init__(self):
         if (self.labels is None) == (self.router_of is None):
@@ -110,15 +101,9 @@ class RouterArguments:
             raise ValueError(
                 f"`eval_labels` must be left out with `router_of`, where nothing is trained, got {self.eval_labels!r}."
             )
-        if self.target not in ROUTER_TARGETS:
-            raise ValueError(f"`target` must be one of {', '.join(map(repr, ROUTER_TARGETS))}, got {self.target!r}.")
-        for name in ("width", "num_top", "num_epochs", "max_steps", "head_batch_size", "max_positions", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
-        for name, low in (("min_gain", 0.0), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"`{name}` must be at least {low}, got {getattr(self, name)!r}.")
+        check_choice("target", self.target, ROUTER_TARGETS)
+        check_least(self, width=1, num_top=1, num_epochs=1, max_steps=1, head_batch_size=1, max_positions=1)
+        check_least(self, batch_size=1, min_gain=0.0, seed=0)
         if not self.learning_rate > 0:
             raise ValueError(f"`learning_rate` must be above 0, got {self.learning_rate!r}.")
 
@@ -154,9 +139,9 @@ def write_router(adapter: str, config: SelectorConfig, problem_ids: Iterable[str
     """Puts a router beside an adapter, and takes away what was calibrated with another one.
 
     Args:
-        adapter: its folder.
-        config: of the adapter, as it was.
-        problem_ids: those that the router has seen.
+        adapter: folder of the adapter.
+        config: config of the adapter, as it was.
+        problem_ids: ids of the problems that the router has seen.
         save: writes the router into a folder and returns its fingerprint, as `Router.save_pretrained` does.
     """
     (Path(adapter) / CALIBRATION_NAME).unlink(missing_ok=True)
@@ -240,41 +225,14 @@ def main(argv: list[str] | None = None) -> None:
 
     num_rows = model.get_output_embeddings().weight.shape[0]
     excluded = [id for id in config.reserved_token_ids if id < num_rows]
-    train, tuning = (
-        collect(
-            model,
-            rows,
-            layers,
-            num_top=args.num_top,
-            min_prob_ratio=config.min_prob_ratio,
-            warmup_tokens=config.warmup_tokens,
-            excluded_ids=excluded,
-            batch_size=args.batch_size,
-            max_positions=args.max_positions,
-            seed=args.seed,
-        )
-        for rows in (labels, held_out)
-    )
-    router_config = RouterConfig(
-        hidden_size=model.config.get_text_config().hidden_size,
-        layer=max(layers),
-        num_top=args.num_top,
-        width=args.width,
-        target=args.target,
-        min_gain=args.min_gain,
-        model_hash=own_hash,
-    )
-    router, losses = fit_router(
-        model,
-        train,
-        tuning,
-        router_config,
-        seed=args.seed,
-        learning_rate=args.learning_rate,
-        num_epochs=args.num_epochs,
-        max_steps=args.max_steps,
-        batch_size=args.head_batch_size,
-    )
+    settings = {name: getattr(args, name) for name in ("num_top", "batch_size", "max_positions", "seed")}
+    settings |= {name: getattr(config, name) for name in ("min_prob_ratio", "warmup_tokens")}
+    train, tuning = (collect(model, rows, layers, excluded_ids=excluded, **settings) for rows in (labels, held_out))
+    head = {name: getattr(args, name) for name in ("num_top", "width", "target", "min_gain")}
+    hidden_size = model.config.get_text_config().hidden_size
+    router_config = RouterConfig(hidden_size=hidden_size, layer=max(layers), model_hash=own_hash, **head)
+    settings = {name: getattr(args, name) for name in ("seed", "learning_rate", "num_epochs", "max_steps")}
+    router, losses = fit_router(model, train, tuning, router_config, batch_size=args.head_batch_size, **settings)
     write_router(args.adapter, config, [*labels["problem_id"], *held_out["problem_id"]], router.save_pretrained)
 
     print(f"\n{len(train.gain_N)} positions of {len(labels)} trajectories, {len(tuning.gain_N)} held out")
@@ -282,10 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"layer {router.config.layer} is read\n")
     features = {"entropy": 0, "margin": 1}
     table = {name: trigger_metrics(tuning.features_NF[:, i], tuning, router.config) for name, i in features.items()}
-    table |= {
-        "router": router.config.metrics,
-        "kl (oracle)": trigger_metrics(tuning.divergence_N, tuning, router.config),
-    }
+    table["router"] = router.config.metrics
+    table["kl (oracle)"] = trigger_metrics(tuning.divergence_N, tuning, router.config)
     columns = ("auc_differs", "auc_gain", "auc_differs_choice", "auc_gain_choice")
     print(f"{'held-out AUC':<14}" + "".join(f"{name:>20}" for name in columns))
     for name, metrics in table.items():

@@ -9,9 +9,10 @@ Every field of S2TConfig (and so of transformers.TrainingArguments) is a command
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
@@ -26,16 +27,14 @@ from transformers_s2t.labels.folder import label_splits
 class ScriptArguments(LoraArguments):
     """What is trained, and on what."""
 
-    model: str = field(metadata={"help": "Name or path of the small model."})
-    labels: str = field(metadata={"help": "Folder written by `s2t label`, or a Hub data set."})
-    eval_labels: str | None = field(
+    model: str = HfArg(help="Small model: a Hub id or a local folder.")
+    labels: str = HfArg(help="Folder written by `s2t label`, or a Hub data set.")
+    eval_labels: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Held-out labels, for Agree@1 during training; the split 'validation' of `labels` by default, "
-            "where there is one."
-        },
+        help="Held-out labels, for Agree@1 during training (default: the split 'validation' of `labels`, where there "
+        "is one).",
     )
-    overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` holds an adapter."})
+    overwrite: bool = HfArg(default=False, help="Train again although `output_dir` holds an adapter.")
 
 
 def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, str | None, S2TTrainer] | None:
@@ -45,18 +44,14 @@ def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, 
     if done.is_file() and not script_args.overwrite and args.resume_from_checkpoint is None:
         print(f"{args.output_dir} already holds a trained adapter; pass --overwrite true to train it again.")
         return None
-    # a run that was stopped goes on from its last checkpoint
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None  # of a stopped run
     checkpoint = last if args.resume_from_checkpoint in (None, "true", "True") else args.resume_from_checkpoint
     if script_args.overwrite and args.resume_from_checkpoint is None:
         checkpoint = None
     if script_args.eval_labels is None and "validation" in label_splits(script_args.labels):
         script_args.eval_labels = script_args.labels
-    args.model_init_kwargs = {
-        "dtype": script_args.dtype,
-        "attn_implementation": script_args.attn_implementation,
-        **(args.model_init_kwargs or {}),
-    }
+    own = {name: getattr(script_args, name) for name in ("dtype", "attn_implementation")}
+    args.model_init_kwargs = own | (args.model_init_kwargs or {})
     trainer = S2TTrainer(
         model=script_args.model,
         args=args,

@@ -82,13 +82,9 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
             more = {} if sizes == [8] else {"num_candidates": size}
             shown = [row for row in report["rows"] if size == sizes[0] or row["trigger"] is not None]
             rows += [row_of(row, report, llm="yes" if row["uses_teacher"] else "no", **more) for row in shown]
-            cost |= {
-                f"{row['label']}" + ("" if sizes == [8] else f" K={size}"): {
-                    "seconds_vs_greedy": row["seconds_vs_greedy"],
-                    "cpu_seconds_vs_greedy": row["cpu_seconds_vs_greedy"],
-                }
-                for row in shown
-            }
+            for row in shown:
+                times = {name: row[name] for name in ("seconds_vs_greedy", "cpu_seconds_vs_greedy")}
+                cost[row["label"] + ("" if sizes == [8] else f" K={size}")] = times
         columns = [("policy", "policy", "text")]
         columns += [] if sizes == [8] else [("K", "num_candidates", "count")]
         columns += [("teacher at inference", "llm", "text"), *ACCURACY]

@@ -62,10 +62,8 @@ def sufficiency(pipeline: Pipeline, spec: dict) -> Collect:
             lower = np.quantile(divergence_T, 1 - high)
             num_tokens = int(((divergence_T >= lower) & (divergence_T < upper)).sum())
             inside_N = (divergence_N >= lower) & (divergence_N < upper)
-            if inside_N.sum() < num_tokens:  # beyond the threshold of the labels, which was estimated on some of them
-                missing.append(
-                    f"{int(inside_N.sum())} of the {num_tokens} tokens from {low:.0%} to {high:.0%} are labelled"
-                )
+            if (found := int(inside_N.sum())) < num_tokens:  # the labels' threshold was estimated on some of them
+                missing.append(f"{found} of the {num_tokens} tokens from {low:.0%} to {high:.0%} are labelled")
             name = f"top {100 * low:g} to {100 * high:g} %" if "buckets" in spec else f"top {100 * high:g} %"
             add(name, inside_N, float(lower))
             low = high if "buckets" in spec else 0.0

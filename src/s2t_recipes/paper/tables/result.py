@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from s2t_recipes.estimates import bootstrap_interval
-from s2t_recipes.jobs import Job
+from s2t_recipes.jobs import Job, typed
 from s2t_recipes.paper.sweep import Sweep
 from s2t_recipes.records import read_records
 from s2t_recipes.row_names import label_of
@@ -106,9 +105,12 @@ def difference(job: Job, label: str, other_job: Job, other: str) -> dict[str, An
     Seeds are averaged first.
     """
     right_SN, other_SN = correct_by_seed((job, label), (other_job, other))
-    difference_N = 100 * (right_SN.mean(0) - other_SN.mean(0))
-    low, high = bootstrap_interval(difference_N)
-    return {"difference": float(difference_N.mean()), "difference_ci": [low, high]}
+    return mean_difference(100 * (right_SN.mean(0) - other_SN.mean(0)))
+
+
+def mean_difference(difference_N: np.ndarray) -> dict[str, Any]:
+    """The mean of the problems' differences, with a 95 % interval."""
+    return {"difference": float(difference_N.mean()), "difference_ci": bootstrap_interval(difference_N)}
 
 
 def sentence(name: str, other: str, found: Mapping[str, Any]) -> str:
@@ -137,4 +139,4 @@ def training_rate_note(method: str, sweep: Sweep) -> str:
 
 
 def job_text(job: Job) -> str:
-    return shlex.join(["python", *job.arguments()])
+    return typed(job.arguments())

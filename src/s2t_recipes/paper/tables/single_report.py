@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 
 from s2t_recipes.commands import recipe
@@ -11,6 +9,11 @@ from s2t_recipes.paper.pipeline import Pipeline, as_arguments
 from s2t_recipes.paper.tables.base import Base
 from s2t_recipes.paper.tables.result import Collect, Result, job_text, read_report
 from s2t_recipes.row_names import name_of
+
+
+def with_interval(value: float, interval: list[float], decimals: int) -> str:
+    low, high = interval
+    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
 def fidelity(pipeline: Pipeline, spec: dict) -> Collect:
@@ -23,31 +26,24 @@ def fidelity(pipeline: Pipeline, spec: dict) -> Collect:
     labels = pipeline.labels("test", spec.get("problems"))
     name = "agreement" + ("" if "problems" not in spec else f"-{labels.path.name}")
     output = pipeline.folder / f"{name}.json"
-    command = [recipe("agreement.py"), "--labels", str(labels.path)]
-    command += ["--train_labels", str(base.selector_labels.path)]
-    command += ["--model", pipeline.model, "--dtype", pipeline.pair.dtype, "--output", str(output)]
-    command += ["--adapters", *(str(adapter.path) for adapter in base.adapters)]
+    options = {"labels": labels.path, "train_labels": base.selector_labels.path, "model": pipeline.model}
+    options |= {"dtype": pipeline.pair.dtype, "output": output}
+    command = [recipe("agreement.py"), *as_arguments(options), "--adapters"]
+    command += [str(adapter.path) for adapter in base.adapters]
     job = pipeline.add(name, output, command, [labels, base.selector_labels, *base.adapters])
 
     def collect() -> Result:
         found = read_report(job)
-        by_kind = found["agree_at_1"]
-        rows = []
-        for name in by_kind["choice"]:
-            row = {"name": name}
-            for kind in ("kl", "choice"):
-                figures = by_kind[kind][name]
+        rows = [{"name": name} for name in found["agree_at_1"]["choice"]]
+        columns = [("who chooses", "name", "text")]
+        for kind, points in (("kl", "top-KL points"), ("choice", "points with a choice")):
+            columns += [(f"Agree@1, {points}", f"{kind}_agree", "interval")]
+            columns += [("Spearman there", f"{kind}_rank", "text")]
+            for row in rows:
+                figures = found["agree_at_1"][kind][row["name"]]
                 row |= {f"{kind}_agree": figures["agree_at_1"], f"{kind}_agree_ci": figures["ci"]}
                 if "spearman" in figures:
-                    low, high = figures["spearman_ci"]
-                    row[f"{kind}_rank"] = f"{figures['spearman']:.2f} [{low:.2f}, {high:.2f}]"
-            rows.append(row)
-        columns = [("who chooses", "name", "text"), ("Agree@1, top-KL points", "kl_agree", "interval")]
-        columns += [
-            ("Spearman there", "kl_rank", "text"),
-            ("Agree@1, points with a choice", "choice_agree", "interval"),
-        ]
-        columns += [("Spearman there", "choice_rank", "text")]
+                    row[f"{kind}_rank"] = with_interval(figures["spearman"], figures["spearman_ci"], 2)
         counts = found["meta"]
         hits = ", ".join(f"@{size} {100 * share:.1f}" for size, share in found["hit_at_k"].items())
         notes = [
@@ -79,14 +75,10 @@ def retention(pipeline: Pipeline, spec: dict) -> Collect:
     output = pipeline.folder / f"{name}.json"
 
     def command() -> list[str]:
-        options = {
-            "model": pipeline.model,
-            "labels": labels.path,
-            "tuned": [f"{method}={job.path}" for method, job in tuned],
-            "adapters": [adapter.path for adapter in base.adapters],
-            "dtype": pipeline.pair.dtype,
-            "output": output,
-        } | text
+        options = {"model": pipeline.model, "labels": labels.path}
+        options["tuned"] = [f"{method}={job.path}" for method, job in tuned]
+        options["adapters"] = [adapter.path for adapter in base.adapters]
+        options |= {"dtype": pipeline.pair.dtype, "output": output} | text
         return [recipe("retention.py"), *as_arguments(options)]
 
     job = pipeline.add(name, output, command, needs)
@@ -97,11 +89,9 @@ def retention(pipeline: Pipeline, spec: dict) -> Collect:
             values = {"who": name_of(row["name"])}
             for figure, kinds in (("kl", ("generated", "prompts", "text")), ("loss", ("generated", "text"))):
                 for kind in kinds:
-                    if row[kind] is None:  # no token of it
-                        continue
-                    found = row[kind][figure]
-                    low, high = found["ci"]
-                    values[f"{figure}_{kind}"] = f"{found['value']:.3f} [{low:.3f}, {high:.3f}]"
+                    if row[kind] is not None:  # it has tokens
+                        found = row[kind][figure]
+                        values[f"{figure}_{kind}"] = with_interval(found["value"], found["ci"], 3)
             rows.append(values)
         columns = [("model", "who", "text"), ("KL, its own text", "kl_generated", "text")]
         columns += [("KL, prompts", "kl_prompts", "text"), ("KL, other text", "kl_text", "text")]
@@ -137,10 +127,8 @@ def objective(pipeline: Pipeline, spec: dict) -> Collect:
                 values = [100 * figures[key] for figures in own]
                 row |= {key: float(np.mean(values)), f"{key}_ci": [min(values), max(values)]}
             rows.append(row)
-        columns = [
-            ("changed", "variant", "text"),
-            ("Agree@1, score alone [lowest, highest]", "agree_at_1", "interval"),
-        ]
+        columns = [("changed", "variant", "text")]
+        columns += [("Agree@1, score alone [lowest, highest]", "agree_at_1", "interval")]
         columns += [("Agree@1, fused", "fused_agree_at_1", "interval")]
         settings = found["meta"]
         notes = [
@@ -164,15 +152,11 @@ def latency(pipeline: Pipeline, spec: dict) -> Collect:
     job.alone = True
 
     def collect() -> Result:
-        found = json.loads(output.read_text(encoding="utf-8"))
-        rows = [
-            row
-            | {
-                "way": row["name"] + (f", {row['scope']} scope, {row['proposals']} proposals" if row["scope"] else ""),
-                "ratio_text": "{:.2f}x [{:.2f}, {:.2f}]".format(row["ratio"], *row["ratio_range"]),
-            }
-            for row in found["rows"]
-        ]
+        found = read_report(job)
+        for row in found["rows"]:
+            scope = f", {row['scope']} scope, {row['proposals']} proposals" if row["scope"] else ""
+            ratio = "{:.2f}x [{:.2f}, {:.2f}]".format(row["ratio"], *row["ratio_range"])
+            row |= {"way": row["name"] + scope, "ratio_text": ratio}
         columns = [("way", "way", "text"), ("asked, %", "asked_rate", "share"), ("batch", "batch", "count")]
         columns += [("prompt", "prefix", "count"), ("time [lowest, highest turn]", "ratio_text", "text")]
         columns += [("processor time", "cpu_ratio", "times"), ("forwards per token", "forwards_per_token", "2f")]
@@ -182,6 +166,6 @@ def latency(pipeline: Pipeline, spec: dict) -> Collect:
             f"{meta['new_tokens']} new tokens, K = {meta['num_candidates']}, {meta['threads']} threads, "
             f"{meta['device']}. Times differ from run to run."
         ]
-        return Result(columns, rows, notes, [job_text(job)], holds_times=True)
+        return Result(columns, found["rows"], notes, [job_text(job)], holds_times=True)
 
     return collect

@@ -20,6 +20,7 @@ from s2t_recipes.paper.tables.result import (
     correct_by_seed,
     difference,
     job_text,
+    mean_difference,
     problems_note,
     read_report,
     row_of,
@@ -29,6 +30,7 @@ from s2t_recipes.paper.tables.result import (
     training_rate_note,
 )
 from s2t_recipes.row_names import label_of
+from transformers_s2t.config import CALIBRATION_NAME
 
 
 def variants(pipeline: Pipeline, spec: dict) -> Collect:
@@ -63,17 +65,10 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
         else:
             adapters = [pipeline.selector(labels, seed, **settings) for seed in seeds]
         policy = variant.get("policy", spec["policy"])
-        evaluations[name] = (
-            policy,
-            pipeline.evaluation(
-                f"{spec['name']}{tag({'variant': name.replace(' ', '_')})}",
-                policies=["greedy", policy],
-                adapters=adapters,
-                limit=spec.get("limit"),
-                **variant.get("decoding", {}),
-            ),
-            adapters,
-        )
+        folder = f"{spec['name']}{tag({'variant': name.replace(' ', '_')})}"
+        options = {"limit": spec.get("limit")} | variant.get("decoding", {})
+        job = pipeline.evaluation(folder, policies=["greedy", policy], adapters=adapters, **options)
+        evaluations[name] = (policy, job, adapters)
 
     def collect() -> Result:
         rows, cost = [], {}
@@ -83,10 +78,8 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
             report = read_report(job)
             row = next(row for row in report["rows"] if row["label"] == policy)
             more = {} if name == base_name else difference(job, policy, base_job, base_policy)
-            agree = [
-                json.loads((adapter.path / "calibration.json").read_text(encoding="utf-8"))["in_sample_points"]
-                for adapter in adapters
-            ]
+            files = [adapter.path / CALIBRATION_NAME for adapter in adapters]
+            agree = [json.loads(file.read_text(encoding="utf-8"))["in_sample_points"] for file in files]
             if all(agree):
                 more["agree"] = 100 * float(np.mean([points["fused"]["agree_at_1"] for points in agree]))
                 more["bare_agree"] = 100 * float(np.mean([points["selector"]["agree_at_1"] for points in agree]))
@@ -94,12 +87,7 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
             cost[name] = {"seconds_vs_greedy": row["seconds_vs_greedy"]}
         columns = [("changed", "variant", "text"), *ACCURACY[:2]]
         columns += [(f"minus {base_name}", "difference", "signed interval"), ACCURACY[3]]
-        columns += [
-            ("Agree@1, score alone", "bare_agree", "1f"),
-            ("Agree@1, fused", "agree", "1f"),
-            *COST[:1],
-            COST[2],
-        ]
+        columns += [("Agree@1, score alone", "bare_agree", "1f"), ("Agree@1, fused", "agree", "1f"), COST[0], COST[2]]
         number = limit or pipeline.pair.label_problems or pipeline.pair.sizes["label"]
         notes = [
             problems_note(read_report(base_job)),
@@ -214,12 +202,9 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
                     trained[kind] = BestTraining(sweeps[method, kind])
                 else:
                     trained[kind] = on_top.train(kind, labels, seed, sweeps[method, kind], **settings)
-            runs[method, seed] = on_top.evaluation(
-                f"{spec['name']}-{method}",
-                policies=["greedy", "s2t-local:always", "s2t-local-bare:always", method, "s2t:always"],
-                adapters=[trained["s2t-local"]],
-                tuned=[(method, trained[method])],
-            )
+            policies = ["greedy", "s2t-local:always", "s2t-local-bare:always", method, "s2t:always"]
+            made = {"adapters": [trained["s2t-local"]], "tuned": [(method, trained[method])]}
+            runs[method, seed] = on_top.evaluation(f"{spec['name']}-{method}", policies=policies, **made)
     name = f"{spec['name']}-alone"
     alone = pipeline.evaluation(name, policies=["greedy", "s2t-local:always"], adapters=base.adapters[:seeds])
 
@@ -229,20 +214,16 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
         notes = [problems_note(report)]
         for method in spec["methods"]:
             jobs = [job for (found, _), job in runs.items() if found == method]
-            reports = [read_report(job) for job in jobs]
             correct = {}
-            for label in [row["label"] for row in reports[0]["rows"]]:
+            for found in read_report(jobs[0])["rows"]:
+                label = found["label"]
                 right_SN = np.concatenate(correct_by_seed(*((job, label) for job in jobs)))
                 correct[label] = right_SN
                 greedy_SN = correct["greedy"]
                 by_seed = 100 * right_SN.mean(1)
-                row = {
-                    "student": f"after {method}",
-                    "policy": label_of(next(row for row in reports[0]["rows"] if row["label"] == label)),
-                    "accuracy": float(by_seed.mean()),
-                    "accuracy_ci": [100 * edge for edge in bootstrap_interval(right_SN.mean(0))],
-                    "by_seed": seed_by_seed(by_seed),
-                }
+                row = {"student": f"after {method}", "policy": label_of(found), "accuracy": float(by_seed.mean())}
+                row["accuracy_ci"] = [100 * edge for edge in bootstrap_interval(right_SN.mean(0))]
+                row["by_seed"] = seed_by_seed(by_seed)
                 if label != "greedy":
                     gain_N = 100 * (right_SN - greedy_SN).mean(0)
                     row |= {"gain": float(gain_N.mean()), "gain_ci": bootstrap_interval(gain_N)}
@@ -252,11 +233,9 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
                 rows.append(row)
             ours = "s2t-local:always"
             ours_SN, *on_top = correct_by_seed((alone, ours), *((job, ours) for job in jobs))
-            gap_N = 100 * (np.concatenate(on_top).mean(0) - ours_SN.mean(0))
-            found = {"difference": float(gap_N.mean()), "difference_ci": bootstrap_interval(gap_N)}
+            found = mean_difference(100 * (np.concatenate(on_top).mean(0) - ours_SN.mean(0)))
             notes.append(sentence(f"S2T-Local on top of {method}", "S2T-Local alone", found))
-            gap_N = 100 * (correct[ours] - correct[method]).mean(0)
-            found = {"difference": float(gap_N.mean()), "difference_ci": bootstrap_interval(gap_N)}
+            found = mean_difference(100 * (correct[ours] - correct[method]).mean(0))
             notes.append(sentence(f"S2T-Local on top of {method}", f"{method} on top of {method}", found))
         notes += [f"after {method}, {training_rate_note(kind, sweep)}" for (method, kind), sweep in sweeps.items()]
         columns = [("student", "student", "text"), ("policy", "policy", "text"), *ACCURACY]
