@@ -462,6 +462,32 @@ def test_one_folder_of_labels_holds_what_is_trained_on_and_what_is_held_out(run,
     assert f" decision points with a choice, of {sizes['validation']} trajectories" in capsys.readouterr().out
 
 
+def test_what_is_deployed_is_what_a_call_does_that_says_nothing(run, routed, tmp_path, capsys):
+    adapter, labels = tmp_path / "adapter", str(run["folder"] / "labels" / "held-out")
+    shutil.copytree(routed[0], adapter)
+    arguments = ["--adapter", str(adapter), "--labels", labels, "--check_share", "0", "--triggers", "margin"]
+    run["calibrate"].main([*arguments, "--target_rates", "0.3", "--deploy", "margin:0.3"])
+    model = tiny_model()
+    selector = LocalSelector.from_pretrained(adapter, model)
+    assert (selector.config.trigger, selector.config.target_rate) == ("margin", 0.3)
+    asked, silent = (
+        model.generate(**prompts(), max_new_tokens=10, custom_generate=s2t_generate, selector=selector, **config)
+        for config in ({"decoding_config": {"trigger": "margin", "target_rate": 0.3}}, {})
+    )
+    assert torch.equal(asked, silent)
+    run["calibrate"].main([*arguments, "--target_rates", "0.3"])
+    assert SelectorConfig.from_pretrained(adapter).decoding.trigger == "margin", "calibrated again, it stays"
+    run["calibrate"].main([*arguments, "--target_rates", "0.2"])
+    assert SelectorConfig.from_pretrained(adapter).decoding is None and "removed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("policy", ["margin:0.4", "margin", "kl:0.1", "entropy:0.1", "magin:0.1", "margin:x"])
+def test_a_policy_that_cannot_be_deployed_is_refused_before_the_work(run, policy):
+    arguments = ["--adapter", str(run["folder"] / "adapter"), "--labels", "nowhere", "--triggers", "margin"]
+    with pytest.raises(ValueError, match="`deploy` must be always"):
+        run["calibrate"].main([*arguments, "--target_rates", "0.1", "--deploy", policy])
+
+
 def test_a_trained_folder_is_not_trained_again_unless_asked(run, capsys):
     weights = run["folder"] / "adapter" / "s2t" / "adapter_model.safetensors"
     before = weights.stat().st_mtime_ns

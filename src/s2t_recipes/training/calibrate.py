@@ -30,7 +30,7 @@ from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
 from s2t_recipes.commands import typed_command
 from s2t_recipes.models import default_device, load_model, padding_token_id
 from s2t_recipes.options import Parser, check_least
-from transformers_s2t import FusionWeights, LocalSelector, SelectorConfig
+from transformers_s2t import FusionWeights, LocalSelector, S2TDecodingConfig, SelectorConfig
 from transformers_s2t.calibration.scored_points import (
     TARGET_RATES,
     ScoredPoints,
@@ -86,6 +86,11 @@ class CalibrateArguments:
     warmup_tokens: int = HfArg(default=DEFAULT_WARMUP_TOKENS, help="Number of first new tokens that never trigger.")
     batch_size: int = HfArg(default=32, help="Trajectories per forward.")
     dtype: str = HfArg(default="auto", help="Type of the weights, the one that is deployed.")
+    deploy: str | None = HfArg(
+        default=None,
+        help="How a call selects that says nothing itself: always, or a trigger and one of `target_rates`, as in "
+        "router:0.05 (default: what it was, or always).",
+    )
     output_dir: str | None = HfArg(default=None, help="Folder for a calibrated copy; `adapter` then stays as it is.")
     push_to_hub: str | None = HfArg(default=None, help="Hub repository (you/name) for the calibrated adapter.")
 
@@ -98,6 +103,23 @@ class CalibrateArguments:
         if not 0 <= self.check_share < 1:
             raise ValueError(f"`check_share` must be in [0, 1), got {self.check_share!r}.")
         check_least(self, limit=1, max_new_tokens=1, batch_size=1, warmup_tokens=0)
+        if self.deploy is not None:
+            policy = self.policy()
+            rates = [rate for rate in self.target_rates if policy.target_rate == rate or policy.trigger == "always"]
+            known = ("always", *(self.triggers or TRIGGERS))
+            if policy.trigger not in known or policy.trigger == "kl" or not rates:
+                raise ValueError(
+                    "`deploy` must be always, or a trigger that is calibrated and needs no teacher with one of "
+                    f"`target_rates` {self.target_rates}, got {self.deploy!r}."
+                )
+
+    def policy(self) -> S2TDecodingConfig:
+        """What `deploy` says."""
+        trigger, _, rate = self.deploy.partition(":")
+        try:
+            return S2TDecodingConfig(trigger=trigger, target_rate=float(rate) if rate else None)
+        except ValueError as error:
+            raise ValueError(f"`deploy` must be always or TRIGGER:RATE, got {self.deploy!r}: {error}") from None
 
 
 def choose_triggers(args: CalibrateArguments, config: SelectorConfig) -> list[str]:
@@ -181,6 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = Parser(CalibrateArguments).parse_args_and_config(argv)
     config = open_adapter(args.adapter)
     triggers = choose_triggers(args, config)
+    if args.deploy and args.policy().trigger not in ("always", *triggers):
+        raise ValueError(f"`deploy` must be always or one of the triggers {triggers}, got {args.deploy!r}.")
     labels, header = read_held_out_labels(args.labels)
     check_same_tokenizer(args.labels, header, config)
     check_unseen(args.adapter, labels["problem_id"], ("training",), "labels")
@@ -215,7 +239,9 @@ def main(argv: list[str] | None = None) -> None:
         shutil.copytree(args.adapter, folder, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
     write_seen_problems(folder, "calibration", labels["problem_id"])
     thresholds = {t: {rate: entry["threshold"] for rate, entry in by.items()} for t, by in table.items()}
-    dataclasses.replace(config, thresholds=thresholds, fusion=fusion).save_pretrained(folder)
+    policy = args.policy() if args.deploy else still_calibrated(config.decoding, thresholds)
+    config = dataclasses.replace(config, thresholds=thresholds, fusion=fusion, decoding=policy)
+    config.save_pretrained(folder)
     measured = None if points is None else agreement(points, fusion)
     write_card(Path(folder) / "README.md", card_section(table, measured, len(check)))
     report = {
@@ -233,6 +259,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub is not None:
         push_selector(folder, args.push_to_hub, commit_message="Calibrated S2T selector")
         print(f"pushed to {args.push_to_hub}")
+
+
+def still_calibrated(
+    policy: S2TDecodingConfig | None, thresholds: dict[str, dict[float, float]]
+) -> S2TDecodingConfig | None:
+    """The stored policy, `None` where these thresholds have none for it."""
+    if policy is not None:
+        try:
+            policy.resolve_threshold(thresholds)
+        except ValueError:
+            print(f"The stored policy, {policy.trigger} at {policy.target_rate}, has no threshold any more: removed.")
+            return None
+    return policy
 
 
 def make_deployment(
