@@ -56,7 +56,7 @@ class Rollout:
     measured: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-# Candidate tokens at a step: of the student's first K, in its order; a mask tells which pass the floor.
+# Candidate tokens at a step: the student's first K, in its order; a mask tells which pass the floor.
 Selector = Callable[[Step, torch.Tensor, torch.Tensor], torch.Tensor]
 
 

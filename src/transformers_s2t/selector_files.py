@@ -96,7 +96,7 @@ def find_file(path: str | os.PathLike, name: str, **hub_kwargs) -> str | None:
 
     Args:
         path: local folder or Hub repository.
-        name: of the file.
+        name: name of the file.
         hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder` ... as in `from_pretrained` of transformers.
 
     Raises:

@@ -313,9 +313,9 @@ class LocalSelector(Selector):
         Args:
             repo_id: "you/name"; made where there is none.
             private: whether a new repository is private; `None` for the organization's default.
-            token: of the Hub, with write access; `None` for the one that was stored by `hf auth login`.
+            token: Hub token with write access; `None` for the one that `hf auth login` stored.
             revision: branch.
-            commit_message: of the upload.
+            commit_message: message of the upload's commit.
             include_base, processing_class, card: as in [`save_pretrained`].
 
         Raises:
