@@ -20,7 +20,6 @@ from lm_eval.models.huggingface import HFLM
 from transformers_s2t import LocalSelector, S2TDecodingConfig, s2t_generate
 
 
-@register_model("s2t")
 class S2TLM(HFLM):
     """A causal language model that decodes with S2T-Local.
 
@@ -79,4 +78,8 @@ class S2TLM(HFLM):
 
 
 if __name__ == "__main__":
+    import s2t_recipes.lm_eval  # noqa: F401  (registers the model, once in a process)
+
     cli_evaluate()
+else:
+    register_model("s2t")(S2TLM)
