@@ -61,8 +61,9 @@ def load_checkpoint(args: argparse.Namespace, name: str) -> PreTrainedModel:
     return model.eval().to(args.device)
 
 
-def random_tokens(vocab_size: int, *shape: int, generator: torch.Generator) -> torch.Tensor:
-    """Ids that texts are made of: neither special nor reserved."""
+def random_tokens(vocab_size: int, *shape: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Ids that texts are made of, neither special nor reserved; the same at every call without a generator."""
+    generator = torch.Generator().manual_seed(1) if generator is None else generator
     return torch.randint(FIRST_TOKEN, vocab_size - NUM_RESERVED, shape, generator=generator)
 
 
