@@ -57,8 +57,16 @@ def random_model(args: argparse.Namespace, num_positions: int, eos_token_id: int
 def load_checkpoint(args: argparse.Namespace, name: str) -> PreTrainedModel:
     """The model of a folder or Hub id, in the type and on the device of the flags."""
     attention = getattr(args, "attn_implementation", "sdpa")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype), attn_implementation=attention)
+    dtype = getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     return model.eval().to(args.device)
+
+
+def make_model(args: argparse.Namespace, num_positions: int) -> PreTrainedModel:
+    """The model of `--model`, or a random one that never ends a text."""
+    if args.model is not None:
+        return load_checkpoint(args, args.model)
+    return random_model(args, num_positions, eos_token_id=None)
 
 
 def random_tokens(vocab_size: int, *shape: int, generator: torch.Generator | None = None) -> torch.Tensor:
