@@ -56,7 +56,7 @@ def random_model(args: argparse.Namespace, num_positions: int, eos_token_id: int
 
 def load_checkpoint(args: argparse.Namespace, name: str) -> PreTrainedModel:
     """The model of a folder or Hub id, in the type and on the device of the flags."""
-    attention = getattr(args, "attn_implementation", "sdpa")
+    attention = getattr(args, "attn_implementation", None)
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     return model.eval().to(args.device)
