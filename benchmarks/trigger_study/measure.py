@@ -20,10 +20,9 @@ from s2t_recipes.models import load_model
 from transformers_s2t import FusionWeights, LocalSelector, __version__
 from transformers_s2t.calibration.scored_points import read_router, score_labels
 from transformers_s2t.labels.folder import read_labels
-from trigger_study import rows
+from trigger_study import TRIGGERS, bare_rate, rows
 from trigger_study.cost import measure_cost
 from trigger_study.intervals import NUM_RESAMPLES
-from trigger_study.names import TRIGGERS, bare_rate
 from trigger_study.prepare import is_local, prepare_babyllama, prepare_embedded, records_of
 from trigger_study.tables import MIN_GAIN
 from trigger_study.tokens import Tokens, decide_everywhere, read_tokens, threshold_of

@@ -23,7 +23,7 @@ from s2t_recipes.records import read_records
 from transformers_s2t import SelectorConfig
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
 from transformers_s2t.labels.folder import read_header, read_labels
-from trigger_study.names import CALIBRATED, TRIGGERS, bare_rate
+from trigger_study import CALIBRATED, TRIGGERS, bare_rate
 
 
 sys.path.append(str(RECIPES / "embedded"))

@@ -16,7 +16,7 @@ from transformers_s2t import FusionWeights, SelectorConfig
 from transformers_s2t.calibration.router_training import gains
 from transformers_s2t.calibration.scored_points import ScoredPoints
 from transformers_s2t.triggers import calibrate_threshold
-from trigger_study.names import TRIGGERS
+from trigger_study import TRIGGERS
 
 
 class Tokens(NamedTuple):
