@@ -40,7 +40,7 @@ import setting
 import torch
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils import is_flash_attn_2_available
 
 from transformers_s2t import S2T, LocalSelector, S2TDecodingConfig, SelectorConfig, s2t_generate
@@ -57,15 +57,8 @@ WARMUP_TOKENS = DEFAULT_WARMUP_TOKENS
 
 #: Three minutes on two cores: the width of the default shape with a quarter of its layers. `naive` at a tenth of the
 #: tokens would double that.
-QUICK = {
-    "num_layers": 6,
-    "vocab_size": 8192,
-    "rates": [0.01, 0.1],
-    "batch_sizes": [1],
-    "prefix_lengths": [256],
-    "turns": 2,
-    "new_tokens": 200,
-}
+QUICK = {"num_layers": 6, "vocab_size": 8192, "turns": 2, "new_tokens": 200}
+QUICK |= {"rates": [0.01, 0.1], "batch_sizes": [1], "prefix_lengths": [256]}
 
 
 class Variant(NamedTuple):
@@ -80,8 +73,17 @@ class Variant(NamedTuple):
         return self.name if self.scope is None or self.name == "naive" else f"{self.name} {self.scope}"
 
 
+class Run(NamedTuple):
+    """One run of a variant; turn -1 warms up and is not counted."""
+
+    turn: int
+    variant: Variant
+    new_tokens: int
+    config: S2TDecodingConfig | None
+
+
 class Sample(NamedTuple):
-    """One timed run: wall and processor seconds, runs of the decoder, (row, step) pairs that were asked."""
+    """What one run took: wall and processor seconds, runs of the decoder, (row, step) pairs that were asked."""
 
     wall: float
     cpu: float | None
@@ -203,12 +205,9 @@ class Bench:
 
         Where the adapted model writes the text, the adapter is merged, into tensors of its own.
         """
-        if scope == "sequence/adapted":
-            return self._add_adapter(copy.deepcopy(self.plain), scope).merge()
-        shared = {id(tensor): tensor for tensor in itertools.chain(self.plain.parameters(), self.plain.buffers())}
-        return self._add_adapter(copy.deepcopy(self.plain, shared), scope)
-
-    def _add_adapter(self, model: PreTrainedModel, scope: str) -> CountingSelector:
+        is_merged = scope == "sequence/adapted"
+        shared = [] if is_merged else itertools.chain(self.plain.parameters(), self.plain.buffers())
+        model = copy.deepcopy(self.plain, {id(tensor): tensor for tensor in shared})
         torch.manual_seed(0)
         vocab_size = model.config.vocab_size
         reserved = list(range(vocab_size - setting.NUM_RESERVED, vocab_size))
@@ -217,47 +216,37 @@ class Bench:
         config = SelectorConfig(reserved, adapter_scope=adapter_scope, proposals=proposals)
         selector = CountingSelector(get_peft_model(model, lora).eval(), config, "default")
         selector.counts = self.counts
-        return selector
+        return selector.merge() if is_merged else selector
 
-    def make_prompts(self, batch_size: int, prefix_length: int) -> torch.Tensor:
-        vocab_size = self.plain.config.vocab_size
-        return setting.random_tokens(vocab_size, batch_size, prefix_length).to(self.args.device)
+    def decode(self, run: Run, prompt_BT: torch.Tensor) -> torch.Tensor:
+        """Prompts and new tokens, (B, T) or, of majority voting, (8 B, T)."""
+        name, selector = run.variant.name, self.selectors.get(run.variant.scope)
+        model, options = self.plain if selector is None else selector.model, {"do_sample": name == "maj8"}
+        if name == "maj8":
+            options["num_return_sequences"] = NUM_PATHS
+        elif name == "s2t_generate":
+            options |= {"custom_generate": s2t_generate, "selector": selector, "decoding_config": run.config}
+        elif name == "processor":
+            options["logits_processor"] = S2T(selector, config=run.config)
+        elif name == "naive":
+            options["logits_processor"] = LogitsProcessorList([Naive(selector, run.config, prompt_BT.shape[1])])
+        mask_BT = torch.ones_like(prompt_BT)
+        return model.generate(input_ids=prompt_BT, attention_mask=mask_BT, max_new_tokens=run.new_tokens, **options)
 
-    def decode(
-        self, variant: Variant, prompt_BT: torch.Tensor, new_tokens: int, config: S2TDecodingConfig | None
-    ) -> torch.Tensor:
-        common = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT), "max_new_tokens": new_tokens}
-        common["do_sample"] = variant.name == "maj8"
-        if variant.name == "greedy":
-            return self.plain.generate(**common)
-        if variant.name == "maj8":
-            return self.plain.generate(**common, num_return_sequences=NUM_PATHS)
-        selector = self.selectors[variant.scope]
-        if variant.name == "s2t_generate":
-            return selector.model.generate(
-                **common, custom_generate=s2t_generate, selector=selector, decoding_config=config
-            )
-        if variant.name == "processor":
-            return selector.model.generate(**common, logits_processor=S2T(selector, config=config))
-        naive = Naive(selector, config, prompt_BT.shape[1])
-        return selector.model.generate(**common, logits_processor=LogitsProcessorList([naive]))
-
-    def measure(
-        self, variant: Variant, prompt_BT: torch.Tensor, new_tokens: int, config: S2TDecodingConfig | None
-    ) -> Sample:
+    def measure(self, run: Run, prompt_BT: torch.Tensor) -> Sample:
         self.counts.clear()
         with setting.Clock(self.args.device) as clock:
-            text = self.decode(variant, prompt_BT, new_tokens, config)
+            text = self.decode(run, prompt_BT)
         decoded = text.shape[1] - prompt_BT.shape[1]
-        if decoded != new_tokens:
-            raise RuntimeError(f"{variant.label} decoded {decoded} tokens, not {new_tokens}.")
+        if decoded != run.new_tokens:
+            raise RuntimeError(f"{run.variant.label} decoded {decoded} tokens, not {run.new_tokens}.")
         return Sample(clock.wall, clock.cpu, self.counts["forwards"], self.counts["asked"])
 
 
 def runs_of_block(
     args: argparse.Namespace, batch_size: int, configs: dict[tuple[float, int], S2TDecodingConfig]
-) -> Iterator[tuple[int, Variant, int, S2TDecodingConfig | None]]:
-    """(turn, variant, new tokens, config) of every run of a block, in order; turn -1 warms up and is not counted.
+) -> Iterator[Run]:
+    """Every run of a block, in order.
 
     The warm-up asks at every step that may trigger, of which there are two. On a CPU it leaves `naive` out: there are
     no kernels to load, and a single trigger may take as long as decoding a whole text.
@@ -266,62 +255,43 @@ def runs_of_block(
     for variant in plan:
         config = configs.get((variant.rate, batch_size))
         if variant.rate in (None, args.rates[0]) and (variant.name != "naive" or args.device == "cuda"):
-            yield -1, variant, WARMUP_TOKENS + 2, config and replace(config, target_rate=1.0)
-    for turn in range(args.turns):
-        for variant in plan:
-            if variant.name not in SLOW or turn < args.slow_turns:
-                yield turn, variant, args.new_tokens, configs.get((variant.rate, batch_size))
+            yield Run(-1, variant, WARMUP_TOKENS + 2, config and replace(config, target_rate=1.0))
+    for turn, variant in itertools.product(range(args.turns), plan):
+        if variant.name not in SLOW or turn < args.slow_turns:
+            yield Run(turn, variant, args.new_tokens, configs.get((variant.rate, batch_size)))
 
 
 def measure_block(
     bench: Bench, batch_size: int, prefix_length: int, configs: dict[tuple[float, int], S2TDecodingConfig], bar: tqdm
 ) -> tuple[list[dict], float]:
     """The rows of one (batch, prefix), and the median seconds of greedy decoding."""
-    prompt_BT = bench.make_prompts(batch_size, prefix_length)
+    args = bench.args
+    prompt_BT = setting.random_tokens(bench.plain.config.vocab_size, batch_size, prefix_length).to(args.device)
     samples: dict[Variant, dict[int, Sample]] = {}
-    for turn, variant, new_tokens, config in runs_of_block(bench.args, batch_size, configs):
+    for run in runs_of_block(args, batch_size, configs):
+        variant = run.variant
         bar.set_description(f"batch {batch_size}, prefix {prefix_length}, {variant.label}")
-        sample = bench.measure(variant, prompt_BT, new_tokens, config)
-        if turn >= 0:
-            wanted = 0 if variant.rate is None else num_wanted(variant.rate, new_tokens, batch_size)
+        sample = bench.measure(run, prompt_BT)
+        if run.turn >= 0:
+            wanted = 0 if variant.rate is None else num_wanted(variant.rate, run.new_tokens, batch_size)
             if sample.asked != wanted:
                 raise RuntimeError(f"{variant.label} asked at {sample.asked} tokens, not {wanted}: not comparable.")
-            samples.setdefault(variant, {})[turn] = sample
+            samples.setdefault(variant, {})[run.turn] = sample
         bar.update()
-    greedy = samples[Variant("greedy")]
-    rows = []
+    greedy, rows = samples[Variant("greedy")], []
     for variant, by_turn in samples.items():
+        scope, proposals = variant.scope.split("/") if variant.scope else (None, None)
         pairs = [(sample, greedy[turn]) for turn, sample in by_turn.items()]
-        rows.append(make_row(bench.args, variant, batch_size, prefix_length, pairs))
+        ratios = [own.wall / base.wall for own, base in pairs]
+        one, num_tokens = pairs[0][0], args.new_tokens * batch_size  # the counts are those of every turn
+        row = {"name": variant.name, "scope": scope, "proposals": proposals, "rate": variant.rate}
+        row |= {"batch": batch_size, "prefix": prefix_length, "dtype": args.dtype}
+        row |= {"ratio": setting.median(ratios), "ratio_range": setting.edges(ratios)}
+        row["cpu_ratio"] = setting.median([own.cpu and own.cpu / base.cpu for own, base in pairs])
+        row["forwards_per_token"] = round(one.forwards / args.new_tokens, 4)
+        row["asked_rate"] = None if variant.rate is None else round(one.asked / num_tokens, 4)
+        rows.append(row | {"turns": len(pairs)})
     return rows, statistics.median(sample.wall for sample in greedy.values())
-
-
-def make_row(
-    args: argparse.Namespace,
-    variant: Variant,
-    batch_size: int,
-    prefix_length: int,
-    pairs: list[tuple[Sample, Sample]],
-) -> dict:
-    """One row of the JSON from the variant's samples, each beside greedy's of the same turn."""
-    scope, proposals = variant.scope.split("/") if variant.scope else (None, None)
-    ratios = [own.wall / greedy.wall for own, greedy in pairs]
-    one = pairs[0][0]  # the counts are those of every turn
-    return {
-        "name": variant.name,
-        "scope": scope,
-        "proposals": proposals,
-        "rate": variant.rate,
-        "batch": batch_size,
-        "prefix": prefix_length,
-        "dtype": args.dtype,
-        "ratio": setting.median(ratios),
-        "ratio_range": setting.edges(ratios),
-        "cpu_ratio": setting.median([own.cpu and own.cpu / greedy.cpu for own, greedy in pairs]),
-        "forwards_per_token": round(one.forwards / args.new_tokens, 4),
-        "asked_rate": None if variant.rate is None else round(one.asked / (args.new_tokens * batch_size), 4),
-        "turns": len(pairs),
-    }
 
 
 def label_of(row: dict) -> str:
