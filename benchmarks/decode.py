@@ -2,7 +2,6 @@
 
     python benchmarks/decode.py --json runs/benchmarks/decode.json --plot runs/benchmarks/decode.png
     python benchmarks/decode.py --quick                  # a few minutes on two cores
-    python benchmarks/decode.py --device cuda --dtype bfloat16 --shape qwen2.5-1.5b --naive_batches 1 8
     python benchmarks/decode.py --model MODELS/qwen2.5-coder-0.5b
 
 Prints a table for each batch size and prompt length, with a line for each way and a column for each share of tokens at
@@ -11,16 +10,13 @@ which the selector is asked: the median ratio over turns, [lowest, highest], and
     s2t_generate   custom_generate=s2t_generate; scope candidate/base is the default, sequence/adapted the paper's form
                    (the adapter merged: every token sees it)
     processor      logits_processor=S2T(selector): a cache of its own
-    naive          the published algorithm (arXiv 2604.26940, public code): K full prefixes through the adapted model
-                   at every trigger, no cache, one row at a time. Favoured: the base model writes the text, and the
-                   head is read at the last position only
+    naive          arXiv 2604.26940, public code: K full prefixes through the adapted model at every trigger, no cache,
+                   one row at a time. Favoured: the base model writes the text, the head is read at the last position
     maj8           8 sampled paths per prompt, as for a majority vote; no S2T, so it has no rate
 
-All ways run in turn, A B C A B C ..., and a ratio is taken inside one turn, so that it holds when the machine's speed
-drifts; absolute times mean little. The model has random weights unless `--model` names a checkpoint. Steps trigger at
-random, with a seed that was searched for so that the share of asked tokens is the rate and not just close to it. Every
-way decodes exactly `--new_tokens` tokens. `forwards_per_token` in the JSON counts runs of the decoder: greedy has 1.0,
-the prompt's forward yielding the first token.
+All ways run in turn and a ratio is taken inside one turn, so that it holds when the machine's speed drifts. Steps
+trigger at random, with a seed searched for so that the share of asked tokens is exactly the rate. Every way decodes
+`--new_tokens` tokens. `forwards_per_token` in the JSON counts runs of the decoder: greedy has 1.0.
 """
 
 from __future__ import annotations

@@ -11,16 +11,12 @@ as fast as `stepwise` that is in the same turn; medians over turns, [lowest, hig
 
     pipeline   `label_problems` as recipes/label.py calls it: rollouts of the student in length-sorted batches, one
                forward of each model over whole texts, points chosen, rows checked and written to disk
-    stepwise   what the public code (arXiv 2604.26940) does while it collects: one text at a time, and at every step
-               the student and the teacher, the student's argmax appended
+    stepwise   arXiv 2604.26940, public code: one text at a time, and at every step the student and the teacher, the
+               student's argmax appended. Favoured: scores are read with our functions, and no file is written. It is
+               slow, so it labels the first few problems only
 
-`stepwise` is favoured: it keeps the KV caches of both models, as the public code does (`--stepwise_cache none`: both
-run on the whole text at every step), reads scores with our functions and writes no file. It is slow, so it labels the
-first few problems only.
-
-In float32 the rows of both ways are compared, the trigger values at every position and all columns at the stored
-points, and the run fails where they differ by more than `--tolerance`. Where two tokens tie within it either may come
-first; texts that part there are compared up to there.
+In float32 the rows of both ways are compared, and the run fails where they differ by more than `--tolerance`. Where
+two tokens tie within it either may come first; texts that part there are compared up to there.
 """
 
 from __future__ import annotations

@@ -5,14 +5,11 @@
     python benchmarks/shared_prefix.py --model MODELS/qwen2.5-coder-0.5b --shared 20 245
 
 Prints a line for each part and each number of shared tokens: how many times as fast sharing is, the median over turns
-and [lowest, highest turn]. In a turn each part runs with sharing and without it, on one batch of rows that begin with
-`--shared` common tokens and go on with `--own` of their own:
+and [lowest, highest turn]. Texts must be equal with sharing and without it, and scores within 1e-2.
 
     rollout    `labeling.rollout`, `--new_tokens` of each row
     scoring    `labeling.score_trajectories` of these texts by the model and, in the teacher's place, itself
     training   the forward and backward of 8 of these texts in `scoring.packed_hidden`, 8 points of 4 candidates each
-
-Both give the same numbers but for rounding; the run fails where texts differ, or scores by more than 1e-2.
 """
 
 from __future__ import annotations

@@ -14,9 +14,8 @@ with its adapter. Speed-up and memory are relative to `naive` in the same turn; 
              gradient, and the KL on the prefix from a second, frozen copy of the model; scope "sequence"
 
 `naive` is favoured: its KL looks at one of the K rows, whose prefixes are equal (`--naive_kl all`: at all of them, as
-in the public code), rows are not padded, the graph of one point is held at a time and not of four, and reserved logits
-come from the reserved rows, not from a trained copy of the head. A few points are timed; their prefixes have the mean
-length of all. Each figure comes from a process of its own, all ways in turn.
+in the public code), rows are not padded, the graph of one point is held at a time and not of four, and the head is not
+copied. A few points are timed, whose prefixes have the mean length of all. Each figure has a process of its own.
 """
 
 from __future__ import annotations

@@ -9,15 +9,12 @@ Prints seven tables: how well a trigger's value tells the tokens at which the la
 candidate (AUC and average precision on held-out test labels), accuracy, helped and hurt at each rate, what fires, what
 fusion changes, how close achieved rates come to their targets, and what one reading of a router costs.
 
-Embedded pair: takes the selectors and routers of `make demo` (and runs it where it is not there), calibrates copies of
-them on 1000 fresh problems, because 0.5 % of the demo's 300 is a handful of tokens, and decodes the demo's test
-problems with every trigger at every rate. Accuracy is that of the final answers. `helped` and `hurt` are problems,
-against greedy decoding.
-
-Babyllama pair: two pretrained story models that solve nothing, so no text is generated. At every token of stored texts
-of the small model the trigger fires or does not, by thresholds from the calibration labels, and where it fires the
-selector may replace the small model's first token. Accuracy is the share of all those tokens that are the larger
-model's best candidate above the floor. `helped` and `hurt` are tokens.
+    embedded    selectors and routers of `make demo` (which is run where it is missing), calibrated on 1000 fresh
+                problems, because 0.5 % of the demo's 300 is a handful of tokens, decode its test problems with every
+                trigger at every rate. Accuracy is that of the answers; `helped` and `hurt` are problems
+    babyllama   two pretrained story models that solve nothing, so no text is generated: at the tokens of stored texts
+                at which a trigger fires the selector may replace the small model's first token. Accuracy is the share
+                of all tokens that are the larger model's best candidate; `helped` and `hurt` are tokens
 
 All models and labels are kept (RUN/triggers, BABYLLAMA_RUN): started again, this goes on where it stopped.
 """
