@@ -1,68 +1,46 @@
-"""What selecting costs: S2T-Local against greedy decoding, the published procedure and majority voting, in one run.
+"""Time of each way to select, relative to greedy decoding of the same prompts.
 
     python benchmarks/decode.py --json runs/benchmarks/decode.json --plot runs/benchmarks/decode.png
     python benchmarks/decode.py --quick                  # a few minutes on two cores
-    python benchmarks/decode.py --device cuda --dtype bfloat16 --shape qwen2.5-1.5b --naive_batches 1 8
     python benchmarks/decode.py --model MODELS/qwen2.5-coder-0.5b
 
-Random weights of a given shape, or a checkpoint's with --model, decode the same prompts in every way in turn, A B C A
-B C ..., and each ratio to greedy is taken inside one turn, so that it holds when the machine's speed drifts; medians
-over turns are reported, of wall time and (on a CPU) of processor time. Absolute times mean little. Steps trigger at
-random, with a seed that was searched for so that the share of asked tokens is the rate and not just close to it.
-Nothing stops early: every way decodes exactly `--new_tokens` tokens.
+Prints a table for each batch size and prompt length, with a line for each way and a column for each share of tokens at
+which the selector is asked: the median ratio over turns, [lowest, highest], and that of processor time.
 
-    greedy         model.generate of a model that holds no adapter
     s2t_generate   custom_generate=s2t_generate; scope candidate/base is the default, sequence/adapted the paper's form
                    (the adapter merged: every token sees it)
     processor      logits_processor=S2T(selector): a cache of its own
-    naive          the published algorithm (arXiv 2604.26940, public code): K full prefixes through the adapted model
-                   at every trigger, no cache, one row at a time. Favoured here: the base model writes the text, and
-                   the head is read at the last position only
+    naive          arXiv 2604.26940, public code: K full prefixes through the adapted model at every trigger, no cache,
+                   one row at a time. Favoured: the base model writes the text, the head is read at the last position
     maj8           8 sampled paths per prompt, as for a majority vote; no S2T, so it has no rate
 
-`forwards_per_token` counts runs of the decoder: greedy has 1.0, the prompt's forward yielding the first token.
+All ways run in turn and a ratio is taken inside one turn, so that it holds when the machine's speed drifts. Steps
+trigger at random, with a seed searched for so that the share of asked tokens is exactly the rate. Every way decodes
+`--new_tokens` tokens. `forwards_per_token` in the JSON counts runs of the decoder: greedy has 1.0.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import itertools
 import statistics
-import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import setting
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
-from setting import (
-    FIRST_TOKEN,
-    NUM_RESERVED,
-    SHAPES,
-    Parser,
-    check_device,
-    check_file,
-    fill_in_shape,
-    machine_meta,
-    random_model,
-)
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.utils import is_flash_attn_2_available
 
 from transformers_s2t import S2T, LocalSelector, S2TDecodingConfig, SelectorConfig, s2t_generate
 from transformers_s2t.config import DEFAULT_WARMUP_TOKENS
-from transformers_s2t.files import write_json
 from transformers_s2t.models.views import get_decoder
 
 
@@ -75,15 +53,8 @@ WARMUP_TOKENS = DEFAULT_WARMUP_TOKENS
 
 #: Three minutes on two cores: the width of the default shape with a quarter of its layers. `naive` at a tenth of the
 #: tokens would double that.
-QUICK = {
-    "num_layers": 6,
-    "vocab_size": 8192,
-    "rates": [0.01, 0.1],
-    "batch_sizes": [1],
-    "prefix_lengths": [256],
-    "turns": 2,
-    "new_tokens": 200,
-}
+QUICK = {"num_layers": 6, "vocab_size": 8192, "turns": 2, "new_tokens": 200}
+QUICK |= {"rates": [0.01, 0.1], "batch_sizes": [1], "prefix_lengths": [256]}
 
 
 class Variant(NamedTuple):
@@ -98,9 +69,17 @@ class Variant(NamedTuple):
         return self.name if self.scope is None or self.name == "naive" else f"{self.name} {self.scope}"
 
 
-@dataclass
-class Sample:
-    """One timed run: seconds of wall and processor time, decoder forwards, (row, step) pairs that were asked."""
+class Run(NamedTuple):
+    """One run of a variant; turn -1 warms up and is not counted."""
+
+    turn: int
+    variant: Variant
+    new_tokens: int
+    config: S2TDecodingConfig | None
+
+
+class Sample(NamedTuple):
+    """What one run took: wall and processor seconds, runs of the decoder, (row, step) pairs that were asked."""
 
     wall: float
     cpu: float | None
@@ -108,21 +87,13 @@ class Sample:
     asked: int
 
 
-@dataclass
-class Tally:
-    """What all models of a benchmark did since it was last set to zero."""
-
-    forwards: int = 0
-    asked: int = 0
-
-
 class CountingSelector(LocalSelector):
-    """A [`LocalSelector`] that counts the rows that it was asked about."""
+    """A [`LocalSelector`] that counts under "asked" the rows that it was asked about."""
 
-    tally: Tally
+    counts: Counter
 
     def read_scores(self, hidden_AKD: torch.Tensor) -> torch.Tensor:
-        self.tally.asked += len(hidden_AKD)
+        self.counts["asked"] += len(hidden_AKD)
         return super().read_scores(hidden_AKD)
 
 
@@ -146,9 +117,6 @@ class Naive(LogitsProcessor):
             scores[row] = float("-inf")
             scores[row, chosen] = 0.0
         return scores
-
-
-# --- what is asked for -----------------------------------------------------------------------------------------------
 
 
 def num_wanted(rate: float, new_tokens: int, batch_size: int) -> int:
@@ -212,102 +180,69 @@ def list_skipped(args: argparse.Namespace) -> list[str]:
     return skipped
 
 
-# --- what is measured ------------------------------------------------------------------------------------------------
-
-
 class Bench:
     """The models of one shape, which share their base weights, and the ways to decode with them."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.tally = args, Tally()
-        self.device = torch.device(args.device)
-        self.plain = make_model(args)
+        self.args, self.counts = args, Counter()
+        num_positions = max(args.prefix_lengths) + args.new_tokens + WARMUP_TOKENS + 2
+        self.plain = setting.make_model(args, num_positions)
+        self.plain.generation_config = GenerationConfig(pad_token_id=0)  # nothing ends a text
         scopes = {variant.scope for size in args.batch_sizes for variant in plan_variants(args, size)} - {None}
         self.selectors = {scope: self._make_selector(scope) for scope in sorted(scopes)}
         for model in [self.plain, *(selector.model for selector in self.selectors.values())]:
             get_decoder(model).register_forward_hook(self._count_forward)
 
     def _count_forward(self, *call: Any) -> None:
-        self.tally.forwards += 1
+        self.counts["forwards"] += 1
 
     def _make_selector(self, scope: str) -> CountingSelector:
         """A selector in a model of its own: other modules, but the very tensors of `self.plain`.
 
         Where the adapted model writes the text, the adapter is merged, into tensors of its own.
         """
-        if scope == "sequence/adapted":
-            return self._add_adapter(copy.deepcopy(self.plain), scope).merge()
-        shared = {id(tensor): tensor for tensor in itertools.chain(self.plain.parameters(), self.plain.buffers())}
-        return self._add_adapter(copy.deepcopy(self.plain, shared), scope)
-
-    def _add_adapter(self, model: PreTrainedModel, scope: str) -> CountingSelector:
+        is_merged = scope == "sequence/adapted"
+        shared = [] if is_merged else itertools.chain(self.plain.parameters(), self.plain.buffers())
+        model = copy.deepcopy(self.plain, {id(tensor): tensor for tensor in shared})
         torch.manual_seed(0)
         vocab_size = model.config.vocab_size
-        reserved = list(range(vocab_size - NUM_RESERVED, vocab_size))
+        reserved = list(range(vocab_size - setting.NUM_RESERVED, vocab_size))
         lora = LoraConfig(r=16, target_modules="all-linear", trainable_token_indices={"lm_head": reserved})
         adapter_scope, proposals = scope.split("/")
         config = SelectorConfig(reserved, adapter_scope=adapter_scope, proposals=proposals)
         selector = CountingSelector(get_peft_model(model, lora).eval(), config, "default")
-        selector.tally = self.tally
-        return selector
+        selector.counts = self.counts
+        return selector.merge() if is_merged else selector
 
-    def make_prompts(self, batch_size: int, prefix_length: int) -> torch.Tensor:
-        last = self.plain.config.vocab_size - NUM_RESERVED
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(FIRST_TOKEN, last, (batch_size, prefix_length), generator=generator).to(self.device)
+    def decode(self, run: Run, prompt_BT: torch.Tensor) -> torch.Tensor:
+        """Prompts and new tokens, (B, T) or, of majority voting, (8 B, T)."""
+        name, selector = run.variant.name, self.selectors.get(run.variant.scope)
+        model, options = self.plain if selector is None else selector.model, {"do_sample": name == "maj8"}
+        if name == "maj8":
+            options["num_return_sequences"] = NUM_PATHS
+        elif name == "s2t_generate":
+            options |= {"custom_generate": s2t_generate, "selector": selector, "decoding_config": run.config}
+        elif name == "processor":
+            options["logits_processor"] = S2T(selector, config=run.config)
+        elif name == "naive":
+            options["logits_processor"] = LogitsProcessorList([Naive(selector, run.config, prompt_BT.shape[1])])
+        mask_BT = torch.ones_like(prompt_BT)
+        return model.generate(input_ids=prompt_BT, attention_mask=mask_BT, max_new_tokens=run.new_tokens, **options)
 
-    def decode(
-        self, variant: Variant, prompt_BT: torch.Tensor, new_tokens: int, config: S2TDecodingConfig | None
-    ) -> torch.Tensor:
-        common = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT), "max_new_tokens": new_tokens}
-        common["do_sample"] = variant.name == "maj8"
-        if variant.name == "greedy":
-            return self.plain.generate(**common)
-        if variant.name == "maj8":
-            return self.plain.generate(**common, num_return_sequences=NUM_PATHS)
-        selector = self.selectors[variant.scope]
-        if variant.name == "s2t_generate":
-            return selector.model.generate(
-                **common, custom_generate=s2t_generate, selector=selector, decoding_config=config
-            )
-        if variant.name == "processor":
-            return selector.model.generate(**common, logits_processor=S2T(selector, config=config))
-        naive = Naive(selector, config, prompt_BT.shape[1])
-        return selector.model.generate(**common, logits_processor=LogitsProcessorList([naive]))
-
-    def measure(
-        self, variant: Variant, prompt_BT: torch.Tensor, new_tokens: int, config: S2TDecodingConfig | None
-    ) -> Sample:
-        self.tally.forwards = self.tally.asked = 0
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.synchronize()
-        wall, cpu = time.perf_counter(), time.process_time()
-        text = self.decode(variant, prompt_BT, new_tokens, config)
-        if on_cuda:
-            torch.cuda.synchronize()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    def measure(self, run: Run, prompt_BT: torch.Tensor) -> Sample:
+        self.counts.clear()
+        with setting.Clock(self.args.device) as clock:
+            text = self.decode(run, prompt_BT)
         decoded = text.shape[1] - prompt_BT.shape[1]
-        if decoded != new_tokens:
-            raise RuntimeError(f"{variant.label} decoded {decoded} tokens, not {new_tokens}.")
-        return Sample(wall, None if on_cuda else cpu, self.tally.forwards, self.tally.asked)
-
-
-def make_model(args: argparse.Namespace) -> PreTrainedModel:
-    """The checkpoint's model, or a random one, that never ends a text."""
-    if args.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=getattr(torch, args.dtype), attn_implementation=args.attn_implementation
-        )
-        model.generation_config = GenerationConfig(pad_token_id=0)
-        return model.eval().to(args.device)
-    return random_model(args, max(args.prefix_lengths) + args.new_tokens + WARMUP_TOKENS + 2, eos_token_id=None)
+        if decoded != run.new_tokens:
+            raise RuntimeError(f"{run.variant.label} decoded {decoded} tokens, not {run.new_tokens}.")
+        return Sample(clock.wall, clock.cpu, self.counts["forwards"], self.counts["asked"])
 
 
 def runs_of_block(
     args: argparse.Namespace, batch_size: int, configs: dict[tuple[float, int], S2TDecodingConfig]
-) -> Iterator[tuple[int, Variant, int, S2TDecodingConfig | None]]:
-    """(turn, variant, new tokens, config) of every run of a block, in order; turn -1 warms up and is not counted.
+) -> Iterator[Run]:
+    """Every run of a block, in order.
 
     The warm-up asks at every step that may trigger, of which there are two. On a CPU it leaves `naive` out: there are
     no kernels to load, and a single trigger may take as long as decoding a whole text.
@@ -316,76 +251,43 @@ def runs_of_block(
     for variant in plan:
         config = configs.get((variant.rate, batch_size))
         if variant.rate in (None, args.rates[0]) and (variant.name != "naive" or args.device == "cuda"):
-            yield -1, variant, WARMUP_TOKENS + 2, config and replace(config, target_rate=1.0)
-    for turn in range(args.turns):
-        for variant in plan:
-            if variant.name not in SLOW or turn < args.slow_turns:
-                yield turn, variant, args.new_tokens, configs.get((variant.rate, batch_size))
+            yield Run(-1, variant, WARMUP_TOKENS + 2, config and replace(config, target_rate=1.0))
+    for turn, variant in itertools.product(range(args.turns), plan):
+        if variant.name not in SLOW or turn < args.slow_turns:
+            yield Run(turn, variant, args.new_tokens, configs.get((variant.rate, batch_size)))
 
 
 def measure_block(
     bench: Bench, batch_size: int, prefix_length: int, configs: dict[tuple[float, int], S2TDecodingConfig], bar: tqdm
 ) -> tuple[list[dict], float]:
     """The rows of one (batch, prefix), and the median seconds of greedy decoding."""
-    prompt_BT = bench.make_prompts(batch_size, prefix_length)
+    args = bench.args
+    prompt_BT = setting.random_tokens(bench.plain.config.vocab_size, batch_size, prefix_length).to(args.device)
     samples: dict[Variant, dict[int, Sample]] = {}
-    for turn, variant, new_tokens, config in runs_of_block(bench.args, batch_size, configs):
+    for run in runs_of_block(args, batch_size, configs):
+        variant = run.variant
         bar.set_description(f"batch {batch_size}, prefix {prefix_length}, {variant.label}")
-        sample = bench.measure(variant, prompt_BT, new_tokens, config)
-        if turn >= 0:
-            wanted = 0 if variant.rate is None else num_wanted(variant.rate, new_tokens, batch_size)
+        sample = bench.measure(run, prompt_BT)
+        if run.turn >= 0:
+            wanted = 0 if variant.rate is None else num_wanted(variant.rate, run.new_tokens, batch_size)
             if sample.asked != wanted:
                 raise RuntimeError(f"{variant.label} asked at {sample.asked} tokens, not {wanted}: not comparable.")
-            samples.setdefault(variant, {})[turn] = sample
+            samples.setdefault(variant, {})[run.turn] = sample
         bar.update()
-    greedy = samples[Variant("greedy")]
-    rows = []
+    greedy, rows = samples[Variant("greedy")], []
     for variant, by_turn in samples.items():
+        scope, proposals = variant.scope.split("/") if variant.scope else (None, None)
         pairs = [(sample, greedy[turn]) for turn, sample in by_turn.items()]
-        rows.append(make_row(bench.args, variant, batch_size, prefix_length, pairs))
+        ratios = [own.wall / base.wall for own, base in pairs]
+        one, num_tokens = pairs[0][0], args.new_tokens * batch_size  # the counts are those of every turn
+        row = {"name": variant.name, "scope": scope, "proposals": proposals, "rate": variant.rate}
+        row |= {"batch": batch_size, "prefix": prefix_length, "dtype": args.dtype}
+        row |= {"ratio": setting.median(ratios), "ratio_range": setting.edges(ratios)}
+        row["cpu_ratio"] = setting.median([own.cpu and own.cpu / base.cpu for own, base in pairs])
+        row["forwards_per_token"] = round(one.forwards / args.new_tokens, 4)
+        row["asked_rate"] = None if variant.rate is None else round(one.asked / num_tokens, 4)
+        rows.append(row | {"turns": len(pairs)})
     return rows, statistics.median(sample.wall for sample in greedy.values())
-
-
-def make_row(
-    args: argparse.Namespace,
-    variant: Variant,
-    batch_size: int,
-    prefix_length: int,
-    pairs: list[tuple[Sample, Sample]],
-) -> dict:
-    """One row of the JSON from the variant's samples, each beside greedy's of the same turn."""
-    scope, proposals = variant.scope.split("/") if variant.scope else (None, None)
-    ratios = [own.wall / greedy.wall for own, greedy in pairs]
-    cpu = None if pairs[0][0].cpu is None else statistics.median(own.cpu / greedy.cpu for own, greedy in pairs)
-    one = pairs[0][0]  # the counts are those of every turn
-    return {
-        "name": variant.name,
-        "scope": scope,
-        "proposals": proposals,
-        "rate": variant.rate,
-        "batch": batch_size,
-        "prefix": prefix_length,
-        "dtype": args.dtype,
-        "ratio": round(statistics.median(ratios), 4),
-        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
-        "cpu_ratio": None if cpu is None else round(cpu, 4),
-        "forwards_per_token": round(one.forwards / args.new_tokens, 4),
-        "asked_rate": None if variant.rate is None else round(one.asked / (args.new_tokens * batch_size), 4),
-        "turns": len(pairs),
-    }
-
-
-# --- what is said ----------------------------------------------------------------------------------------------------
-
-
-def make_meta(args: argparse.Namespace, skipped: list[str]) -> dict:
-    return machine_meta(args) | {
-        "new_tokens": args.new_tokens,
-        "num_candidates": args.num_candidates,
-        "settings": {name: value for name, value in vars(args).items() if name not in ("json", "plot", "model")},
-        "skipped": skipped,
-        "greedy_seconds": [],
-    }
 
 
 def label_of(row: dict) -> str:
@@ -423,10 +325,7 @@ def format_table(rows: list[dict], meta: dict) -> str:
                 cells.append([label, format_cell(by_place[label, None]) + " at any rate"])
             else:
                 cells.append([label, *(format_cell(by_place.get((label, rate))) for rate in settings["rates"])])
-        columns = zip(*(line for line in cells if len(line) == len(cells[0])))
-        widths = [max(map(len, column)) for column in columns]
-        widths[0] = max(len(line[0]) for line in cells)
-        lines += ["", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)]
+        lines += ["", *setting.align(cells)]
     if meta["skipped"]:
         lines += ["", "not measured: " + ", ".join(meta["skipped"])]
     return "\n".join(lines)
@@ -465,16 +364,16 @@ def draw_panel(axes: Any, rows: list[dict], labels: list[str], rates: list[float
 
 def plot(rows: list[dict], meta: dict, file: Path) -> None:
     """Ratios to greedy on a logarithmic axis, a panel per (batch, prefix)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    from s2t_recipes.report.canvas import save_png
 
     settings = meta["settings"]
     batches, prefixes, rates = settings["batch_sizes"], settings["prefix_lengths"], settings["rates"]
     present = {label_of(row) for row in rows if row["rate"] is not None}
     labels = [label for label in PLOT_STYLES if label in present]
     figure = Figure(figsize=(1 + 4.5 * len(prefixes), 1.4 + 3 * len(batches)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(len(batches), len(prefixes), squeeze=False, sharex=True, sharey=True)
     for (batch, prefix), axes in zip(itertools.product(batches, prefixes), grid.flat):
         draw_panel(axes, [row for row in rows if (row["batch"], row["prefix"]) == (batch, prefix)], labels, rates)
@@ -496,66 +395,36 @@ def plot(rows: list[dict], meta: dict, file: Path) -> None:
     figure.suptitle(", ".join(title), fontsize=9)
     found = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(4, len(found)), fontsize=7)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    save_png(figure, file)
 
 
-# --- command line ----------------------------------------------------------------------------------------------------
-
-
-def make_parser() -> Parser:
-    parser = Parser(prog="decode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> setting.Parser:
+    parser = setting.Parser(__file__, __doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a preset of a few minutes; flags given beside it win")
-    add("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the random model [%(default)s]")
-    add("--model", help="a checkpoint to take the weights of, in place of random ones: Hub id or folder")
-    add("--num_layers", type=int, help="by default the shape's own")
-    add("--vocab_size", type=int, help="rows of the head; by default the shape's own (qwen2.5-0.5b: cut to 32768)")
-    add("--rates", type=float, nargs="+", default=[0.01, 0.05, 0.1], help="shares of tokens asked %(default)s")
-    add("--batch_sizes", type=int, nargs="+", default=[1, 8], help="prompts decoded together %(default)s")
-    add("--prefix_lengths", type=int, nargs="+", default=[256, 1024], help="tokens of a prompt %(default)s")
-    add("--new_tokens", type=int, default=300, help="to decode [%(default)s]")
-    add("--num_candidates", type=int, default=8, help="K [%(default)s]")
-    add("--turns", type=int, default=3, help="how often everything is timed [%(default)s]")
-    add("--variants", choices=NAMES, nargs="+", default=list(NAMES), help="beside greedy [all]")
-    add("--scopes", choices=SCOPES, nargs="+", default=list(SCOPES), help="of s2t_generate [all]")
+    add("--quick", help="a preset of a few minutes; flags given beside it win")
+    add("--shape", default="qwen2.5-0.5b")
+    add("--model")
+    add("--num_layers")
+    add("--vocab_size")
+    add("--rates", type=setting.share, nargs="+", default=[0.01, 0.05, 0.1], help="shares of tokens asked %(default)s")
+    add("--batch_sizes", least=1, nargs="+", default=[1, 8], help="prompts decoded together %(default)s")
+    add("--prefix_lengths", least=1, nargs="+", default=[256, 1024], help="tokens of a prompt %(default)s")
+    add("--new_tokens", least=WARMUP_TOKENS + 1, default=300, help="tokens to decode [%(default)s]")
+    add("--num_candidates", least=2, default=8, help="K [%(default)s]")
+    add("--turns", default=3)
+    add("--variants", choices=NAMES, nargs="+", default=list(NAMES), help="ways beside greedy [all]")
+    add("--scopes", choices=SCOPES, nargs="+", default=list(SCOPES), help="scopes of s2t_generate [all]")
     add("--all_scopes", action="store_true", help="time the processor in every scope, not in candidate/base only")
-    add("--slow_turns", type=int, default=1, help="in how many turns maj8 and naive are timed, 0: none [%(default)s]")
-    add("--naive_batches", type=int, nargs="+", default=[1], help="batch sizes to time naive at %(default)s")
-    add("--naive_rates", type=float, nargs="+", help="rates to time naive at [all; with --quick the lowest]")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights [%(default)s]")
-    add("--threads", type=int, help="of the CPU [torch's default]")
+    add("--slow_turns", least=0, default=1, help="turns in which maj8 and naive are timed, 0: none [%(default)s]")
+    add("--naive_batches", least=1, nargs="+", default=[1], help="batch sizes to time naive at %(default)s")
+    add("--naive_rates", type=setting.share, nargs="+", help="rates to time naive at [all; with --quick the lowest]")
+    add("--device")
+    add("--dtype", choices=["float32", "bfloat16", "float16"])
+    add("--threads")
     add("--attn_implementation", choices=["sdpa", "eager", "flash_attention_2"], default="sdpa", help="[%(default)s]")
-    add("--json", type=Path, metavar="FILE", help="write the figures here, again after every (batch, prefix)")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the ratios")
+    add("--json", help="write the figures here, again after every (batch, prefix)")
+    add("--plot")
     return parser
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises a ValueError for what could not be measured."""
-    for name in ("rates", "naive_rates"):
-        if not all(0 < rate <= 1 for rate in getattr(args, name)):
-            raise ValueError(f"--{name} must be in (0, 1], got {getattr(args, name)}.")
-    least = {"batch_sizes": 1, "prefix_lengths": 1, "turns": 1, "slow_turns": 0, "naive_batches": 1, "threads": 1}
-    least |= {"num_layers": 1, "new_tokens": WARMUP_TOKENS + 1, "num_candidates": 2}
-    least["vocab_size"] = FIRST_TOKEN + args.num_candidates + NUM_RESERVED
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not all(one >= low for one in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"--{name} must be at least {low}, got {value}.")
-    check_device(args)
-    if args.attn_implementation == "flash_attention_2":
-        if args.device != "cuda" or args.dtype == "float32":
-            raise ValueError("--attn_implementation flash_attention_2 needs --device cuda and a 16-bit --dtype.")
-        if not transformers.utils.is_flash_attn_2_available():
-            raise ValueError("--attn_implementation flash_attention_2 needs the package flash-attn.")
-    for name in ("json", "plot"):
-        check_file(f"--{name}", getattr(args, name))
-    if args.plot is not None and args.plot.suffix != ".png":
-        raise ValueError(f"--plot must end in .png, got {str(args.plot)!r}.")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib.")
 
 
 def parse_arguments(
@@ -563,20 +432,23 @@ def parse_arguments(
 ) -> tuple[argparse.Namespace, dict[tuple[float, int], S2TDecodingConfig]]:
     """The settings, and how each (rate, batch size) decodes; leaves with status 2 and one line where one is wrong."""
     parser = make_parser()
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
+    args = parser.read(argv, QUICK)
     for name in ("rates", "batch_sizes", "prefix_lengths", "variants", "scopes", "naive_batches"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # each once
     if args.model is not None and (args.num_layers, args.vocab_size) != (None, None):
         parser.error("--num_layers and --vocab_size are those of --model: leave them out.")
-    fill_in_shape(args)
+    setting.fill_in_shape(args)
+    parser.check_vocabulary(args, args.num_candidates)
     if args.naive_rates is None:
         args.naive_rates = [min(args.rates)] if args.quick else args.rates
     args.slow_turns = min(args.slow_turns, args.turns)
+    if args.attn_implementation == "flash_attention_2":
+        if args.device != "cuda" or args.dtype == "float32":
+            parser.error("--attn_implementation flash_attention_2 needs --device cuda and a 16-bit --dtype.")
+        if not is_flash_attn_2_available():
+            parser.error("--attn_implementation flash_attention_2 needs the package flash-attn.")
     try:
-        check_arguments(args)
-        configs = {
+        return args, {
             (rate, size): S2TDecodingConfig(
                 trigger="random",
                 target_rate=rate,
@@ -588,16 +460,15 @@ def parse_arguments(
         }
     except ValueError as error:
         parser.error(str(error))
-    return args, configs
 
 
 def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's
     args, configs = parse_arguments(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    bench = Bench(args)
-    meta, rows = make_meta(args, list_skipped(args)), []
+    bench, rows = Bench(args), []
+    meta = setting.machine_meta(args, "new_tokens", "num_candidates")
+    meta["settings"] = setting.settings_of(args, "json", "plot", "model")
+    meta |= {"skipped": list_skipped(args), "greedy_seconds": []}
     total = sum(len(list(runs_of_block(args, size, configs))) for size in args.batch_sizes) * len(args.prefix_lengths)
     with tqdm(total=total, unit="run") as bar:
         for batch_size, prefix_length in itertools.product(args.batch_sizes, args.prefix_lengths):
@@ -605,11 +476,8 @@ def main(argv: list[str] | None = None) -> None:
             rows += block
             place = {"batch": batch_size, "prefix": prefix_length, "seconds": round(seconds, 4)}
             meta["greedy_seconds"].append(place)
-            if args.json is not None:
-                write_json(args.json, {"meta": meta, "rows": rows})
-    print(f"\n{format_table(rows, meta)}")
-    if args.json is not None:
-        print(f"\nwritten to {args.json}")
+            setting.write_figures(args, meta, rows)
+    setting.show(format_table(rows, meta), args)
     if args.plot is not None:
         plot(rows, meta, args.plot)
         print(f"drawn in {args.plot}")

@@ -1,7 +1,10 @@
-"""Which training settings learn best: one change at a time around a recipe, on held-out points, several seeds.
+"""Agreement with the teacher after training with other settings: one change at a time around a recipe.
 
-    python benchmarks/objective.py --recipe benchmarks/objective-embedded.yaml --labels runs/objective \
+    python benchmarks/objective.py --recipe benchmarks/objective-embedded.yaml --labels runs/objective \\
         --num_train 60 --num_held_out 300 --json runs/benchmarks/objective-embedded.json
+
+Prints a Markdown table with a line for each variant: Agree@1 at held-out points of the selector alone and fused with
+log p, mean over seeds and [lowest, highest], the gain over the recipe at equal seeds, and seconds of a training.
 
 The labels are divided by problem: the texts of the first `--num_train` train, those of the next `--num_fusion` fit the
 fusion, those of the next `--num_held_out` are measured. Every variant is measured at the same points, with 8
@@ -16,23 +19,22 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
+import setting
 import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from transformers_s2t import FusionWeights, LocalSelector, S2TConfig, S2TTrainer
 from transformers_s2t.calibration.scored_points import fit_fusion_to_points, score_labels
 from transformers_s2t.decoding import local_selector
-from transformers_s2t.files import write_json
 from transformers_s2t.labels.folder import read_labels
 from transformers_s2t.scoring import reserved_rows
 from transformers_s2t.training import s2t_trainer
@@ -70,6 +72,9 @@ VARIANTS: dict[str, dict] = {
     },
 }
 READ_OUT = ("num_heads", "layers_below")
+QUIET = {"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
+QUIET |= {"disable_tqdm": True}
+#: Settings of a recipe that are arguments of recipes/train.py.
 SCRIPT_KEYS = ("model", "dtype", "attn_implementation", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
@@ -130,59 +135,46 @@ def read_out(num_heads: int = 1, layers_below: int = 0) -> Iterator[Callable[[Pr
 
 
 def train_one(args: argparse.Namespace, recipe: dict, variant: str, seed: int) -> dict:
-    """Figures of one training: Agree@1 bare and fused, the controls, rank correlation, seconds."""
+    """Figures of one training: Agree@1 bare and fused, the controls, seconds."""
+    script = {key: value for key, value in recipe.items() if key in SCRIPT_KEYS}
+    settings = {key: value for key, value in recipe.items() if key not in SCRIPT_KEYS} | QUIET
     changes = dict(VARIANTS[variant])
-    settings = recipe | {
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    script = {key: settings.pop(key) for key in SCRIPT_KEYS if key in settings}
     if "learning_rate" in changes:  # a factor
         changes["learning_rate"] *= settings["learning_rate"]
     lora_r = changes.pop("lora_r", script.get("lora_r", 16))
     read = {key: changes.pop(key) for key in READ_OUT if key in changes}
     labels, header = read_labels(args.labels)
     train, fit, held_out = divide(labels, args)
-    model_name = args.model or script["model"]
+    adapter = LoraConfig(
+        r=lora_r,
+        lora_alpha=2 * lora_r,
+        lora_dropout=script.get("lora_dropout", 0.05),
+        target_modules="all-linear",
+    )
+    measured = {"num_candidates": 8, "min_prob_ratio": args.min_prob_ratio}
     with tempfile.TemporaryDirectory() as folder, read_out(**read) as prepare:
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+        own = {"output_dir": folder, "seed": seed, "use_cpu": args.device == "cpu"}
+        config = S2TConfig(**settings | changes | own)
+        model = setting.load_checkpoint(args, args.model or script["model"])
         prepare(model)
-        trainer = S2TTrainer(
-            model,
-            S2TConfig(**settings | changes | {"output_dir": folder, "seed": seed, "use_cpu": args.device == "cpu"}),
-            train,
-            peft_config=LoraConfig(
-                r=lora_r,
-                lora_alpha=2 * lora_r,
-                lora_dropout=script.get("lora_dropout", 0.05),
-                target_modules="all-linear",
-            ),
-            label_header=header,
-        )
-        started = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - started
+        trainer = S2TTrainer(model, config, train, peft_config=adapter, label_header=header)
+        with setting.Clock() as clock:
+            trainer.train()
         trainer.save_model(folder)
-        base = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32).to(args.device)
+        base = setting.load_checkpoint(args, args.model or script["model"])
         prepare(base)
         selector = LocalSelector.from_pretrained(folder, base)
-        fusion = fit_fusion_to_points(
-            score_labels(selector, fit, num_candidates=8, min_prob_ratio=args.min_prob_ratio)
-        )
-        points = score_labels(selector, held_out, num_candidates=8, min_prob_ratio=args.min_prob_ratio).with_choice()
-    target_N = points.target_N
+        fusion = fit_fusion_to_points(score_labels(selector, fit, **measured))
+        points = score_labels(selector, held_out, **measured).with_choice()
     return {
         "variant": variant,
         "seed": seed,
         "agree_at_1": points.agreement(FusionWeights()),
         "fused_agree_at_1": points.agreement(fusion),
-        "student_first": float((target_N == 0).float().mean()),
-        "second_candidate": float((target_N == 1).float().mean()),
-        "points": len(target_N),
-        "seconds": round(seconds, 1),
+        "student_first": float((points.target_N == 0).float().mean()),
+        "second_candidate": float((points.target_N == 1).float().mean()),
+        "points": len(points.target_N),
+        "seconds": round(clock.wall, 1),
     }
 
 
@@ -224,46 +216,41 @@ def summarise(rows: list[dict]) -> list[dict]:
 
 def format_table(lines: list[dict], rows: list[dict]) -> str:
     """The table in Markdown."""
-
-    def cell(line: dict, key: str) -> str:
-        low, high = line[f"{key}_range"]
-        return f"{line[key]:.1f} [{low:.1f}, {high:.1f}]"
-
-    out = ["| variant | Agree@1 | fused | gain, fused | seconds |", "|---|---|---|---|---|"]
+    cells = []
     for line in lines:
+        own = [line["variant"]]
+        for key in ("agree_at_1", "fused_agree_at_1"):
+            low, high = line[f"{key}_range"]
+            own.append(f"{line[key]:.1f} [{low:.1f}, {high:.1f}]")
         gain = line["fused_agree_at_1_gain"]
-        out.append(
-            f"| {line['variant']} | {cell(line, 'agree_at_1')} | {cell(line, 'fused_agree_at_1')} | "
-            f"{'' if gain is None or line['variant'] == 'recipe' else f'{gain:+.1f}'} | {line['seconds']:.0f} |"
-        )
-    first = rows[0]
-    out += [
-        "",
-        f"{first['points']} held-out points with a choice, {max(line['seeds'] for line in lines)} seeds, [lowest, "
-        f"highest]; the student's own first {100 * first['student_first']:.1f}, the second candidate "
-        f"{100 * first['second_candidate']:.1f}.",
-    ]
-    return "\n".join(out)
+        own.append("" if gain is None or line["variant"] == "recipe" else f"{gain:+.1f}")
+        cells.append([*own, f"{line['seconds']:.0f}"])
+    table = setting.markdown(["variant", "Agree@1", "fused", "gain, fused", "seconds"], cells)
+    first, num_seeds = rows[0], max(line["seeds"] for line in lines)
+    note = (
+        f"{first['points']} held-out points with a choice, {num_seeds} seeds, [lowest, highest]; the student's own "
+        f"first {100 * first['student_first']:.1f}, the second candidate {100 * first['second_candidate']:.1f}."
+    )
+    return "\n".join([*table, "", note])
 
 
 def draw(lines: list[dict], rows: list[dict], file: Path) -> None:
     """A dot for each seed, a tick for the mean, a line where the recipe stands."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from s2t_recipes.report.canvas import save_png
 
     order = [line["variant"] for line in lines][::-1]
-    figure, axis = plt.subplots(figsize=(7.5, 0.32 * len(order) + 1.4), layout="constrained")
-    for key, colour, label in (
-        ("agree_at_1", "#9a9a9a", "selector alone"),
-        ("fused_agree_at_1", "#1f5fa8", "fused with log p"),
+    figure = Figure(figsize=(7.5, 0.32 * len(order) + 1.4), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    for key, colour, label, shift in (
+        ("agree_at_1", "#9a9a9a", "selector alone", -0.14),
+        ("fused_agree_at_1", "#1f5fa8", "fused with log p", 0.14),
     ):
         recipe = next(line for line in lines if line["variant"] == "recipe")[key]
         axis.axvline(recipe, color=colour, linewidth=0.8, linestyle=":")
         for y, variant in enumerate(order):
             values = [100 * row[key] for row in rows if row["variant"] == variant]
-            shift = 0.14 if key == "fused_agree_at_1" else -0.14
             axis.plot(values, [y + shift] * len(values), "o", color=colour, markersize=3.5, alpha=0.6)
             axis.plot(statistics.mean(values), y + shift, "|", color=colour, markersize=10, markeredgewidth=2)
         axis.plot([], [], "o", color=colour, markersize=4, label=label)
@@ -272,12 +259,11 @@ def draw(lines: list[dict], rows: list[dict], file: Path) -> None:
     axis.grid(axis="x", linewidth=0.4, alpha=0.5)
     figure.legend(frameon=False, loc="outside upper center", ncols=2)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    save_png(figure, file)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> setting.Parser:
+    parser = setting.Parser(__file__, __doc__)
     add = parser.add_argument
     add("--recipe", type=Path, required=True, help="training recipe in YAML that variants depart from")
     add("--labels", required=True, help="folder written by recipes/label.py")
@@ -288,36 +274,44 @@ def make_parser() -> argparse.ArgumentParser:
     add("--min_prob_ratio", type=float, default=0.05, help="candidate floor of the measure [%(default)s]")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="[all]")
     add("--seeds", type=int, default=3, help="trainings of each variant [%(default)s]")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
-    add("--json", type=Path, required=True, metavar="FILE", help="figures, written after every training")
-    add("--picture", type=Path, metavar="FILE", help="PNG to draw")
+    add("--device")
+    add("--json", required=True, help="figures, written after every training")
+    add("--picture", type=setting.new_picture, metavar="FILE", help="PNG to draw")
+    parser.set_defaults(dtype="float32")
     return parser
+
+
+def read_finished(file: Path, meta: dict) -> list[dict]:
+    """Rows of trainings that are in the file already.
+
+    Raises:
+        ValueError: where they are of other settings.
+    """
+    if not file.is_file():
+        return []
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    if stored["meta"] != meta:
+        raise ValueError(f"--json {file} holds figures of other settings: {stored['meta']}.")
+    return stored["rows"]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
-    labels, _ = read_labels(args.labels)
-    divide(labels, args)  # too few are found before anything is trained
+    divide(read_labels(args.labels)[0], args)  # too few are found before anything is trained
     settings = ("num_train", "num_fusion", "num_held_out", "min_prob_ratio", "device")
     meta = {name: getattr(args, name) for name in settings}
     # names, not places: figures travel
     meta |= {"recipe": "/".join(args.recipe.parts[-2:]), "model": Path(args.model or recipe["model"]).name}
     meta |= {"labels": Path(args.labels).name}
-    rows: list[dict] = []
-    if args.json.is_file():
-        stored = json.loads(args.json.read_text(encoding="utf-8"))
-        if stored["meta"] != meta:
-            raise ValueError(f"--json {args.json} holds figures of other settings: {stored['meta']}.")
-        rows = stored["rows"]
+    rows = read_finished(args.json, meta)
     done = {(row["variant"], row["seed"]) for row in rows}
     plan = [(variant, seed) for seed in range(args.seeds) for variant in dict.fromkeys(["recipe", *args.variants])]
-    plan = [each for each in plan if each not in done]
-    with tqdm(plan, unit="training") as bar:
+    with tqdm([each for each in plan if each not in done], unit="training") as bar:
         for variant, seed in bar:
             bar.set_description(f"{variant}, seed {seed}")
             rows.append(train_one(args, recipe, variant, seed))
-            write_json(args.json, {"meta": meta, "rows": rows})
+            setting.write_figures(args, meta, rows)
     lines = summarise(rows)
     print(f"\n{format_table(lines, rows)}")
     if args.picture is not None:

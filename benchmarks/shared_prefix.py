@@ -1,36 +1,30 @@
-"""What it saves to read once what the prompts of a batch begin with: a system prompt, few-shot examples.
+"""Time that it saves to read once what all prompts of a batch begin with: a system prompt, few-shot examples.
 
     python benchmarks/shared_prefix.py --json benchmarks/results/shared_prefix.json
     python benchmarks/shared_prefix.py --quick                 # half a minute on two cores
     python benchmarks/shared_prefix.py --model MODELS/qwen2.5-coder-0.5b --shared 20 245
 
-One batch of rows, each `--shared` tokens that all begin with and `--own` of its own. Timed with sharing and without it
-in turn, A B A B ...; the ratio is taken inside a turn, medians over turns are reported:
+Prints a line for each part and each number of shared tokens: how many times as fast sharing is, the median over turns
+and [lowest, highest turn]. Texts must be equal with sharing and without it, and scores within 1e-2.
 
     rollout    `labeling.rollout`, `--new_tokens` of each row
     scoring    `labeling.score_trajectories` of these texts by the model and, in the teacher's place, itself
     training   the forward and backward of 8 of these texts in `scoring.packed_hidden`, 8 points of 4 candidates each
-
-Both give the same numbers but for rounding; the run fails where texts differ, or scores by more than 1e-2.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from unittest import mock
 
+import setting
 import torch
 from peft import LoraConfig, get_peft_model
-from setting import FIRST_TOKEN, NUM_RESERVED, SHAPES, Parser, check_file, fill_in_shape, machine_meta, random_model
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from transformers_s2t.files import write_json
 from transformers_s2t.labeling.points import score_trajectories
 from transformers_s2t.labeling.rollout import rollout
 from transformers_s2t.models import shared_prefix
@@ -54,13 +48,13 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, shared: int):
         self.args = args
-        self.model = make_model(args)
+        num_positions = max(args.shared) + 2 * args.own + args.new_tokens + 2
+        self.model = setting.make_model(args, num_positions)
         torch.manual_seed(0)
         get_peft_model(self.model, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
         switch_adapter(self.model, "default", False)  # text is the base model's
         generator = torch.Generator().manual_seed(1)
-        last = self.model.config.vocab_size - NUM_RESERVED
-        draw = lambda *shape: torch.randint(FIRST_TOKEN, last, shape, generator=generator)  # noqa: E731
+        draw = partial(setting.random_tokens, self.model.config.vocab_size, generator=generator)
         begin = draw(shared).tolist()
         # lengths differ, as those of real problems do
         self.prompts = [begin + draw(args.own // 2 + n % args.own + 1).tolist() for n in range(args.batch_size)]
@@ -94,17 +88,11 @@ class Bench:
         return hidden_BMD.detach().flatten()
 
 
-def make_model(args: argparse.Namespace) -> PreTrainedModel:
-    if args.model is not None:
-        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    args.dtype, args.device = "float32", "cpu"
-    return random_model(args, max(args.shared) + 2 * args.own + args.new_tokens + 2, eos_token_id=None)
-
-
-def timed(function: Callable) -> tuple[float, object]:
-    began = time.perf_counter()
-    result = function()
-    return time.perf_counter() - began, result
+def timed(function: Callable[[], object]) -> tuple[float, object]:
+    """Seconds of a call, and what it returned."""
+    with setting.Clock() as clock:
+        result = function()
+    return clock.wall, result
 
 
 def compare(part: str, one: object, other: object) -> None:
@@ -137,8 +125,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
                 {
                     "part": part,
                     "shared": shared,
-                    "ratio": round(statistics.median(ratios[part]), 3),
-                    "ratio_range": [round(min(ratios[part]), 3), round(max(ratios[part]), 3)],
+                    "ratio": setting.median(ratios[part], 3),
+                    "ratio_range": setting.edges(ratios[part], 3),
                     "seconds": round(seconds[part], 3),
                 }
                 for part in PARTS
@@ -154,50 +142,32 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> setting.Parser:
+    parser = setting.Parser(__file__, __doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a preset of half a minute; flags given beside it win")
-    add("--model", help="a checkpoint to take the weights of, in place of random ones: Hub id or folder")
-    add("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the random model [%(default)s]")
-    add("--num_layers", type=int, help="by default the shape's own")
-    add("--vocab_size", type=int, help="by default the shape's own (qwen2.5-0.5b: cut to 32768)")
-    add("--batch_size", type=int, default=32, help="rows [%(default)s]")
-    add("--shared", type=int, nargs="+", default=[32, 256], help="tokens that all rows begin with %(default)s")
-    add("--own", type=int, default=40, help="further tokens of a prompt, on average [%(default)s]")
-    add("--new_tokens", type=int, default=24, help="to write [%(default)s]")
-    add("--turns", type=int, default=3, help="how often everything is timed [%(default)s]")
-    add("--threads", type=int, help="of the CPU [torch's default]")
-    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    add("--quick", help="a preset of half a minute; flags given beside it win")
+    add("--model")
+    add("--shape", default="qwen2.5-0.5b")
+    add("--num_layers")
+    add("--vocab_size")
+    add("--batch_size", least=TRAINED_ROWS, default=32, help="rows [%(default)s]")
+    add("--shared", least=shared_prefix.MIN_SHARED, nargs="+", default=[32, 256], help="common tokens %(default)s")
+    add("--own", least=1, default=40, help="further tokens of a prompt, on average [%(default)s]")
+    add("--new_tokens", least=POINTS, default=24, help="tokens to write [%(default)s]")
+    add("--turns", default=3)
+    add("--threads")
+    add("--json")
+    parser.set_defaults(device="cpu", dtype="float32")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    try:
-        check_file("--json", args.json)
-        for name in ("batch_size", "own", "new_tokens", "turns", "threads"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-        if args.batch_size < TRAINED_ROWS or args.new_tokens < POINTS:
-            raise ValueError(f"--batch_size must be at least {TRAINED_ROWS} and --new_tokens at least {POINTS}.")
-        if min(args.shared) < shared_prefix.MIN_SHARED:
-            raise ValueError(f"--shared must be at least {shared_prefix.MIN_SHARED}, got {args.shared}.")
-    except ValueError as error:
-        parser.error(str(error))
-    fill_in_shape(args)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    args.device = "cpu"
+    args = make_parser().read(argv, QUICK)
+    setting.fill_in_shape(args)
     rows = measure(args)
-    names = ("batch_size", "own", "new_tokens", "turns")
-    meta = machine_meta(args) | {name: getattr(args, name) for name in names}
-    print(format_table(rows))
-    if args.json is not None:
-        write_json(args.json, {"meta": meta, "rows": rows})
+    meta = setting.machine_meta(args, "batch_size", "own", "new_tokens", "turns")
+    setting.write_figures(args, meta, rows)
+    setting.show(format_table(rows), args)
 
 
 if __name__ == "__main__":

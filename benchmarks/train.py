@@ -1,30 +1,21 @@
-"""What training costs: S2TTrainer's packed step against the published procedure, per decision point, in one run.
+"""Time and memory of S2TTrainer's packed step, per decision point, against the published procedure's.
 
     python benchmarks/train.py --json runs/benchmarks/train.json
     python benchmarks/train.py --quick                   # a minute on two cores
     python benchmarks/train.py --device cuda --dtype bfloat16 --shape qwen2.5-0.5b --naive_kl all
 
-A trajectory of T random tokens, a quarter of them the prompt, has N decision points ("groups" in the published code)
-of K candidates, spread evenly from the prompt's end to the last token. It trains the same random model with the same
-adapter and optimizer (S2TTrainer's own) in two ways:
+Prints a line for each way to train a random model on random trajectories of T tokens, a quarter of them the prompt,
+with N decision points of K candidates: seconds, tokens that run through a decoder, and peak memory above the model
+with its adapter. Speed-up and memory are relative to `naive` in the same turn; medians over turns, [lowest, highest].
 
-    packed   S2TTrainer.compute_loss, backward and the optimizer's step, for adapter scope "candidate", and for
-             "sequence" with its prefix KL; a step holds all points of `--batch_size` trajectories
-    naive    the published procedure (arXiv 2604.26940, public code): at every point K rows of prefix and candidate
-             through the adapted model with gradient, the cross-entropy of their K scores, and the KL of the
-             full-vocabulary logits on the prefix from those of a second, frozen copy of the model
+    packed   S2TTrainer's loss, gradient and optimizer step on all points of `--batch_size` trajectories, in scope
+             "candidate", and in "sequence" with its prefix KL
+    naive    arXiv 2604.26940, public code: at each point K rows of prefix and candidate through the adapted model with
+             gradient, and the KL on the prefix from a second, frozen copy of the model; scope "sequence"
 
-`naive` is favoured here. The KL looks at one of the K rows, for their prefixes are the same (`--naive_kl all`: at all
-of them, and all go through the frozen copy, as in the public code); rows are never padded; the graph of one point is
-held at a time, where the public code holds four; reserved logits come from the reserved rows alone, where the public
-code trains a whole copy of the head. It is slow, so a few points are timed, whose prefixes have the mean length.
-
-There is no published procedure for scope "candidate": `naive` has one row, of scope "sequence", and packed rows of
-both scopes are compared with it.
-
-Every figure comes from a process of its own, A B C A B C ...; ratios are taken inside one turn, medians over turns are
-reported. `peak_bytes` is what the steps take above the model with its adapter, the frozen copy included: resident
-memory on a CPU, allocated memory on a GPU. `tokens_per_group` counts what runs through a decoder, frozen or not.
+`naive` is favoured: its KL looks at one of the K rows, whose prefixes are equal (`--naive_kl all`: at all of them, as
+in the public code), rows are not padded, the graph of one point is held at a time and not of four, and the head is not
+copied. A few points are timed, whose prefixes have the mean length of all. Each figure has a process of its own.
 """
 
 from __future__ import annotations
@@ -32,29 +23,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import setting
 import torch
 from datasets import Dataset
-from setting import (
-    FIRST_TOKEN,
-    NUM_RESERVED,
-    SHAPES,
-    Parser,
-    check_device,
-    check_file,
-    check_range,
-    fill_in_shape,
-    machine_meta,
-    random_model,
-)
 from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -62,7 +40,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from transformers_s2t import S2TConfig, S2TTrainer
 from transformers_s2t.config import MAX_CANDIDATES
-from transformers_s2t.files import write_json
 from transformers_s2t.models.views import get_decoder
 
 
@@ -86,9 +63,6 @@ class Variant(NamedTuple):
 NAIVE = Variant("naive", "sequence")
 
 
-# --- what is trained on ----------------------------------------------------------------------------------------------
-
-
 def spread_points(num_tokens: int, num_points: int) -> list[int]:
     """Indices of the tokens under decision, which are the lengths of their prefixes: the prompt's to T - 1, evenly."""
     first, last = num_tokens // 4, num_tokens - 1
@@ -108,12 +82,12 @@ def choose_groups(num_points: int, num_groups: int) -> list[int]:
 def make_rows(vocab_size: int, num_rows: int, num_tokens: int, num_points: int, num_candidates: int) -> list[dict]:
     """Labelled trajectories of random tokens, candidates and log-probabilities."""
     generator = torch.Generator().manual_seed(1)
-    num_texts = vocab_size - NUM_RESERVED - FIRST_TOKEN  # tokens that texts are made of
+    num_texts = vocab_size - setting.NUM_RESERVED - setting.FIRST_TOKEN  # tokens that texts are made of
     rows = []
     for _ in range(num_rows):
-        ids_T = torch.randint(num_texts, (num_tokens,), generator=generator) + FIRST_TOKEN
+        ids_T = torch.randint(num_texts, (num_tokens,), generator=generator) + setting.FIRST_TOKEN
         candidates_NK = torch.rand(num_points, num_texts, generator=generator).topk(num_candidates).indices
-        candidates_NK = candidates_NK + FIRST_TOKEN
+        candidates_NK = candidates_NK + setting.FIRST_TOKEN
         student_NK, teacher_NK = torch.randn(2, num_points, num_candidates, generator=generator).log_softmax(-1)
         best_N1 = teacher_NK.argmax(-1, keepdim=True)
         rows.append(
@@ -132,7 +106,7 @@ def make_rows(vocab_size: int, num_rows: int, num_tokens: int, num_points: int, 
 
 def make_model(args: argparse.Namespace) -> PreTrainedModel:
     """A random model, the same at every call."""
-    return random_model(args, args.num_tokens + 1, eos_token_id=2)
+    return setting.random_model(args, args.num_tokens + 1, eos_token_id=2)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -152,7 +126,7 @@ def make_trainer(args: argparse.Namespace, scope: str, folder: str) -> S2TTraine
         num_candidates=args.num_candidates,
         min_prob_ratio=0.0,
         max_packed_tokens=max(16, num_packed),
-        reserved_token_ids=list(range(args.vocab_size - NUM_RESERVED, args.vocab_size)),
+        reserved_token_ids=list(range(args.vocab_size - setting.NUM_RESERVED, args.vocab_size)),
         per_device_train_batch_size=args.batch_size,
         text_cache_gb=0,  # every step reads its texts, as in a first epoch
         report_to="none",
@@ -167,9 +141,6 @@ def make_trainer(args: argparse.Namespace, scope: str, folder: str) -> S2TTraine
     trainer.create_optimizer()
     trainer.model.train()
     return trainer
-
-
-# --- what is measured ------------------------------------------------------------------------------------------------
 
 
 def collate(trainer: S2TTrainer, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -295,28 +266,23 @@ def measure_one(args: argparse.Namespace, variant: Variant) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, variant.scope, folder)
         warm_up(trainer, args.vocab_size)
-        device = trainer.args.device
         model_bytes = sum(parameter.nbytes for parameter in trainer.model.parameters())
-        memory = PeakMemory(device)
+        memory = PeakMemory(trainer.args.device)
         way = WAYS[variant.name](args, trainer)
-        on_cuda, num_tokens = device.type == "cuda", [0]
+        num_tokens = [0]
 
         def count(module: torch.nn.Module, call: tuple, inputs: dict[str, Any]) -> None:
             num_tokens[0] += inputs["input_ids"].numel()
 
-        if on_cuda:  # kernels are loaded shape by shape
+        if memory.on_cuda:  # kernels are loaded shape by shape
             way.run()
-            torch.cuda.synchronize()
         for model in way.models:
             get_decoder(model).register_forward_pre_hook(count, with_kwargs=True)
-        wall, cpu = time.perf_counter(), time.process_time()
-        way.run()
-        if on_cuda:
-            torch.cuda.synchronize()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        with setting.Clock(trainer.args.device) as clock:
+            way.run()
         return {
-            "seconds_per_group": wall / way.num_groups,
-            "cpu_seconds_per_group": None if on_cuda else cpu / way.num_groups,
+            "seconds_per_group": clock.wall / way.num_groups,
+            "cpu_seconds_per_group": None if clock.cpu is None else clock.cpu / way.num_groups,
             "tokens_per_group": num_tokens[0] / way.num_groups,
             "mean_prefix": way.mean_prefix,
             "peak_bytes": memory.read(),
@@ -340,40 +306,28 @@ def measure_alone(argv: list[str], variant: Variant) -> dict:
 
 def make_row(variant: Variant, samples: list[dict], naive: list[dict], dtype: str) -> dict:
     """One row of the JSON from the variant's samples, each beside naive's of the same turn."""
+    pairs, one = list(zip(samples, naive)), samples[0]  # model and counts are the same in every turn
 
-    def median(values: list) -> float | None:
-        return None if None in values else statistics.median(values)
+    def speedups(name: str) -> list[float | None]:
+        return [None if own[name] is None else theirs[name] / max(own[name], 1e-9) for own, theirs in pairs]
 
-    def ratios(name: str) -> list[float]:  # naive's to ours
-        return [theirs[name] / max(own[name], 1e-9) for own, theirs in zip(samples, naive) if own[name] is not None]
-
-    speedups, cpu_speedups = ratios("seconds_per_group"), ratios("cpu_seconds_per_group")
-    row = {"name": variant.name, "scope": variant.scope, "dtype": dtype}
-    for name, digits in (("seconds_per_group", 5), ("cpu_seconds_per_group", 5), ("peak_bytes", 0)):
-        value = median([sample[name] for sample in samples])
-        row[name] = value if value is None else round(value, digits) if digits else int(value)
-    memory = [own["peak_bytes"] / max(theirs["peak_bytes"], 1) for own, theirs in zip(samples, naive)]
-    return row | {
-        "model_bytes": samples[0]["model_bytes"],  # this and the counts are those of every turn
-        "tokens_per_group": round(samples[0]["tokens_per_group"], 4),
-        "mean_prefix": round(samples[0]["mean_prefix"], 4),
-        "speedup_over_naive": round(statistics.median(speedups), 4),
-        "speedup_range": [round(min(speedups), 4), round(max(speedups), 4)],
-        "cpu_speedup_over_naive": round(statistics.median(cpu_speedups), 4) if cpu_speedups else None,
-        "memory_over_naive": round(statistics.median(memory), 4),
+    memory = [own["peak_bytes"] / max(theirs["peak_bytes"], 1) for own, theirs in pairs]
+    wall_speedups = speedups("seconds_per_group")
+    return {
+        "name": variant.name,
+        "scope": variant.scope,
+        "dtype": dtype,
+        "seconds_per_group": setting.median([own["seconds_per_group"] for own in samples], 5),
+        "cpu_seconds_per_group": setting.median([own["cpu_seconds_per_group"] for own in samples], 5),
+        "peak_bytes": int(setting.median([own["peak_bytes"] for own in samples])),
+        "model_bytes": one["model_bytes"],
+        "tokens_per_group": round(one["tokens_per_group"], 4),
+        "mean_prefix": round(one["mean_prefix"], 4),
+        "speedup_over_naive": setting.median(wall_speedups),
+        "speedup_range": setting.edges(wall_speedups),
+        "cpu_speedup_over_naive": setting.median(speedups("cpu_seconds_per_group")),
+        "memory_over_naive": setting.median(memory),
         "turns": len(samples),
-    }
-
-
-# --- what is said ----------------------------------------------------------------------------------------------------
-
-
-def make_meta(args: argparse.Namespace) -> dict:
-    return machine_meta(args) | {
-        "num_tokens": args.num_tokens,
-        "num_points": args.num_points,
-        "num_candidates": args.num_candidates,
-        "settings": {name: value for name, value in vars(args).items() if name not in ("json", "one")},
     }
 
 
@@ -383,7 +337,7 @@ def format_table(rows: list[dict], meta: dict) -> str:
     lines = [f"Training per decision point (T = {meta['num_tokens']} tokens, N = {meta['num_points']} points of K = "
              f"{meta['num_candidates']} candidates), {meta['shape']} with {meta['layers']} layers",
              f"and a vocabulary of {meta['vocab']} ({rows[0]['model_bytes'] / 2**20:.0f} MiB), {settings['dtype']}, "
-             f"{meta['device']}, {meta['threads']} thread(s): median of {rows[0]['turns']} turn(s)"]  # fmt: skip
+             f"{meta['device']}, {meta['threads']} thread(s): median of {rows[0]['turns']} turn(s)", ""]  # fmt: skip
     cells = [["", "s", "cpu s", "tokens", "peak MiB", "speed-up", "[min, max]", "cpu", "memory / naive"]]
     for row in rows:
         cpu, cpu_speedup = row["cpu_seconds_per_group"], row["cpu_speedup_over_naive"]
@@ -394,67 +348,48 @@ def format_table(rows: list[dict], meta: dict) -> str:
                       f"{row['speedup_over_naive']:.1f}", f"[{low:.1f}, {high:.1f}]",
                       "-" if cpu_speedup is None else f"{cpu_speedup:.1f}",
                       f"{row['memory_over_naive']:.3f}"])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines += ["", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)]
-    of_rows = "all K rows" if settings["naive_kl"] == "all" else "one of the K rows"
-    lines += ["", f"naive: the published procedure at {settings['naive_groups']} points, its KL on {of_rows}; the "
-              "baseline of both scopes"]  # fmt: skip
-    return "\n".join(lines)
+    kl = "all K rows" if settings["naive_kl"] == "all" else "one of the K rows"
+    note = f"naive: the published procedure at {settings['naive_groups']} points, its KL on {kl}; the baseline of both"
+    return "\n".join([*lines, *setting.align(cells), "", f"{note} scopes"])
 
 
-# --- command line ----------------------------------------------------------------------------------------------------
-
-
-def make_parser() -> Parser:
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> setting.Parser:
+    parser = setting.Parser(__file__, __doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a preset of a minute; flags given beside it win")
-    add("--shape", choices=sorted(SHAPES), default="small", help="of the random model [%(default)s]")
-    add("--num_layers", type=int, help="by default the shape's own")
-    add("--vocab_size", type=int, help="rows of the head; by default the shape's own (qwen2.5-0.5b: cut to 32768)")
-    add("--num_tokens", type=int, default=512, help="T, of a trajectory [%(default)s]")
-    add("--num_points", type=int, default=20, help="N, decision points of a trajectory [%(default)s]")
-    add("--num_candidates", type=int, default=16, help="K [%(default)s]")
-    add("--batch_size", type=int, default=1, help="trajectories in a packed step [%(default)s]")
-    add("--packed_steps", type=int, default=3, help="packed steps to time [%(default)s]")
-    add("--naive_groups", type=int, default=4, help="points to time naive at, N at most [%(default)s]")
-    add("--naive_groups_per_step", type=int, default=4, help="points in naive's step, 4 in the paper [%(default)s]")
+    add("--quick", help="a preset of a minute; flags given beside it win")
+    add("--shape", default="small")
+    add("--num_layers")
+    add("--vocab_size")
+    add("--num_tokens", least=8, default=512, help="T, tokens of a trajectory [%(default)s]")
+    add("--num_points", least=2, default=20, help="N, decision points of a trajectory [%(default)s]")
+    add("--num_candidates", least=2, most=MAX_CANDIDATES, default=16, help="K [%(default)s]")
+    add("--batch_size", least=1, default=1, help="trajectories in a packed step [%(default)s]")
+    add("--packed_steps", least=1, default=3, help="packed steps to time [%(default)s]")
+    add("--naive_groups", least=1, default=4, help="points to time naive at, N at most [%(default)s]")
+    add("--naive_groups_per_step", least=1, default=4, help="points in naive's step, 4 in the paper [%(default)s]")
     add("--naive_kl", choices=["one", "all"], default="one", help="rows of naive's KL; all: public code [%(default)s]")
-    add("--turns", type=int, default=2, help="how often everything is timed [%(default)s]")
-    add("--scopes", choices=SCOPES, nargs="+", default=list(SCOPES), help="of packed [all]")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights [%(default)s]")
-    add("--threads", type=int, help="of the CPU [torch's default]")
-    add("--json", type=Path, metavar="FILE", help="write the figures here, again after every turn")
+    add("--turns", default=2)
+    add("--scopes", choices=SCOPES, nargs="+", default=list(SCOPES), help="scopes of packed [all]")
+    add("--device")
+    add("--dtype", choices=["float32", "bfloat16"])
+    add("--threads")
+    add("--json", help="write the figures here, again after every turn")
     add("--one", help=argparse.SUPPRESS)  # name:scope, measured in this process and printed as one line of JSON
     return parser
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises a ValueError for what could not be measured."""
-    least = {"num_tokens": 8, "num_points": 2, "num_candidates": 2, "batch_size": 1, "packed_steps": 1, "turns": 1}
-    least |= {"naive_groups": 1, "naive_groups_per_step": 1, "num_layers": 1, "threads": 1}
-    least["vocab_size"] = FIRST_TOKEN + max(args.num_candidates, 2) + NUM_RESERVED
-    after_prompt = args.num_tokens - args.num_tokens // 4
-    check_range(args, least, {"num_candidates": MAX_CANDIDATES, "num_points": after_prompt})
-    check_device(args)
-    if args.device == "cuda" and torch.cuda.device_count() > 1:
-        raise ValueError("--device cuda: one process trains on one GPU; set CUDA_VISIBLE_DEVICES=0.")
-    check_file("--json", args.json)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The settings; leaves with status 2 and one line where one is wrong."""
     parser = make_parser()
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    fill_in_shape(args)
+    args = parser.read(argv, QUICK)
+    setting.fill_in_shape(args)
     args.scopes = list(dict.fromkeys(args.scopes))  # each once
-    try:
-        check_arguments(args)
-    except ValueError as error:
-        parser.error(str(error))
+    parser.check_vocabulary(args, args.num_candidates)
+    after_prompt = args.num_tokens - args.num_tokens // 4
+    if args.num_points > after_prompt:
+        parser.error(f"--num_points must be at most {after_prompt}, got {args.num_points}.")
+    if args.device == "cuda" and torch.cuda.device_count() > 1:
+        parser.error("--device cuda: one process trains on one GPU; set CUDA_VISIBLE_DEVICES=0.")
     args.naive_groups = min(args.naive_groups, args.num_points)
     return args
 
@@ -462,13 +397,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     if args.one is not None:
         print(json.dumps(measure_one(args, Variant(*args.one.split(":")))))
         return
     plan = [NAIVE, *(Variant("packed", scope) for scope in args.scopes)]
-    meta, rows = make_meta(args), []
+    meta = setting.machine_meta(args, "num_tokens", "num_points", "num_candidates")
+    meta["settings"] = setting.settings_of(args, "json", "one")
     samples: dict[Variant, list[dict]] = {variant: [] for variant in plan}
     with tqdm(total=args.turns * len(plan), unit="run") as bar:
         for _ in range(args.turns):
@@ -480,11 +414,8 @@ def main(argv: list[str] | None = None) -> None:
                     sys.exit(f"train.py: {error}")
                 bar.update()
             rows = [make_row(variant, samples[variant], samples[NAIVE], args.dtype) for variant in plan]
-            if args.json is not None:
-                write_json(args.json, {"meta": meta, "rows": rows})
-    print(f"\n{format_table(rows, meta)}")
-    if args.json is not None:
-        print(f"\nwritten to {args.json}")
+            setting.write_figures(args, meta, rows)
+    setting.show(format_table(rows, meta), args)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triggers
 from corpus import build_split
 from datasets import Dataset
 from setting import random_model
-from trigger_study import command, prepare
-from trigger_study.command import main, parse_arguments
+from trigger_study import FIRED, PAIRS, TRIGGERS, prepare
 from trigger_study.cost import time_readings
 from trigger_study.intervals import NUM_RESAMPLES, draw_weights, interval_of, ratio_interval, resampled_auc
 from trigger_study.measure import add_forced, empty_report
-from trigger_study.names import FIRED, PAIRS, TRIGGERS
 from trigger_study.picture import draw, spread_out
 from trigger_study.prepare import policies_of, prepare_babyllama, write_fresh_problems
 from trigger_study.rows import (
@@ -33,6 +32,7 @@ from trigger_study.rows import (
 )
 from trigger_study.tables import format_report
 from trigger_study.tokens import decide_everywhere, read_tokens, threshold_of
+from triggers import main, parse_arguments
 
 from transformers_s2t import FusionWeights, SelectorConfig
 from transformers_s2t.calibration.router_training import auc
@@ -371,7 +371,7 @@ BAD = {
 @pytest.mark.parametrize("flags, message", BAD.items())
 def test_bad_input_is_one_line_before_anything_is_done(flags, message, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(command, "measure", lambda *args: pytest.fail("started"))
+    monkeypatch.setattr(triggers, "measure", lambda *args: pytest.fail("started"))
     with pytest.raises(SystemExit) as error:
         main(flags.split())
     said = capsys.readouterr().err

@@ -6,8 +6,8 @@ Legend: N generated tokens.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,16 @@ import transformers
 from datasets import Dataset
 from setting import device_name
 
-from s2t_recipes.models import load_model
+from s2t_recipes.models import free_memory, load_model
 from transformers_s2t import FusionWeights, LocalSelector, __version__
 from transformers_s2t.calibration.scored_points import read_router, score_labels
 from transformers_s2t.labels.folder import read_labels
-from trigger_study import rows
+from trigger_study import TRIGGERS, bare_rate, rows
 from trigger_study.cost import measure_cost
 from trigger_study.intervals import NUM_RESAMPLES
-from trigger_study.names import TRIGGERS, bare_rate
 from trigger_study.prepare import is_local, prepare_babyllama, prepare_embedded, records_of
 from trigger_study.tables import MIN_GAIN
-from trigger_study.tokens import Tokens, decide_everywhere, read_tokens, threshold_of
+from trigger_study.tokens import decide_everywhere, read_tokens, threshold_of
 
 
 LISTS = ("rows", "ceilings", "references", "auc_means", "router_gain", "aucs", "fired", "flips", "calibration", "cost")
@@ -84,7 +83,7 @@ def measure_embedded(args: argparse.Namespace, report: dict[str, Any]) -> None:
     lines = (args.run / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     tested = {json.loads(line)["id"] for line in lines[: args.num_test]}
     labels, _ = read_labels(args.run / "labels" / "test")
-    labels = in_order(labels.select([i for i, id in enumerate(labels["problem_id"]) if id in tested]))
+    labels = labels.select([i for i, id in enumerate(labels["problem_id"]) if id in tested])
     greedy = records_of(outputs[0], "greedy")
 
     def decoded(seed: int, policy: str) -> dict[str, Any]:
@@ -94,42 +93,28 @@ def measure_embedded(args: argparse.Namespace, report: dict[str, Any]) -> None:
     for row in report["rows"]:
         if row["pair"] == "embedded":
             row |= decoded(row["seed"], f"s2t-local:{row['trigger']}:{row['rate']:g}")
-    for trigger in TRIGGERS:
-        for rate in args.rates:
-            figures = decoded(0, f"s2t:{trigger}:{rate:g}")
-            report["ceilings"].append({"pair": "embedded", "trigger": trigger, "seed": 0, "rate": rate, **figures})
-    for name, policy in reference_policies(args.rates).items():
-        seeds = range(args.num_seeds if is_local(policy) else 1)
-        report["references"].append(rows.reference("embedded", name, [decoded(seed, policy) for seed in seeds]))
-
-
-def reference_policies(rates: list[float]) -> dict[str, str]:
-    """Name of a row beside the triggers -> its policy."""
+    for trigger, rate in product(TRIGGERS, args.rates):
+        figures = decoded(0, f"s2t:{trigger}:{rate:g}")
+        report["ceilings"].append({"pair": "embedded", "trigger": trigger, "seed": 0, "rate": rate, **figures})
+    bare = bare_rate(args.rates)
     policies = {"greedy": "greedy", "teacher": "teacher", "teacher selects everywhere": "s2t:always"}
     policies |= {"always, fused": "s2t-local:always", "always, bare": "s2t-local-bare:always"}
-    bare = f"{bare_rate(rates):g}"
     for trigger in ("router", "kl"):
-        for name, policy in (("fused", "s2t-local"), ("bare", "s2t-local-bare")):
-            policies[f"{trigger} {float(bare):.0%}, {name}"] = f"{policy}:{trigger}:{bare}"
-    return policies
+        policies[f"{trigger} {bare:.0%}, fused"] = f"s2t-local:{trigger}:{bare:g}"
+        policies[f"{trigger} {bare:.0%}, bare"] = f"s2t-local-bare:{trigger}:{bare:g}"
+    for name, policy in policies.items():
+        seeds = range(args.num_seeds if is_local(policy) else 1)
+        report["references"].append(rows.reference("embedded", name, [decoded(seed, policy) for seed in seeds]))
 
 
 def measure_babyllama(args: argparse.Namespace, report: dict[str, Any]) -> None:
     """Adds everything about the babyllama pair to the report."""
     adapters = prepare_babyllama(args)
-    test, calibration = (read_labels(args.babyllama_run / "labels" / part)[0] for part in ("test", "calibration"))
+    sizes = {"test": args.num_test, "calibration": args.num_calibration}
+    parts = {part: read_labels(args.babyllama_run / "labels" / part)[0] for part in sizes}
     if args.quick:
-        test, calibration = (
-            labels.select(range(min(size, len(labels))))
-            for labels, size in ((test, args.num_test), (calibration, args.num_calibration))
-        )
-    read_pair("babyllama", args.babyllama[0], adapters, in_order(test), report, calibration)
-
-
-def in_order(labels: Dataset) -> Dataset:
-    """Shortest rows first, the order in which points are scored."""
-    lengths = [len(ids) for ids in labels["input_ids"]]
-    return labels.select(sorted(range(len(labels)), key=lambda i: lengths[i]))
+        parts = {part: labels.select(range(min(sizes[part], len(labels)))) for part, labels in parts.items()}
+    read_pair("babyllama", str(args.babyllama[0]), adapters, parts["test"], report, parts["calibration"])
 
 
 def read_pair(
@@ -140,13 +125,18 @@ def read_pair(
     report: dict[str, Any],
     calibration: Dataset | None = None,
 ) -> None:
-    """Adds what the labels say: AUCs, curves, flips, and rows with an AUC and, with calibration labels, accuracy."""
-    figures, resamples, everywhere = [], [], {}
+    """Adds what the labels say: AUCs, curves, what fires, flips, and rows with an AUC and, with calibration labels,
+    accuracy."""
+    lengths = [len(ids) for ids in labels["input_ids"]]
+    labels = labels.select(
+        sorted(range(len(labels)), key=lambda i: lengths[i])
+    )  # the order in which points are scored
     rates = report["meta"]["settings"]["rates"]
     about = report["meta"]["pairs"][pair] = {"texts": len(labels), "tokens": sum(map(len, labels["divergence"]))}
     about |= {"routers": [], "router_layer": [], "fusion": []}
+    figures, resamples, everywhere = [], [], {}
     for seed, adapter in enumerate(adapters):
-        model = load_model(str(model_name), "float32", torch.device("cpu"))
+        model = load_model(model_name, "float32", torch.device("cpu"))
         selector = LocalSelector.from_pretrained(adapter, model)
         config, fusion = selector.selector_config, selector.fusion or FusionWeights()
         router_values = read_router(selector, labels)
@@ -155,7 +145,15 @@ def read_pair(
         found, drawn = rows.tell_apart(tokens)
         figures.append(found)
         resamples.append(drawn)
-        add_tokens(pair, seed, tokens, found, report)
+        known = tokens.where(tokens.late_N & ~tokens.gain_N.isnan())
+        for trigger in TRIGGERS:
+            common = {"pair": pair, "trigger": trigger, "seed": seed}
+            report["aucs"].append(common | found[trigger])
+            report["rows"] += [common | {"rate": rate, "auc": found[trigger]["auc"]} for rate in rates]
+            if seed == 0:
+                curve = rows.thin_curve(known.values[trigger], known.gain_N > 0)
+                report["precision_recall"].append(common | curve)
+        report["fired"] += rows.fired_rows(pair, seed, tokens, rates)
         report["flips"] += rows.flip_rows(pair, seed, points, fusion)
         if calibration is not None:
             fit = read_tokens(calibration, config, read_router(selector, calibration), seed + 1000)
@@ -165,7 +163,7 @@ def read_pair(
         about["router_layer"].append(selector.router.config.layer)
         about["fusion"].append(vars(fusion))
         del model, selector
-        gc.collect()
+        free_memory()
     means, gain = rows.summarize_aucs(pair, figures, resamples)
     report["auc_means"] += means
     report["router_gain"].append(gain)
@@ -173,44 +171,31 @@ def read_pair(
         add_forced(pair, rates, everywhere, report)
 
 
-def add_tokens(pair: str, seed: int, tokens: Tokens, found: dict[str, dict[str, Any]], report: dict[str, Any]) -> None:
-    """Adds what one seed's tokens say: the AUCs found, rows that begin with them, what fires, and the first curves."""
-    rates = report["meta"]["settings"]["rates"]
-    report["fired"] += rows.fired_rows(pair, seed, tokens, rates)
-    known = tokens.where(tokens.late_N & ~tokens.gain_N.isnan())
-    for trigger in TRIGGERS:
-        common = {"pair": pair, "trigger": trigger, "seed": seed}
-        report["aucs"].append(common | found[trigger])
-        report["rows"] += [common | {"rate": rate, "auc": found[trigger]["auc"]} for rate in rates]
-        if seed == 0:
-            report["precision_recall"].append(common | rows.thin_curve(known.values[trigger], known.gain_N > 0))
-
-
 def add_forced(pair: str, rates: list[float], everywhere: dict[int, tuple], report: dict[str, Any]) -> None:
-    """Fills the rows of a pair that is measured on stored texts."""
+    """Fills the rows of a pair that is measured on stored texts, and adds its references.
+
+    Args:
+        everywhere: seed -> tokens, those of the calibration labels, and decisions by the "fused" and the "bare" score.
+    """
+
+    def forced(seed: int, trigger: str, rate: float, score: str = "fused") -> dict[str, Any]:
+        tokens, fit, decisions = everywhere[seed]
+        fires_N = tokens.values[trigger] >= threshold_of(trigger, fit, rate)
+        return rows.forced_row(fires_N, tokens, decisions[score])
+
     for row in report["rows"]:
-        if row["pair"] != pair:
-            continue
-        tokens, fit, decisions = everywhere[row["seed"]]
-        threshold = threshold_of(row["trigger"], fit, row["rate"])
-        found = rows.forced_row(tokens.values[row["trigger"]] >= threshold, tokens, decisions["fused"])
-        report["ceilings"].append(
-            {name: row[name] for name in ("pair", "trigger", "seed", "rate")}
-            | {"accuracy": found.pop("ceiling"), "achieved_rate": found["achieved_rate"]}
-        )
-        row |= {"threshold": round(threshold, 6), **found}
+        if row["pair"] == pair:
+            found = forced(row["seed"], row["trigger"], row["rate"])
+            ceiling = {name: row[name] for name in ("pair", "trigger", "seed", "rate")}
+            ceiling |= {"accuracy": found.pop("ceiling"), "achieved_rate": found["achieved_rate"]}
+            report["ceilings"].append(ceiling)
+            threshold = threshold_of(row["trigger"], everywhere[row["seed"]][1], row["rate"])
+            row |= {"threshold": round(threshold, 6), **found}
     bare = bare_rate(rates)
-    by_name: dict[str, list[dict]] = {}
-    for tokens, fit, decisions in everywhere.values():
-        nowhere, always = torch.zeros_like(tokens.choice_N), torch.ones_like(tokens.choice_N)
-        by_name.setdefault("greedy", []).append(rows.forced_row(nowhere, tokens, decisions["fused"]))
-        for name in ("fused", "bare"):
-            by_name.setdefault(f"always, {name}", []).append(rows.forced_row(always, tokens, decisions[name]))
-        for trigger in ("router", "kl"):
-            fires_N = tokens.values[trigger] >= threshold_of(trigger, fit, bare)
-            for name in ("fused", "bare"):
-                row = rows.forced_row(fires_N, tokens, decisions[name])
-                by_name.setdefault(f"{trigger} {bare:.0%}, {name}", []).append(row)
-    report["references"] += [
-        rows.reference(pair, name, found[:1] if name == "greedy" else found) for name, found in by_name.items()
-    ]
+    first, *_ = everywhere
+    # the random trigger fires nowhere at a rate of 0, and everywhere at 1
+    references = {"greedy": [forced(first, "random", 0.0)]}
+    for name, trigger, rate in (("always", "random", 1.0), *((f"{t} {bare:.0%}", t, bare) for t in ("router", "kl"))):
+        for score in ("fused", "bare"):
+            references[f"{name}, {score}"] = [forced(seed, trigger, rate, score) for seed in everywhere]
+    report["references"] += [rows.reference(pair, name, found) for name, found in references.items()]

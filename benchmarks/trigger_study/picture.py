@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from trigger_study.names import TRIGGERS
+from trigger_study import TRIGGERS
 from trigger_study.tables import pairs_of, values_of
 
 
@@ -93,12 +93,12 @@ def draw_curves(axes: Any, report: dict[str, Any], pair: str) -> None:
 
 def draw(report: dict[str, Any], file: Path) -> None:
     """Draws a report as one PNG, 1400 pixels wide: a column for each pair."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from s2t_recipes.report.canvas import save_png
 
     pairs = pairs_of(report)
     figure = Figure(figsize=(14, 8.8), dpi=100, facecolor="white")
-    FigureCanvasAgg(figure)
     seeds = report["meta"]["settings"]["num_seeds"]
     title = "When to ask the selector: five triggers, the same selector"
     note = (
@@ -119,7 +119,4 @@ def draw(report: dict[str, Any], file: Path) -> None:
             axes.tick_params(length=0, labelsize=9.5, labelcolor=FAINT)
             for spine in axes.spines.values():
                 spine.set_visible(False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp.png")
-    figure.savefig(temporary)
-    temporary.replace(file)
+    save_png(figure, file)

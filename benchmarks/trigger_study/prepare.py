@@ -19,12 +19,13 @@ from typing import Any
 from s2t_recipes.commands import RECIPES, CommandFailed, recipe
 from s2t_recipes.demo import LABELLED_PARTS, check_same_run
 from s2t_recipes.jobs import Job, Jobs, typed
+from s2t_recipes.paper.pipeline import as_arguments
 from s2t_recipes.records import read_records
 from transformers_s2t import SelectorConfig
 from transformers_s2t.config import CALIBRATION_NAME, ROUTER_WEIGHTS_NAME, S2T_CONFIG_NAME
 from transformers_s2t.labels.folder import read_header, read_labels
 from transformers_s2t.selector_files import ADAPTER_WEIGHTS_NAME, adapter_folder
-from trigger_study.names import CALIBRATED, TRIGGERS, bare_rate
+from trigger_study import CALIBRATED, TRIGGERS, bare_rate
 
 
 sys.path.append(str(RECIPES / "embedded"))
@@ -33,7 +34,7 @@ from corpus import build_split, write_jsonl  # noqa: E402
 
 ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # every model and data set is a folder
 NUM_PARALLEL = 2
-CHECK_SHARE = 0.0  # of the calibration problems: the test problems tell more
+CHECK_SHARE = 0.0  # share of the calibration problems that checks it: the test problems tell more
 #: babyllama's labels: file, questions to skip, questions.
 BABYLLAMA_PARTS = {
     "train": ("train.jsonl", 0, 1500),
@@ -41,9 +42,6 @@ BABYLLAMA_PARTS = {
     "calibration": ("train.jsonl", 1800, 600),
     "test": ("test.jsonl", 0, 500),
 }
-
-
-# What is there
 
 
 def read_json(file: Path) -> Any:
@@ -60,9 +58,21 @@ def is_missing(file: Path) -> bool:
     return not file.is_file()
 
 
+def has_no_router(adapter: Path) -> bool:
+    return not SelectorConfig.from_pretrained(adapter).router
+
+
+def command(script: str, **options: Any) -> list[str]:
+    """Command line of a script of recipes/."""
+    return [recipe(script), *as_arguments(options)]
+
+
 def add_missing(jobs: Jobs, name: str, file: Path, command: list[str], *needs: Job) -> Job:
     """A job that is left out where its file is there, whoever made it."""
     return jobs.add(name, file, command, needs, only_if=partial(is_missing, file))
+
+
+# The embedded pair
 
 
 def is_complete(run: Path, num_seeds: int) -> bool:
@@ -76,15 +86,12 @@ def is_complete(run: Path, num_seeds: int) -> bool:
     return not any(map(is_missing, files)) and not any(map(is_unlabelled, labels))
 
 
-# The embedded pair
-
-
 def run_demo(run: Path, num_seeds: int) -> None:
     """`make demo`, for its selectors and routers, with its output on the terminal."""
-    command = [recipe("demo.py"), "--output_dir", str(run), "--num_seeds", str(num_seeds), "--policies", "greedy"]
-    print(f"$ {typed(command)}", flush=True)
-    if code := subprocess.run([sys.executable, *command], env=os.environ | ENV).returncode:
-        raise CommandFailed(f"failed (exit status {code}): {typed(command)}")
+    arguments = command("demo.py", output_dir=run, num_seeds=num_seeds, policies="greedy")
+    print(f"$ {typed(arguments)}", flush=True)
+    if code := subprocess.run([sys.executable, *arguments], env=os.environ | ENV).returncode:
+        raise CommandFailed(f"failed (exit status {code}): {typed(arguments)}")
 
 
 def read_settings(run: Path) -> dict[str, Any]:
@@ -103,10 +110,6 @@ def read_settings(run: Path) -> dict[str, Any]:
     if is_missing(Path(settings["dataset"]) / "corpus.py"):
         raise ValueError(f"--run must be a demo of recipes/embedded, got one of {settings['dataset']!r}.")
     return settings
-
-
-def digest_of(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def write_fresh_problems(file: Path, run: Path, num_problems: int, data_seed: int) -> None:
@@ -151,7 +154,7 @@ def prepare_embedded(args: argparse.Namespace) -> tuple[str, list[Path], list[Pa
     settings = read_settings(run)
     sources = [run / f"adapter-seed{settings['seed'] + k}" for k in range(args.num_seeds)]
     trained = [(adapter_folder(source) / ADAPTER_WEIGHTS_NAME, source / ROUTER_WEIGHTS_NAME) for source in sources]
-    weights = [digest_of(file) for files in trained for file in files]
+    weights = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for files in trained for file in files]
     made_with = {"num_calibration": args.num_calibration, "rates": args.rates, "weights": weights}
     check_same_run(work / "made-with.json", made_with)
     write_fresh_problems(work / "calibration.jsonl", run, args.num_calibration, settings["seed"] + 1000)
@@ -167,23 +170,20 @@ def embedded_jobs(
     args: argparse.Namespace, settings: dict[str, Any], work: Path, adapters: list[Path], outputs: list[Path]
 ) -> Jobs:
     """Labels of the fresh problems, and each selector's calibration on them and texts."""
-    jobs, labels = Jobs(work, NUM_PARALLEL, ENV), work / "labels"
-    models = ["--model", settings["model"], "--teacher_model", settings["teacher_model"]]
-    numbers = ["--batch_size", "250", "--dtype", "float32"]
-    length = ["--max_new_tokens", str(settings["max_new_tokens"])]
-    command = [recipe("label.py"), *models, "--dataset", str(work / "calibration.jsonl")]
-    command += ["--output_dir", str(labels), *length, *numbers]
-    labelled = jobs.add("labels", labels, command, only_if=partial(is_unlabelled, labels))
+    jobs, labels, problems = Jobs(work, NUM_PARALLEL, ENV), work / "labels", work / "calibration.jsonl"
+    models = {"model": settings["model"], "teacher_model": settings["teacher_model"]}
+    length, numbers = {"max_new_tokens": settings["max_new_tokens"]}, {"batch_size": 250, "dtype": "float32"}
+    arguments = command("label.py", **models, dataset=problems, output_dir=labels, **length, **numbers)
+    labelled = jobs.add("labels", labels, arguments, only_if=partial(is_unlabelled, labels))
     for k, (adapter, output) in enumerate(zip(adapters, outputs)):
-        command = [recipe("calibrate.py"), "--adapter", str(adapter), *models, "--labels", str(labels), *numbers]
-        command += ["--check_share", str(CHECK_SHARE), "--triggers", *CALIBRATED]
-        command += ["--target_rates", *map(str, args.rates)]
-        calibrated = add_missing(jobs, f"calibration-seed{k}", adapter / CALIBRATION_NAME, command, labelled)
-        command = [recipe("eval.py"), *models, "--adapters", str(adapter), "--output_dir", str(output)]
-        command += ["--dataset", str(args.run / "data" / "test.jsonl"), "--answer_style", "hash", *length, *numbers]
-        command += ["--limit", str(args.num_test), "--seed", str(k), "--num_examples", "0"]
-        command += ["--policies", *policies_of(args, k == 0)]
-        jobs.add(f"decoding-seed{k}", output / "report.json", command, (calibrated,))
+        arguments = command("calibrate.py", adapter=adapter, **models, labels=labels, **numbers)
+        arguments += as_arguments({"check_share": CHECK_SHARE, "triggers": CALIBRATED, "target_rates": args.rates})
+        calibrated = add_missing(jobs, f"calibration-seed{k}", adapter / CALIBRATION_NAME, arguments, labelled)
+        arguments = command("eval.py", **models, adapters=adapter, output_dir=output)
+        test = {"dataset": args.run / "data" / "test.jsonl", "answer_style": "hash", **length, **numbers}
+        test |= {"limit": args.num_test, "seed": k, "num_examples": 0, "policies": policies_of(args, k == 0)}
+        arguments += as_arguments(test)
+        jobs.add(f"decoding-seed{k}", output / "report.json", arguments, (calibrated,))
     return jobs
 
 
@@ -211,39 +211,28 @@ def prepare_babyllama(args: argparse.Namespace) -> list[Path]:
     return adapters
 
 
-def label_command(args: argparse.Namespace, part: str, output: Path) -> list[str]:
-    weak, strong = map(str, args.babyllama)
-    name, skip, limit = BABYLLAMA_PARTS[part]
-    command = [recipe("label.py"), "--config", str(RECIPES / "babyllama" / "label.yaml"), "--model", weak]
-    command += ["--teacher_model", strong, "--dataset", str(args.babyllama_data / name)]
-    command += ["--skip", str(skip)] * bool(skip)
-    return [*command, "--limit", str(limit), "--output_dir", str(output)]
-
-
-def has_no_router(adapter: Path) -> bool:
-    return not SelectorConfig.from_pretrained(adapter).router
-
-
 def babyllama_jobs(args: argparse.Namespace, adapters: list[Path]) -> Jobs:
     """Labels, and each seed's selector, router and calibration; nothing of it where it is there already."""
-    jobs, weak = Jobs(args.babyllama_run, NUM_PARALLEL, ENV), str(args.babyllama[0])
+    jobs, (weak, strong) = Jobs(args.babyllama_run, NUM_PARALLEL, ENV), args.babyllama
+    data = args.babyllama_data or Path()  # where no label is to be made there may be none
     labels = {part: args.babyllama_run / "labels" / part for part in BABYLLAMA_PARTS}
+    configs = RECIPES / "babyllama"
     labelled = {}
-    for part, folder in labels.items():  # callable: without a label to make there may be no --babyllama_data
-        command, is_wanted = partial(label_command, args, part, folder), partial(is_unlabelled, folder)
-        labelled[part] = jobs.add(f"labels-{part}", folder, command, only_if=is_wanted)
-    needs = (labelled["train"], labelled["tuning"])
-    data = ["--labels", str(labels["train"]), "--eval_labels", str(labels["tuning"])]
+    for part, (name, skip, limit) in BABYLLAMA_PARTS.items():
+        arguments = command("label.py", config=configs / "label.yaml", model=weak, teacher_model=strong)
+        rows = {"dataset": data / name, "skip": skip or None, "limit": limit, "output_dir": labels[part]}
+        is_wanted = partial(is_unlabelled, labels[part])
+        labelled[part] = jobs.add(f"labels-{part}", labels[part], arguments + as_arguments(rows), only_if=is_wanted)
+    learned = {"model": weak, "labels": labels["train"], "eval_labels": labels["tuning"]}
     for seed, adapter in enumerate(adapters):
-        command = [recipe("train.py"), "--config", str(RECIPES / "babyllama" / "train.yaml"), "--model", weak, *data]
-        command += ["--seed", str(seed), "--output_dir", str(adapter)]
-        trained = add_missing(jobs, f"selector-seed{seed}", adapter / S2T_CONFIG_NAME, command, *needs)
-        command = [recipe("train_router.py"), "--adapter", str(adapter), "--model", weak, *data]
-        command += ["--seed", str(seed), "--dtype", "float32"]
+        arguments = command("train.py", config=configs / "train.yaml", **learned, seed=seed, output_dir=adapter)
+        needs = (labelled["train"], labelled["tuning"])
+        trained = add_missing(jobs, f"selector-seed{seed}", adapter / S2T_CONFIG_NAME, arguments, *needs)
+        arguments = command("train_router.py", adapter=adapter, **learned, seed=seed, dtype="float32")
         file, is_wanted = adapter / ROUTER_WEIGHTS_NAME, partial(has_no_router, adapter)
-        routed = jobs.add(f"router-seed{seed}", file, command, (trained,), only_if=is_wanted)
-        command = [recipe("calibrate.py"), "--adapter", str(adapter), "--model", weak, "--deployed", "false"]
-        command += ["--labels", str(labels["calibration"]), "--dtype", "float32"]
-        needed = (routed, labelled["calibration"])
-        add_missing(jobs, f"calibration-seed{seed}", adapter / CALIBRATION_NAME, command, *needed)
+        routed = jobs.add(f"router-seed{seed}", file, arguments, (trained,), only_if=is_wanted)
+        arguments = command("calibrate.py", adapter=adapter, model=weak, deployed=False)
+        arguments += as_arguments({"labels": labels["calibration"], "dtype": "float32"})
+        needs = (routed, labelled["calibration"])
+        add_missing(jobs, f"calibration-seed{seed}", adapter / CALIBRATION_NAME, arguments, *needs)
     return jobs

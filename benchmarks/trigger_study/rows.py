@@ -22,8 +22,8 @@ from transformers_s2t.calibration.router_training import (
 from transformers_s2t.calibration.scored_points import ScoredPoints
 from transformers_s2t.router import RouterConfig
 from transformers_s2t.triggers import calibrate_threshold
+from trigger_study import FIRED, TRIGGERS
 from trigger_study.intervals import interval_of, ratio_interval, resampled_auc
-from trigger_study.names import FIRED, TRIGGERS
 from trigger_study.tokens import Decisions, Tokens
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import setting
+
 from transformers_s2t.router import RouterConfig
-from trigger_study.names import CALIBRATED, FIRED, PAIRS, TRIGGERS
+from trigger_study import CALIBRATED, FIRED, PAIRS, TRIGGERS
 
 
 MIN_GAIN = RouterConfig(1, 1).min_gain
@@ -174,27 +176,18 @@ def cost_table(report: dict[str, Any]) -> Table:
     return Table("What one reading of a router costs", head, rows, notes)
 
 
-def make_tables(report: dict[str, Any]) -> list[Table]:
-    tables = [auc_table(report), accuracy_table(report), help_table(report), fired_table(report)]
-    tables += [flip_table(report), calibration_table(report)]
-    return [*tables, *([cost_table(report)] if report["cost"] else [])]
-
-
-def format_table(table: Table) -> str:
-    """Plain text in columns."""
-    widths = [max(map(len, column)) for column in zip(table.head, *table.rows)]
-    lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (table.head, *table.rows)]
-    return "\n".join([table.title, "", *lines, "", *table.notes])
-
-
-def format_markdown(table: Table) -> str:
-    lines = [f"### {table.title}", "", f"| {' | '.join(table.head)} |", "|---" * len(table.head) + "|"]
-    lines += [f"| {' | '.join(cells)} |" for cells in table.rows]
-    return "\n".join([*lines, "", "\n\n".join(table.notes)])
+def format_table(table: Table, as_markdown: bool) -> str:
+    """In columns of plain text, or in Markdown."""
+    if as_markdown:
+        lines = setting.markdown(table.head, table.rows)
+        return "\n".join([f"### {table.title}", "", *lines, "", "\n\n".join(table.notes)])
+    return "\n".join([table.title, "", *setting.align([table.head, *table.rows]), "", *table.notes])
 
 
 def format_report(report: dict[str, Any], as_markdown: bool = False) -> str:
-    parts = [(format_markdown if as_markdown else format_table)(table) for table in make_tables(report)]
+    tables = [auc_table, accuracy_table, help_table, fired_table, flip_table, calibration_table]
+    tables += [cost_table] if report["cost"] else []
+    parts = [format_table(make_table(report), as_markdown) for make_table in tables]
     if report["meta"]["skipped"]:
         parts.append(f"Not measured: {', '.join(report['meta']['skipped'])}.")
     return ("\n\n" if as_markdown else "\n\n\n").join(parts)

@@ -6,6 +6,7 @@ Legend: N generated tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers_s2t import FusionWeights, SelectorConfig
 from transformers_s2t.calibration.router_training import gains
 from transformers_s2t.calibration.scored_points import ScoredPoints
 from transformers_s2t.triggers import calibrate_threshold
-from trigger_study.names import TRIGGERS
+from trigger_study import TRIGGERS
 
 
 class Tokens(NamedTuple):
@@ -43,19 +44,13 @@ class Tokens(NamedTuple):
 
 
 def read_tokens(
-    labels: Dataset,
-    config: SelectorConfig,
-    router_values: Sequence[torch.Tensor] | None = None,
-    seed: int = 0,
+    labels: Dataset, config: SelectorConfig, router_values: Sequence[torch.Tensor] | None = None, seed: int = 0
 ) -> Tokens:
     """What labels say of every generated token, and the router's logits there; random values are uniform."""
     lengths = [len(row) for row in labels["divergence"]]
-    values = {
-        "entropy": torch.cat([torch.tensor(row) for row in labels["entropy"]]),
-        "margin": torch.cat([torch.tensor(row) for row in labels["margin"]]),
-        "kl": torch.cat([torch.tensor(row) for row in labels["divergence"]]),
-        "random": torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed)),
-    }
+    columns = {"entropy": "entropy", "margin": "margin", "kl": "divergence"}
+    values = {name: torch.cat([torch.tensor(row) for row in labels[column]]) for name, column in columns.items()}
+    values["random"] = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed))
     if router_values is not None:
         values["router"] = torch.cat(list(router_values))
     floor = np.log(config.min_prob_ratio) if config.min_prob_ratio else -np.inf
@@ -91,19 +86,15 @@ def decide_everywhere(labels: Dataset, points: ScoredPoints, fusion: FusionWeigh
     Raises:
         ValueError: where they do not.
     """
-    at = []
-    start = 0
-    for positions, prompt_length, divergence in zip(
-        labels["positions"], labels["prompt_length"], labels["divergence"]
-    ):
-        at += [start + position - prompt_length for position in positions]
-        start += len(divergence)
+    starts = [0, *accumulate(map(len, labels["divergence"]))]
+    rows = zip(starts, labels["positions"], labels["prompt_length"])
+    at = [start + position - prompt_length for start, positions, prompt_length in rows for position in positions]
     at_N = torch.tensor(at)
     divergence_N = torch.cat([torch.tensor(row) for row in labels["divergence"]])
     if len(at_N) != len(points.divergence_N) or not torch.equal(divergence_N[at_N], points.divergence_N):
         raise ValueError("the scored points are not in the order of the labels' rows.")
-    first_right_N, chosen_right_N = torch.ones(start, dtype=torch.bool), torch.ones(start, dtype=torch.bool)
-    flipped_N = torch.zeros(start, dtype=torch.bool)
+    first_right_N, chosen_right_N = torch.ones(starts[-1], dtype=torch.bool), torch.ones(starts[-1], dtype=torch.bool)
+    flipped_N = torch.zeros(starts[-1], dtype=torch.bool)
     choice_N, target_N = points.choice(fusion), points.target_N
     first_right_N[at_N], chosen_right_N[at_N] = target_N == 0, choice_N == target_N
     flipped_N[at_N] = choice_N != 0
