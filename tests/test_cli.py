@@ -213,6 +213,38 @@ def test_how_a_command_ends(s2t, monkeypatch, capsys):
         run(main)
 
 
+@pytest.mark.parametrize(("name", "resumes"), [(name, name in ("label", "eval")) for name in COMMANDS])
+def test_only_a_command_that_resumes_says_so_when_it_is_stopped(monkeypatch, capsys, name, resumes):
+    def main():
+        raise KeyboardInterrupt
+
+    main.__module__ = COMMANDS[name].module
+    with pytest.raises(SystemExit):
+        run(main)
+    ending = "The same command resumes from here." if resumes else "Nothing was kept: the same command begins again."
+    assert capsys.readouterr().err == f"\nStopped. {ending}\n"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "overwrite", "resumes"), [(False, False, False), (True, False, True), (True, True, False)]
+)
+def test_a_stopped_training_resumes_from_a_checkpoint_or_not_at_all(
+    monkeypatch, capsys, tmp_path, checkpoint, overwrite, resumes
+):
+    class Stopped:
+        def train(self, resume_from_checkpoint):
+            if checkpoint:
+                (tmp_path / "checkpoint-3").mkdir()
+            raise KeyboardInterrupt
+
+    asked = SimpleNamespace(overwrite=overwrite, eval_labels=None)
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
+    monkeypatch.setattr(train, "prepare", lambda argv: (asked, args, None, Stopped()))
+    with pytest.raises(SystemExit):
+        run(lambda: train.main([]))
+    assert ("resumes from here" in capsys.readouterr().err) is resumes
+
+
 def test_without_the_extra_s2t_names_the_installation(s2t, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "s2t_recipes.report.report", raising=False)

@@ -199,7 +199,7 @@ def make_example(tokenizer, problem: Problem, greedy: dict, record: dict, policy
 
 
 def pick_examples(tokenizer, problems: list[Problem], results: dict, num_examples: int) -> list[dict]:
-    """Problems that greedy has wrong and S2T-Local right, of the first local policy without a teacher if there is one."""
+    """Problems that greedy has wrong and S2T-Local right, of a local policy without a teacher if there is one."""
     greedy = results.get(Policy("greedy"))
     local = sorted((policy for policy in results if policy.is_local), key=lambda policy: policy.needs_teacher)
     always = [policy for policy in local if policy.trigger == "always" and policy.name == "s2t-local"]
