@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from transformers_s2t import SelectorConfig
+from transformers_s2t import S2TDecodingConfig, SelectorConfig
 from transformers_s2t.config import S2T_CONFIG_NAME
 from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
 from transformers_s2t.labels.schema import TrajectoryHeader
@@ -34,6 +34,19 @@ def open_adapter(adapter: str) -> SelectorConfig:
             "adapter of the Hub first (hf download)."
         )
     return SelectorConfig.from_pretrained(adapter)
+
+
+def still_calibrated(
+    policy: S2TDecodingConfig | None, thresholds: dict[str, dict[float, float]]
+) -> S2TDecodingConfig | None:
+    """The stored policy; `None`, and a printed line says so, where these thresholds have none for it."""
+    if policy is not None:
+        try:
+            policy.resolve_threshold(thresholds)
+        except ValueError:
+            print(f"The stored policy, {policy.trigger} at {policy.target_rate}, has no threshold any more: removed.")
+            return None
+    return policy
 
 
 def check_same_tokenizer(

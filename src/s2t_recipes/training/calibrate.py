@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
+from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter, still_calibrated
 from s2t_recipes.commands import typed_command
 from s2t_recipes.models import default_device, load_model, padding_token_id
 from s2t_recipes.options import Parser, check_least
@@ -259,19 +259,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub is not None:
         push_selector(folder, args.push_to_hub, commit_message="Calibrated S2T selector")
         print(f"pushed to {args.push_to_hub}")
-
-
-def still_calibrated(
-    policy: S2TDecodingConfig | None, thresholds: dict[str, dict[float, float]]
-) -> S2TDecodingConfig | None:
-    """The stored policy, `None` where these thresholds have none for it."""
-    if policy is not None:
-        try:
-            policy.resolve_threshold(thresholds)
-        except ValueError:
-            print(f"The stored policy, {policy.trigger} at {policy.target_rate}, has no threshold any more: removed.")
-            return None
-    return policy
 
 
 def make_deployment(
