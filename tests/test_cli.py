@@ -1,6 +1,7 @@
 """The console command `s2t`: what it runs, in how many processes, and what a user reads first."""
 
 import json
+import re
 import runpy
 import shlex
 import subprocess
@@ -69,6 +70,13 @@ def test_the_overview_names_every_command_without_importing_torch():
     for heavy in ("torch", "transformers", "trl", "accelerate", "numpy"):
         assert not any(line.split("|")[-1].strip() == heavy for line in shown.stderr.splitlines()), heavy
     assert python(["-m", "s2t_recipes"]).stdout == shown.stdout
+
+
+def test_no_text_of_the_package_names_a_script_that_has_a_command():
+    """An installed wheel has no recipes/."""
+    scripts = "|".join(SCRIPTS.get(name, name) for name in COMMANDS)
+    for file in (ROOT / "src").rglob("*.py"):
+        assert not re.search(rf"recipes/({scripts})\.py", file.read_text()), file
 
 
 def test_the_version_is_that_of_the_distribution(s2t):

@@ -198,7 +198,7 @@ def test_an_adapted_model_is_calibrated_on_the_text_that_it_writes(run, capsys):
     ("recipe", "arguments", "message"),
     [
         ("calibrate", ["--triggers", "margins"], "`triggers` must be among 'entropy', 'margin', 'router', 'kl', got"),
-        ("calibrate", ["--triggers", "router"], "has no router; recipes/train_router.py trains one"),
+        ("calibrate", ["--triggers", "router"], "has no router; `s2t route` trains one"),
         ("calibrate", ["--target_rates", "0"], r"`target_rates` must be in \(0, 1\], got \[0.0\]"),
         ("calibrate", ["--check_share", "1"], r"`check_share` must be in \[0, 1\), got 1.0"),
         ("calibrate", ["--limit", "0"], "`limit` must be at least 1, got 0"),

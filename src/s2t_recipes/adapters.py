@@ -18,7 +18,7 @@ from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.models.peft_warnings import without_peft_warnings
 
 
-#: File beside an adapter in which recipes/train_baseline.py describes the finished training.
+#: File beside an adapter in which `s2t imitate` describes the finished training.
 BASELINE_NAME = "baseline.json"
 
 
@@ -84,7 +84,7 @@ def check_tuned(argument: str, source: str, instead: str) -> None:
     try:
         PeftConfig.from_pretrained(source)
     except ValueError:
-        raise ValueError(f"`{argument}`: {source!r} holds no adapter (recipes/train_baseline.py).") from None
+        raise ValueError(f"`{argument}`: {source!r} holds no adapter (s2t imitate).") from None
 
 
 def check_model(argument: str, name: str, may_be_tuned: bool = False) -> None:
@@ -102,7 +102,7 @@ def check_model(argument: str, name: str, may_be_tuned: bool = False) -> None:
     if not may_be_tuned and find_file(name, CONFIG_NAME) is not None:
         raise ValueError(
             f"`{argument}` must be a model, got the adapter {name!r}: merge it into its model first "
-            "(recipes/merge.py), or pass that."
+            "(s2t merge), or pass that."
         )
 
 

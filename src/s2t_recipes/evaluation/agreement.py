@@ -45,7 +45,7 @@ from transformers_s2t.losses import spearman
 class AgreementArguments:
     """What is compared with the teacher, and where."""
 
-    labels: str = HfArg(help="Labels of held-out prompts (recipes/label.py).")
+    labels: str = HfArg(help="Labels of held-out prompts (s2t label).")
     adapters: list[str] = HfArg(help="Trained adapters, one per seed; figures are their mean.")
     model: str | None = HfArg(default=None, help="Base model (default: the one that the adapter names).")
     train_labels: str | None = HfArg(

@@ -8,7 +8,7 @@ and config in `--teacher_model` (no weights are loaded). A key, where one is nee
 A teacher with another tokenizer needs `--cross_tokenizer true` and compares texts (docs/labeling.md).
 
 The same command resumes an interrupted run. `s2t label --num_processes 4 ...` shares the problems among processes, as
-`accelerate launch recipes/label.py` does. `--dry_run true` labels a sample, keeps nothing and says what the rest will
+`accelerate launch` does. `--dry_run true` labels a sample, keeps nothing and says what the rest will
 cost. Label training problems only: calibrate on other ones, evaluate on yet others.
 Everything is checked before weights are loaded and before anything is written.
 """

@@ -136,7 +136,7 @@ def choose_triggers(args: CalibrateArguments, config: SelectorConfig) -> list[st
         possible.append("kl")
     wrong = [trigger for trigger in args.triggers or () if trigger not in possible]
     if wrong == ["router"]:
-        raise ValueError(f"`triggers`: {args.adapter!r} has no router; recipes/train_router.py trains one.")
+        raise ValueError(f"`triggers`: {args.adapter!r} has no router; `s2t route` trains one.")
     if wrong or not possible:
         raise ValueError(
             f"`triggers` can be {', '.join(possible) or 'none'} here, got {', '.join(wrong) or 'none'}: with "

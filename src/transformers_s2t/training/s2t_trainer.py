@@ -88,7 +88,7 @@ class S2TTrainer(Trainer):
     Args:
         model: name or path, `PreTrainedModel`, or a `PeftModel` whose LoraConfig trains the reserved rows.
         args: [`S2TConfig`]; `None` for the defaults.
-        train_dataset: labelled trajectories: a `Dataset`, a folder written by recipes/label.py, or a Hub id.
+        train_dataset: labelled trajectories: a `Dataset`, a folder written by `s2t label`, or a Hub id.
         eval_dataset: held-out trajectories, or a dict of several sets. A folder or Hub id with a split "validation"
             gives that split, so that labels made with `--validation_share` can be passed as both.
         processing_class: the model's tokenizer; loaded from the model's name where not given.
@@ -146,7 +146,7 @@ class S2TTrainer(Trainer):
         if not isinstance(model, str) and (args.model_init_kwargs or quantization_config is not None):
             raise ValueError("`model_init_kwargs` and `quantization_config` need `model` as a name or path.")
         if train_dataset is None:
-            raise ValueError("`train_dataset` is required: a folder of labels (recipes/label.py) or a Dataset.")
+            raise ValueError("`train_dataset` is required: a folder of labels (s2t label) or a Dataset.")
         headers: dict[str, TrajectoryHeader | None] = {}
         train_dataset, headers["train_dataset"] = load_labels(train_dataset, "train_dataset", label_header)
         if isinstance(eval_dataset, dict):
@@ -172,7 +172,7 @@ class S2TTrainer(Trainer):
             if find_adapter_config_file(name_or_path, **{k: hub[k] for k in hub if k != "trust_remote_code"}):
                 raise ValueError(
                     f"`model` must be a base model, got the adapter {name_or_path!r}: pass the model that it was "
-                    "trained on, or one that it was merged into (recipes/merge.py); to train it further, load it with "
+                    "trained on, or one that it was merged into (s2t merge); to train it further, load it with "
                     "`PeftModel.from_pretrained(..., is_trainable=True)`."
                 )
             if processing_class is None:
