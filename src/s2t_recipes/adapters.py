@@ -49,6 +49,23 @@ def still_calibrated(
     return policy
 
 
+def base_model_of(adapter: str, config: SelectorConfig, model: str | None) -> str:
+    """The base model of an adapter: `model` where that is given, else the one that the adapter names.
+
+    Raises:
+        ValueError, FileNotFoundError: where the adapter names none, or one that is neither here nor on the Hub.
+    """
+    name = model or config.base_model
+    if not name:
+        raise ValueError(f"`model` must be given (--model): {adapter!r} does not say on which model it was trained.")
+    if model is None and not Path(name).is_dir() and find_file(name, "config.json") is None:
+        raise FileNotFoundError(
+            f"{adapter!r} was trained on {name!r}, which is neither a folder with a model here nor found on the Hub: "
+            "say where that model is (--model)."
+        )
+    return name
+
+
 def check_same_tokenizer(
     labels: str, header: TrajectoryHeader | None, config: SelectorConfig, argument: str = "labels"
 ) -> None:

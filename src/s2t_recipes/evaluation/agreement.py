@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
-from s2t_recipes.adapters import check_model
+from s2t_recipes.adapters import base_model_of, check_model
 from s2t_recipes.estimates import mean_over_points
 from s2t_recipes.evaluation.controls import prior_scores, token_prior
 from s2t_recipes.evaluation.fidelity import HIT_SIZES, MIN_RANKED, find_agreement, problems_of_points, rows_with_points
@@ -143,8 +143,8 @@ def read_labels_and_prior(
                 "prompts that the selector was not trained on."
             )
         prior = token_prior(train_labels)
-    for config in configs:
-        check_model("model", args.model or config.base_model)
+    for adapter, config in zip(args.adapters, configs):
+        check_model("model", base_model_of(adapter, config, args.model))
     return labels, header, prior
 
 

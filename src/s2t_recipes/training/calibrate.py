@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter, still_calibrated
+from s2t_recipes.adapters import base_model_of, check_model, check_same_tokenizer, open_adapter, still_calibrated
 from s2t_recipes.commands import typed_command
 from s2t_recipes.models import default_device, load_model, padding_token_id
 from s2t_recipes.options import Parser, check_least
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     check_same_tokenizer(args.labels, header, config)
     check_unseen(args.adapter, labels["problem_id"], ("training",), "labels")
     fit, check = divide(labels, args.check_share, args.limit)
-    name = args.model or config.base_model
+    name = base_model_of(args.adapter, config, args.model)
     check_model("model", name)
     if args.teacher_model is not None:
         check_model("teacher_model", args.teacher_model, may_be_tuned=True)

@@ -32,7 +32,7 @@ from s2t_recipes.options import Parser, check_least
 from s2t_recipes.records import fingerprint, hash_of, read_records, write_records
 from s2t_recipes.training.lora_arguments import LoraArguments, quantization_of
 from transformers_s2t.config import check_choice
-from transformers_s2t.files import write_json
+from transformers_s2t.files import give_plain_mode, write_json
 from transformers_s2t.labeling.rollout import rollout
 from transformers_s2t.labels.folder import read_labels
 from transformers_s2t.labels.schema import TrajectoryHeader
@@ -265,6 +265,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     trainer.train()
     trainer.save_model(config.output_dir)
+    if trainer.args.should_save:
+        give_plain_mode(Path(config.output_dir))
     write_seen_problems(config.output_dir, "training", labels["problem_id"])
     trained = sum(len(ids) - start for ids, start in texts)
     found = {name: getattr(args, name) for name in ("method", "model", "teacher_model")}

@@ -28,7 +28,14 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers.hf_argparser import HfArg
 
-from s2t_recipes.adapters import check_model, check_same_tokenizer, check_trained_on, open_adapter, still_calibrated
+from s2t_recipes.adapters import (
+    base_model_of,
+    check_model,
+    check_same_tokenizer,
+    check_trained_on,
+    open_adapter,
+    still_calibrated,
+)
 from s2t_recipes.models import default_device, load_model
 from s2t_recipes.options import Parser, check_least
 from transformers_s2t import SelectorConfig
@@ -229,8 +236,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     labels, held_out, header = read_both(args)
     check_same_tokenizer(args.labels, header, config)
-    check_model("model", args.model or config.base_model)
-    model = load_model(args.model or config.base_model, args.dtype, default_device())
+    name = base_model_of(args.adapter, config, args.model)
+    check_model("model", name)
+    model = load_model(name, args.dtype, default_device())
     own_hash = check_trained_on(model, config)
     layers = args.layers or default_layers(model)
     wrong = [layer for layer in layers if not 1 <= layer <= num_layers(model)]
