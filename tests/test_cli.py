@@ -192,6 +192,24 @@ def test_a_report_holds_the_command_as_it_was_typed(monkeypatch, program, typed)
     assert rows.describe_run(plan, {})["command"] == f"{typed} --model 'my model'"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["label", "--model", "m", "--teacher_modell", "t"], "--teacher_modell; did you mean --teacher_model?"),
+        (["imitate", "--methd=sft"], "--methd; did you mean --method?"),
+        (["merge", "--modle", "m"], "--modle; did you mean --model?"),
+        (["report", "--xyzzy"], "--xyzzy; --help lists all."),
+        (["train", "--temperatur", "0.5"], "--temperatur; did you mean --temperature?"),
+        (["calibrate", "--target-rate", "0.5"], "--target-rate; did you mean --target_rates?"),
+        (["label", "--config", "{yaml}"], "--teacher_modell (in the YAML file); did you mean --teacher_model?"),
+    ],
+)
+def test_an_unknown_option_is_named_first_and_no_option_can_be_abbreviated(s2t, tmp_path, words, message):
+    (tmp_path / "x.yaml").write_text("teacher_modell: t\n")
+    words = [word.format(yaml=tmp_path / "x.yaml") for word in words]
+    assert s2t(*words) == (2, "", f"s2t {words[0]}: There is no option {message}\n")
+
+
 def test_how_a_command_ends(s2t, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["s2t train"])
     for raised, status, message in (
