@@ -18,7 +18,7 @@ from trl import get_peft_config
 
 from s2t_recipes.commands import kept, one_line_errors, work
 from s2t_recipes.options import Parser
-from s2t_recipes.training.lora_arguments import LoraArguments, quantization_of
+from s2t_recipes.training.lora_arguments import LoraArguments, quantization_of, without_pinned_memory
 from transformers_s2t import S2TConfig, S2TTrainer
 from transformers_s2t.labels.folder import label_splits
 
@@ -53,6 +53,7 @@ def prepare(argv: list[str] | None = None) -> tuple[ScriptArguments, S2TConfig, 
     if done.is_file() and not script_args.overwrite and args.resume_from_checkpoint is None:
         print(f"{args.output_dir} already holds a trained adapter; pass --overwrite true to train it again.")
         return None
+    without_pinned_memory(args)
     checkpoint = find_checkpoint(script_args, args)
     if script_args.eval_labels is None and "validation" in label_splits(script_args.labels):
         script_args.eval_labels = script_args.labels
