@@ -57,7 +57,7 @@ def base_model_of(adapter: str, config: SelectorConfig, model: str | None) -> st
     """
     name = model or config.base_model
     if not name:
-        raise ValueError(f"`model` must be given (--model): {adapter!r} does not say on which model it was trained.")
+        raise ValueError(f"{adapter!r} does not say on which model it was trained: say where that is (--model).")
     if model is None and not Path(name).is_dir() and find_file(name, "config.json") is None:
         raise FileNotFoundError(
             f"{adapter!r} was trained on {name!r}, which is neither a folder with a model here nor found on the Hub: "
