@@ -1,6 +1,8 @@
 """What a recipe is given as a model or an adapter is one: a selector's adapter never writes text by mistake."""
 
+import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -12,7 +14,7 @@ from s2t_recipes import demo
 from s2t_recipes.evaluation import agreement, retention
 from s2t_recipes.evaluation import run as evaluation
 from s2t_recipes.labeling import label
-from s2t_recipes.training import calibrate, imitate, merge, router, train
+from s2t_recipes.training import calibrate, export, imitate, merge, router, train
 from transformers_s2t import S2TConfig, S2TTrainer, SelectorConfig
 from transformers_s2t.labels.folder import write_header, write_shard
 from transformers_s2t.labels.schema import TrajectoryHeader
@@ -42,6 +44,24 @@ def bed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("recipe", ["calibrate", "train_router", "export", "agreement"])
+@pytest.mark.parametrize("base", ["some/where/model", "./model", "nobody/has-it", ""])
+def test_a_base_model_that_is_gone_is_asked_for_before_anything_is_loaded(bed, tmp_path, monkeypatch, recipe, base):
+    config = SelectorConfig.from_pretrained(bed / "selector")
+    if recipe == "export":
+        config = replace(config, adapter_scope="sequence", proposals="adapted")
+    adapter = shutil.copytree(bed / "selector", tmp_path / "selector")
+    replace(config, base_model=base).save_pretrained(adapter)
+    values = {name: value.format(bed=bed) for name, value in RECIPES.get(recipe, OUT | SELECTOR).items()}
+    values.pop("--model", None)
+    values["--adapters" if recipe == "agreement" else "--adapter"] = str(adapter)
+    monkeypatch.setattr(sys, "argv", [recipe, *(word for pair in values.items() for word in pair)])
+    for name in ("load_model", "AutoModelForCausalLM", "load_tokenizer"):
+        monkeypatch.setattr(MODULES[recipe], name, None, raising=False)
+    with pytest.raises((FileNotFoundError, ValueError), match=r"'.*selector' (was trained on|does not say).*--model"):
+        MODULES[recipe].main()
+
+
 MODEL = {"--model": "{bed}/model"}
 PAIR = MODEL | {"--teacher_model": "{bed}/model"}
 LABELS = {"--labels": "{bed}/labels"}
@@ -53,6 +73,7 @@ MODULES = {
     "calibrate": calibrate,
     "demo": demo,
     "eval": evaluation,
+    "export": export,
     "label": label,
     "merge": merge,
     "retention": retention,

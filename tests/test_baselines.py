@@ -194,6 +194,15 @@ def test_training_comes_closer_to_the_teacher_and_says_what_it_has_seen(folder, 
     assert not any("embed_tokens" in name for name in load_file(folder / method / "adapter_model.safetensors"))
 
 
+def test_training_on_a_cpu_warns_of_nothing_that_no_user_can_change(folder, tmp_path, recwarn, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    imitate.main(train(folder, "sft", "--output_dir", str(tmp_path / "out"), "--max_steps", "1"))
+    told = [str(warning.message) for warning in recwarn]
+    assert not [text for text in told if "pin_memory" in text or "gradient_checkpointing" in text]
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, "safetensors keeps weights from other users"
+
+
 def test_what_is_trained_is_not_trained_again_unless_asked(folder, capsys):
     imitate.main(train(folder, "sft"))
     assert "already holds a trained adapter" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The console command `s2t`: what it runs, in how many processes, and what a user reads first."""
 
 import json
+import re
 import runpy
 import shlex
 import subprocess
@@ -69,6 +70,13 @@ def test_the_overview_names_every_command_without_importing_torch():
     for heavy in ("torch", "transformers", "trl", "accelerate", "numpy"):
         assert not any(line.split("|")[-1].strip() == heavy for line in shown.stderr.splitlines()), heavy
     assert python(["-m", "s2t_recipes"]).stdout == shown.stdout
+
+
+def test_no_text_of_the_package_names_a_script_that_has_a_command():
+    """An installed wheel has no recipes/."""
+    scripts = "|".join(SCRIPTS.get(name, name) for name in COMMANDS)
+    for file in (ROOT / "src").rglob("*.py"):
+        assert not re.search(rf"recipes/({scripts})\.py", file.read_text()), file
 
 
 def test_the_version_is_that_of_the_distribution(s2t):
@@ -184,6 +192,24 @@ def test_a_report_holds_the_command_as_it_was_typed(monkeypatch, program, typed)
     assert rows.describe_run(plan, {})["command"] == f"{typed} --model 'my model'"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["label", "--model", "m", "--teacher_modell", "t"], "--teacher_modell; did you mean --teacher_model?"),
+        (["imitate", "--methd=sft"], "--methd; did you mean --method?"),
+        (["merge", "--modle", "m"], "--modle; did you mean --model?"),
+        (["report", "--xyzzy"], "--xyzzy; --help lists all."),
+        (["train", "--temperatur", "0.5"], "--temperatur; did you mean --temperature?"),
+        (["calibrate", "--target-rate", "0.5"], "--target-rate; did you mean --target_rates?"),
+        (["label", "--config", "{yaml}"], "--teacher_modell (in the YAML file); did you mean --teacher_model?"),
+    ],
+)
+def test_an_unknown_option_is_named_first_and_no_option_can_be_abbreviated(s2t, tmp_path, words, message):
+    (tmp_path / "x.yaml").write_text("teacher_modell: t\n")
+    words = [word.format(yaml=tmp_path / "x.yaml") for word in words]
+    assert s2t(*words) == (2, "", f"s2t {words[0]}: There is no option {message}\n")
+
+
 def test_how_a_command_ends(s2t, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["s2t train"])
     for raised, status, message in (
@@ -211,6 +237,38 @@ def test_how_a_command_ends(s2t, monkeypatch, capsys):
 
     with pytest.raises(ModuleNotFoundError):
         run(main)
+
+
+@pytest.mark.parametrize(("name", "resumes"), [(name, name in ("label", "eval")) for name in COMMANDS])
+def test_only_a_command_that_resumes_says_so_when_it_is_stopped(monkeypatch, capsys, name, resumes):
+    def main():
+        raise KeyboardInterrupt
+
+    main.__module__ = COMMANDS[name].module
+    with pytest.raises(SystemExit):
+        run(main)
+    ending = "The same command resumes from here." if resumes else "Nothing was kept: the same command begins again."
+    assert capsys.readouterr().err == f"\nStopped. {ending}\n"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "overwrite", "resumes"), [(False, False, False), (True, False, True), (True, True, False)]
+)
+def test_a_stopped_training_resumes_from_a_checkpoint_or_not_at_all(
+    monkeypatch, capsys, tmp_path, checkpoint, overwrite, resumes
+):
+    class Stopped:
+        def train(self, resume_from_checkpoint):
+            if checkpoint:
+                (tmp_path / "checkpoint-3").mkdir()
+            raise KeyboardInterrupt
+
+    asked = SimpleNamespace(overwrite=overwrite, eval_labels=None)
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
+    monkeypatch.setattr(train, "prepare", lambda argv: (asked, args, None, Stopped()))
+    with pytest.raises(SystemExit):
+        run(lambda: train.main([]))
+    assert ("resumes from here" in capsys.readouterr().err) is resumes
 
 
 def test_without_the_extra_s2t_names_the_installation(s2t, monkeypatch):

@@ -22,6 +22,7 @@ from s2t_recipes import demo, row_names, splits
 from s2t_recipes.estimates import bootstrap_interval
 from s2t_recipes.evaluation.arguments import EvaluateArguments
 from s2t_recipes.evaluation.bench import Bench, count_tokens, majority_vote
+from s2t_recipes.evaluation.plan import make_plan
 from s2t_recipes.evaluation.policies import DEFAULT_POLICIES, Policy, choose_policies
 from s2t_recipes.evaluation.rows import format_table, make_example, mcnemar, summarize
 from s2t_recipes.evaluation.run import evaluate
@@ -552,6 +553,36 @@ def test_default_policies_are_those_that_can_run(bed, tmp_path):
     assert labels_of(True, True) == [label for label in every if label != "prior:always"]
     without = [label for label in every if "router" not in label]
     assert labels_of(True, prior_labels="labels") == without
+
+
+def test_the_default_table_goes_without_what_was_not_calibrated(bed, tmp_path, capsys):
+    """An adapter straight from training ended in an error that named a row nobody had asked for."""
+    adapter = shutil.copytree(bed / "adapter", tmp_path / "adapter")
+    config = SelectorConfig.from_pretrained(adapter)
+
+    def labels_of(thresholds, **changes):
+        replace(config, thresholds=thresholds).save_pretrained(adapter)
+        plan = make_plan(arguments(bed, tmp_path / "out", adapters=[str(adapter)], **changes))
+        return [policy.label for policy in plan.policies], capsys.readouterr().out
+
+    always = [label for label in DEFAULT_POLICIES if label.count(":") < 2 and label != "prior:always"]
+    labels, said = labels_of({})
+    assert labels == always and "s2t-local:entropy:0.05" in said and "(s2t calibrate)" in said
+    labels, said = labels_of({"margin": {0.05: -0.5}})
+    assert labels == [label for label in DEFAULT_POLICIES if label in always or "margin:0.05" in label]
+    assert "s2t:entropy:0.05" in said and "margin" not in said
+    with pytest.raises(ValueError, match="'margin' has no calibrated threshold for target_rate=0.05"):
+        labels_of({}, policies=["greedy", "s2t-local:margin:0.05"])
+
+
+@pytest.mark.parametrize(("teacher", "note"), [(None, "model m; no teacher."), ("t", "model m, teacher t.")])
+def test_the_table_says_which_rows_need_the_teacher(teacher, note):
+    row = dict.fromkeys(("trigger", "target_rate", "achieved_rate", "flip_rate", "helped", "hurt", "mcnemar_p"))
+    row |= {"policy": "s2t", "num_seeds": 1, "accuracy": 40.0, "accuracy_ci": [35.0, 45.0], "uses_teacher": True}
+    meta = {"num_problems": 5, "dataset": "d", "model": "m", "teacher_model": teacher, "leaks": []}
+    table = format_table({"rows": [row | {"seconds_vs_greedy": None}], "meta": meta, "hit_at_k": {}})
+    assert note in table and "None" not in table and "LLM" not in table
+    assert "teacher: the large model runs at inference" in table and "  teacher  " in table.splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

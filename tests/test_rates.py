@@ -1,13 +1,17 @@
 """Thresholds by running what is deployed: what a run reports is what a trace of `generate` says, and what is
 calibrated is met on the text that the selector writes."""
 
+import dataclasses
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 from tiny import EOS, PAD, RESERVED, SCOPES, disagreeing_pair, make_selector, tiny_model
+from tqdm import tqdm
 
+from s2t_recipes.training import calibrate
 from transformers_s2t import FusionWeights, S2TDecodingConfig, S2TTrace, TeacherSelector, s2t_generate
 from transformers_s2t.calibration import thresholds as thresholds_module
 from transformers_s2t.calibration.thresholds import Deployment, TriggerRun, calibrate_by_decoding
@@ -74,6 +78,44 @@ def test_without_a_threshold_that_can_be_reached_the_student_writes_alone():
         )
         assert len(values_S) == plain.shape[1] - len(ids)
     assert run.rate == 0
+
+
+def test_the_progress_bar_moves_with_every_batch_and_ends_full(monkeypatch):
+    """It stood at 0 until the first trigger was done."""
+
+    class Bar(tqdm):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs, file=io.StringIO(), mininterval=0)
+            bars.append(self)
+
+        def update(self, n=1):
+            moves.append((self.desc, n))
+            return super().update(n)
+
+    bars, moves = [], []
+    monkeypatch.setattr(calibrate, "tqdm", Bar)
+    args = calibrate.CalibrateArguments("a", "l", target_rates=[0.1, 0.3])
+    prompts = make_prompts(8)
+    deployment = dataclasses.replace(deploy(), batch_size=3)
+    calibrate.run_deployed(args, deployment, ["entropy", "margin"], prompts[:6], prompts[6:])
+    assert moves[0][1] == 3 and len([n for desc, n in moves if desc.startswith("Decoding: entropy")]) >= 8
+    assert bars[0].n == bars[0].total == sum(n for _, n in moves)
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        ((20, 200, FusionWeights(1.0, 0.1)), []),
+        ((20, None, None), []),
+        ((5, 400, FusionWeights()), ["5 problems and 400 decision points are too few"]),
+        ((5, None, None), ["5 problems are too few"]),
+        ((30, 199, FusionWeights(1.0, -0.25)), ["199 decision points are too few", "negative (-0.250)"]),
+    ],
+)
+def test_a_calibration_on_too_little_is_said_to_be_one(seen, words):
+    found = calibrate.warnings_of(*seen)
+    assert len(found) == len(words) and all(word in text for word, text in zip(words, found))
+    assert all("s2t label" in text for text in found)
 
 
 @pytest.mark.parametrize("trigger", ["entropy", "margin"])

@@ -154,10 +154,17 @@ def test_a_router_is_not_trained_again_unless_asked_and_then_to_the_same_bytes(r
     assert "already has a router" in capsys.readouterr().out and (adapter / CALIBRATION_NAME).is_file()
     copy = run["folder"] / "routed-again"
     shutil.copytree(adapter, copy)
+    policy = {"trigger": "entropy", "target_rate": 0.3}
+    dataclasses.replace(SelectorConfig.from_pretrained(copy), decoding=policy).save_pretrained(copy)
     run["train_router"].main(["--adapter", str(copy), *arguments[2:], "--overwrite", "true"])
     assert (copy / ROUTER_WEIGHTS_NAME).read_bytes() == weights
     config = SelectorConfig.from_pretrained(copy)  # the router had a say in what was calibrated
     assert config.thresholds == {} and config.fusion is None and not (copy / CALIBRATION_NAME).exists()
+    told, card = capsys.readouterr().out, (copy / "README.md").read_text()
+    assert config.decoding is None and "The stored policy, entropy at 0.3, has no threshold any more: removed" in told
+    names = ", ".join(SelectorConfig.from_pretrained(adapter).thresholds)
+    assert f"calibrated with the router before: the thresholds of {names} and the fusion weights. Calibrate" in told
+    assert "## Calibration" not in card and "## Figures" in card, "the card showed thresholds that are gone"
 
 
 def test_where_the_router_has_seen_the_problems_its_logits_are_cross_fitted(run, capsys):
@@ -191,7 +198,7 @@ def test_an_adapted_model_is_calibrated_on_the_text_that_it_writes(run, capsys):
     ("recipe", "arguments", "message"),
     [
         ("calibrate", ["--triggers", "margins"], "`triggers` must be among 'entropy', 'margin', 'router', 'kl', got"),
-        ("calibrate", ["--triggers", "router"], "has no router; recipes/train_router.py trains one"),
+        ("calibrate", ["--triggers", "router"], "has no router; `s2t route` trains one"),
         ("calibrate", ["--target_rates", "0"], r"`target_rates` must be in \(0, 1\], got \[0.0\]"),
         ("calibrate", ["--check_share", "1"], r"`check_share` must be in \[0, 1\), got 1.0"),
         ("calibrate", ["--limit", "0"], "`limit` must be at least 1, got 0"),

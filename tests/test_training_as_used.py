@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -78,6 +79,30 @@ def test_a_model_may_be_a_path_as_its_labels_may(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     trainer = make_trainer(tmp_path, model=tmp_path / "model")
     assert Path(trainer.selector_config().base_model) == tmp_path / "model"
+
+
+def test_a_relative_path_of_the_model_is_stored_whole(tmp_path, monkeypatch):
+    """It meant nothing in another working directory."""
+    tiny_model().save_pretrained(tmp_path / "some" / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "some" / "model")
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(tmp_path, model="some/model")
+    monkeypatch.chdir("/")
+    trainer.save_model()
+    assert SelectorConfig.from_pretrained(tmp_path / "out").base_model == str(tmp_path / "some" / "model")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in card and "some/model" not in card
+
+
+def test_all_saved_files_have_one_mode(tmp_path):
+    """safetensors keeps weights from other users."""
+    before = os.umask(0o027)
+    try:
+        make_trainer(tmp_path).save_model()
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert set(modes.values()) == {"0o640"}, modes
 
 
 def test_a_pad_token_without_a_row_in_the_embedding_is_no_harm(tmp_path):

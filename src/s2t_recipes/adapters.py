@@ -11,14 +11,14 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from transformers_s2t import SelectorConfig
+from transformers_s2t import S2TDecodingConfig, SelectorConfig
 from transformers_s2t.config import S2T_CONFIG_NAME
 from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
 from transformers_s2t.labels.schema import TrajectoryHeader
 from transformers_s2t.models.peft_warnings import without_peft_warnings
 
 
-#: File beside an adapter in which recipes/train_baseline.py describes the finished training.
+#: File beside an adapter in which `s2t imitate` describes the finished training.
 BASELINE_NAME = "baseline.json"
 
 
@@ -34,6 +34,36 @@ def open_adapter(adapter: str) -> SelectorConfig:
             "adapter of the Hub first (hf download)."
         )
     return SelectorConfig.from_pretrained(adapter)
+
+
+def still_calibrated(
+    policy: S2TDecodingConfig | None, thresholds: dict[str, dict[float, float]]
+) -> S2TDecodingConfig | None:
+    """The stored policy; `None`, and a printed line says so, where these thresholds have none for it."""
+    if policy is not None:
+        try:
+            policy.resolve_threshold(thresholds)
+        except ValueError:
+            print(f"The stored policy, {policy.trigger} at {policy.target_rate}, has no threshold any more: removed.")
+            return None
+    return policy
+
+
+def base_model_of(adapter: str, config: SelectorConfig, model: str | None) -> str:
+    """The base model of an adapter: `model` where that is given, else the one that the adapter names.
+
+    Raises:
+        ValueError, FileNotFoundError: where the adapter names none, or one that is neither here nor on the Hub.
+    """
+    name = model or config.base_model
+    if not name:
+        raise ValueError(f"{adapter!r} does not say on which model it was trained: say where that is (--model).")
+    if model is None and not Path(name).is_dir() and find_file(name, "config.json") is None:
+        raise FileNotFoundError(
+            f"{adapter!r} was trained on {name!r}, which is neither a folder with a model here nor found on the Hub: "
+            "say where that model is (--model)."
+        )
+    return name
 
 
 def check_same_tokenizer(
@@ -71,7 +101,7 @@ def check_tuned(argument: str, source: str, instead: str) -> None:
     try:
         PeftConfig.from_pretrained(source)
     except ValueError:
-        raise ValueError(f"`{argument}`: {source!r} holds no adapter (recipes/train_baseline.py).") from None
+        raise ValueError(f"`{argument}`: {source!r} holds no adapter (s2t imitate).") from None
 
 
 def check_model(argument: str, name: str, may_be_tuned: bool = False) -> None:
@@ -89,7 +119,7 @@ def check_model(argument: str, name: str, may_be_tuned: bool = False) -> None:
     if not may_be_tuned and find_file(name, CONFIG_NAME) is not None:
         raise ValueError(
             f"`{argument}` must be a model, got the adapter {name!r}: merge it into its model first "
-            "(recipes/merge.py), or pass that."
+            "(s2t merge), or pass that."
         )
 
 

@@ -22,11 +22,19 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 class Command(NamedTuple):
-    """A command of `s2t`: the module whose `main()` it runs, one sentence that says what for, and one example."""
+    """A command of `s2t`.
+
+    Attributes:
+        module: module whose `main()` it runs.
+        purpose: one sentence that says what it is for.
+        example: a line that can be typed.
+        resumes: whether the same command, after a stop, goes on from what is done. See [`kept`].
+    """
 
     module: str
     purpose: str
     example: str
+    resumes: bool = False
 
 
 #: In the order in which they are used.
@@ -36,6 +44,7 @@ COMMANDS = {
         "Label problems: the small model's texts, its candidates at decision points, the teacher's view of them.",
         "s2t label --model recipes/embedded/student --teacher_model recipes/embedded/teacher "
         "--dataset data/label.jsonl --output_dir labels/train --max_new_tokens 72",
+        resumes=True,
     ),
     "train": Command(
         "s2t_recipes.training.train",
@@ -57,6 +66,7 @@ COMMANDS = {
         "Compare ways of decoding on the same problems with the same settings, in one table with intervals.",
         "s2t eval --model recipes/embedded/student --teacher_model recipes/embedded/teacher --adapters selector "
         "--dataset data/test.jsonl --output_dir evaluation",
+        resumes=True,
     ),
     "report": Command(
         "s2t_recipes.report.report",
@@ -81,6 +91,17 @@ COMMANDS = {
     ),
     "env": Command("s2t_recipes.environment", "Print the versions and devices that a bug report needs.", "s2t env"),
 }
+
+#: Scripts without a command: module -> whether the same line, after a stop, goes on from what is done.
+SCRIPTS = {
+    "s2t_recipes.demo": True,
+    "s2t_recipes.paper.run": True,
+    "s2t_recipes.evaluation.agreement": False,
+    "s2t_recipes.evaluation.retention": False,
+    "s2t_recipes.splits": False,
+}
+RESUMES = "The same command resumes from here."
+BEGINS_AGAIN = "Nothing was kept: the same command begins again."
 
 
 class CommandFailed(RuntimeError):
@@ -134,12 +155,23 @@ def work() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def kept(resumes: Callable[[], bool]) -> Iterator[None]:
+    """Lets a command say itself, where it is stopped in here, whether it will go on from what is done."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.resumes = resumes()
+        raise
+
+
 def run(main: Callable[[], None] | str) -> None:
     """Entry point of a command.
 
     Args:
         main: reads `sys.argv`; or the name of the module that has it, so that importing it is part of the command.
     """
+    module = main if isinstance(main, str) else main.__module__
     try:
         with one_line_errors():
             if isinstance(main, str):
@@ -147,8 +179,10 @@ def run(main: Callable[[], None] | str) -> None:
             if {"-h", "--help"}.intersection(sys.argv[1:]):
                 print(opening(main.__module__), end="\n\n")
             main()
-    except KeyboardInterrupt:
-        print("\nStopped. The same command resumes from here.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        known = SCRIPTS | {command.module: command.resumes for command in COMMANDS.values()}
+        resumes = getattr(stop, "resumes", known.get(module))
+        print("\nStopped.", {True: RESUMES, False: BEGINS_AGAIN, None: ""}[resumes], file=sys.stderr)
         sys.exit(130)
 
 

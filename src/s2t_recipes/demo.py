@@ -88,12 +88,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, help=text)
     text = "Sequences per generate call (default: 250 for a folder with a corpus.py, else 64)."
     add("--batch_size", type=int, help=text)
-    text = "YAML for recipes/train.py (default: train.yaml of the data set, where it has one)."
+    text = "YAML for `s2t train` (default: train.yaml of the data set, where it has one)."
     add("--train_config", help=text)
-    text = "YAML for recipes/label.py, for what selectors learn from (default: label.yaml of the data set)."
+    text = "YAML for `s2t label`, for what selectors learn from (default: label.yaml of the data set)."
     add("--label_config", help=text)
     add("--add_reserved_tokens", action="store_true", help="Resize a model that has no reserved tokens.")
-    add("--policies", nargs="+", help="Policies to evaluate (default: those of recipes/eval.py).")
+    add("--policies", nargs="+", help="Policies to evaluate (default: those of `s2t eval`).")
     text = "Put prompts into the tokenizer's chat template (default: where it has one)."
     add("--chat_template", action=argparse.BooleanOptionalAction, help=text)
     add("--system_prompt", help="System message of the chat template.")
@@ -123,11 +123,11 @@ def config_of(stage: str, args: argparse.Namespace) -> list[str]:
 
 
 def prompt_arguments(args: argparse.Namespace) -> list[str]:
-    """How label.py and eval.py are to put prompts.
+    """How `s2t label` and `s2t eval` are to put prompts.
 
     Raises:
-        ValueError: where the YAML for label.py says otherwise: selectors would learn from other prompts than they are
-            calibrated and evaluated on.
+        ValueError: where the YAML for `s2t label` says otherwise: selectors would learn from other prompts than they
+            are calibrated and evaluated on.
     """
     if config := config_of("label", args)[1:]:
         with open(config[0], encoding="utf-8") as text:

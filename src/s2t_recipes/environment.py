@@ -33,7 +33,7 @@ def devices() -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(usage="%(prog)s").parse_args()
+    argparse.ArgumentParser(usage="%(prog)s", allow_abbrev=False).parse_args()
     lines = {
         "transformers-s2t": version_of("transformers-s2t"),
         "Python": platform.python_version(),

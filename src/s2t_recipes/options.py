@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import difflib
 import re
 import sys
 from collections.abc import Iterable
@@ -25,8 +26,32 @@ def check_least(args: Any, **least: float) -> None:
             raise ValueError(f"`{name}` must be at least {low}, got {value!r}.")
 
 
-class _SectionedHelp:
-    """A `--help` of one usage line and sections of options, each with its default or "(required)"."""
+class _OurParser:
+    """What our parsers share: a `--help` of one usage line and sections of options, each with its default or
+    "(required)"; and an unknown option is reported before anything else, with the nearest known one."""
+
+    def parse_known_args(
+        self, args: Iterable[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple:
+        """As argparse's.
+
+        Raises:
+            ValueError: for an option that there is not.
+        """
+        args = sys.argv[1:] if args is None else list(args)
+        options = args[: args.index("--")] if "--" in args else args
+        self._check_known(option.split("=")[0] for option in options if option.startswith("--"))
+        return super().parse_known_args(args, namespace)
+
+    def _check_known(self, options: Iterable[str], where: str = "") -> None:
+        known = self._option_string_actions
+        for option in options:
+            if option in known or " " in option:  # a text, which argparse takes for a value
+                continue
+            names = [name for name in known if "-" not in name[2:]]  # not the second spelling, --like-this
+            near = difflib.get_close_matches(f"--{option[2:].replace('-', '_')}", names, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists all."
+            raise ValueError(f"There is no option {option}{where}; {hint}")
 
     def format_help(self) -> str:
         formatter = self._get_formatter()
@@ -38,7 +63,7 @@ class _SectionedHelp:
         return formatter.format_help()
 
 
-class Parser(_SectionedHelp, TrlParser):
+class Parser(_OurParser, TrlParser):
     """TRL's parser, with a `--help` that lists our own options before those of the libraries.
 
     Args:
@@ -47,7 +72,7 @@ class Parser(_SectionedHelp, TrlParser):
 
     def __init__(self, *dataclass_types: type):
         usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
-        super().__init__(dataclass_types, usage=usage, formatter_class=_HelpFormatter)
+        super().__init__(dataclass_types, usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple:
         """As TRL's.
@@ -59,6 +84,11 @@ class Parser(_SectionedHelp, TrlParser):
         if args and args[-1] == "--config":
             raise ValueError("`--config` must be followed by a YAML file.")
         return super().parse_args_and_config(args, **kwargs)
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        """As TRL's, but an unknown key is an error at once, not after the values were checked."""
+        self._check_known((f"--{name}" for name in values), " (in the YAML file)")
+        return super().set_defaults_with_config(**values)
 
     def _sections(self) -> dict[str, set[str]]:
         """Title -> names of options. Those that a class of ours takes from a library's class belong to the latter."""
@@ -74,7 +104,7 @@ class Parser(_SectionedHelp, TrlParser):
         return {_title(cls): found[cls] for cls in order}
 
 
-class SmallParser(_SectionedHelp, argparse.ArgumentParser):
+class SmallParser(_OurParser, argparse.ArgumentParser):
     """argparse's parser with the same `--help`, for few options, or one without a name.
 
     Args:
@@ -83,7 +113,7 @@ class SmallParser(_SectionedHelp, argparse.ArgumentParser):
     """
 
     def __init__(self, title: str, usage: str = "[--OPTION VALUE ...]"):
-        super().__init__(usage=f"%(prog)s {usage}", formatter_class=_HelpFormatter)
+        super().__init__(usage=f"%(prog)s {usage}", formatter_class=_HelpFormatter, allow_abbrev=False)
         self.title = title
 
     def _sections(self) -> dict[str, set[str]]:

@@ -75,7 +75,7 @@ def find_texts(folder: Path, meta: dict, runs: list[list[dict]]) -> tuple[dict, 
         except ValueError as error:
             raise ValueError(f"`report`: {file} is not JSON ({error}).") from None
         if not isinstance(texts, dict) or not {"problems", "tokens", "special", "joined"} <= texts.keys():
-            raise ValueError(f"`report`: {file} does not hold the texts of recipes/eval.py.")
+            raise ValueError(f"`report`: {file} does not hold the texts of `s2t eval`.")
         return texts, []
     from transformers import AutoTokenizer
 

@@ -102,7 +102,7 @@ class S2TDecodingConfig:
         trigger (`str`): which steps ask the selector. "always": every step with two or more candidates above the
             floor (needs no threshold); "entropy": student entropy over its renormalised top `trigger_top_k`, in nats;
             "margin": minus the difference of the two best log-probabilities, in nats; "router": the logit of the
-            trained head that lies beside the adapter (`recipes/train_router.py`); "kl": KL(teacher || student) over
+            trained head that lies beside the adapter (`s2t route`); "kl": KL(teacher || student) over
             the shared vocabulary, in nats (the paper's oracle, it runs the teacher at every step); "random": a
             uniform number in [0, 1), the control; "never": plain decoding.
         num_candidates (`int`, *optional*): K, the number of the student's top tokens that are offered. `None` takes
@@ -112,7 +112,7 @@ class S2TDecodingConfig:
             candidate's probability are not offered; 0 offers all K. `None` takes what is stored with the selector,
             or 0.05.
         target_rate (`float`, *optional*): the share of generated tokens that should trigger, in (0, 1]. Looked up in
-            the thresholds that `recipes/calibrate.py` stored with the selector.
+            the thresholds that `s2t calibrate` stored with the selector.
         threshold (`float`, *optional*): a step triggers where the trigger's value is at or above it. Takes precedence
             over `target_rate`.
         trigger_top_k (`int`): number of top tokens that the entropy is taken over. 64 in the paper.
@@ -207,7 +207,7 @@ class S2TDecodingConfig:
             return 1.0 - self.target_rate  # uniform values need no calibration
         table = (thresholds or {}).get(self.trigger, {})
         how = (
-            "Run `python recipes/calibrate.py --adapter DIR --labels LABELS` to calibrate it on held-out training "
+            "Run `s2t calibrate --adapter DIR --labels LABELS` to calibrate it on held-out training "
             "problems, or pass `threshold=` yourself."
         )
         if self.trigger == "entropy" and self.trigger_top_k != 64:
@@ -244,7 +244,7 @@ class SelectorConfig:
             of z over the upper half of the reserved tokens minus the mean over the lower half.
         num_candidates (`int`): default K at inference.
         min_prob_ratio (`float`): default candidate floor at inference.
-        thresholds: trigger -> {target rate: threshold}, written by `recipes/calibrate.py`.
+        thresholds: trigger -> {target rate: threshold}, written by `s2t calibrate`.
         warmup_tokens (`int`): number of first new tokens that never triggered during calibration.
         fusion ([`FusionWeights`], *optional*): weights that calibration fitted.
         decoding ([`S2TDecodingConfig`], mapping or JSON, *optional*): how a call selects that says nothing itself,
@@ -319,7 +319,7 @@ class SelectorConfig:
         file = folder / S2T_CONFIG_NAME
         if folder.is_dir() and not file.is_file():
             raise FileNotFoundError(
-                f"{folder} holds no {S2T_CONFIG_NAME}: it is not an S2T-Local adapter (recipes/train.py makes one)."
+                f"{folder} holds no {S2T_CONFIG_NAME}: it is not an S2T-Local adapter (s2t train makes one)."
             )
         if not folder.is_dir():
             from transformers.utils import cached_file

@@ -302,14 +302,12 @@ class Router:
         """
         file = cached_file(str(path), ROUTER_WEIGHTS_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
         if file is None:
-            raise FileNotFoundError(
-                f"{str(path)!r} holds no {ROUTER_WEIGHTS_NAME}: `python recipes/train_router.py` makes one."
-            )
+            raise FileNotFoundError(f"{str(path)!r} holds no {ROUTER_WEIGHTS_NAME}: `s2t route` makes one.")
         found = _fingerprint(Path(file).read_bytes())
         if expected is not None and found != expected:
             raise ValueError(
                 f"{file} is not the router that the adapter was calibrated with ({found}, not {expected}): train it "
-                "again with recipes/train_router.py, then calibrate."
+                "again with `s2t route`, then calibrate."
             )
         try:
             config, head = _read(file)

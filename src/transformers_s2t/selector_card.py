@@ -116,8 +116,12 @@ proposals "{config.proposals}", {len(config.reserved_token_ids)} reserved tokens
 
 def with_calibration(card: str, section: str) -> str:
     """A card with this section at its end, in place of the one of an earlier calibration."""
-    before = card.split(f"\n{CALIBRATION_TITLE}\n")[0].rstrip()
-    return f"{before}\n\n{CALIBRATION_TITLE}\n\n{section}".lstrip()
+    return f"{without_calibration(card)}\n{CALIBRATION_TITLE}\n\n{section}".lstrip()
+
+
+def without_calibration(card: str) -> str:
+    """A card without the section that calibration wrote."""
+    return card.split(f"\n{CALIBRATION_TITLE}\n")[0].rstrip() + "\n"
 
 
 def calibration_of(card: str) -> str | None:

@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
-from s2t_recipes.adapters import check_model
+from s2t_recipes.adapters import base_model_of, check_model
 from s2t_recipes.estimates import mean_over_points
 from s2t_recipes.evaluation.controls import prior_scores, token_prior
 from s2t_recipes.evaluation.fidelity import HIT_SIZES, MIN_RANKED, find_agreement, problems_of_points, rows_with_points
@@ -45,7 +45,7 @@ from transformers_s2t.losses import spearman
 class AgreementArguments:
     """What is compared with the teacher, and where."""
 
-    labels: str = HfArg(help="Labels of held-out prompts (recipes/label.py).")
+    labels: str = HfArg(help="Labels of held-out prompts (s2t label).")
     adapters: list[str] = HfArg(help="Trained adapters, one per seed; figures are their mean.")
     model: str | None = HfArg(default=None, help="Base model (default: the one that the adapter names).")
     train_labels: str | None = HfArg(
@@ -143,8 +143,8 @@ def read_labels_and_prior(
                 "prompts that the selector was not trained on."
             )
         prior = token_prior(train_labels)
-    for config in configs:
-        check_model("model", args.model or config.base_model)
+    for adapter, config in zip(args.adapters, configs):
+        check_model("model", base_model_of(adapter, config, args.model))
     return labels, header, prior
 
 

@@ -136,8 +136,9 @@ def make_plan(args: EvaluateArguments) -> Plan:
     tuned = parse_tuned(args.tuned)
     check_sources(args, tuned)
     selectors = Selectors.read(args.adapters, args.thresholds_from)
-    policies = choose_policies(args, bool(selectors.thresholds), selectors.has_router)
-    check_thresholds(args, policies, selectors)
+    policies = check_thresholds(
+        args, choose_policies(args, bool(selectors.thresholds), selectors.has_router), selectors
+    )
     problems = read_problems(args)
     check_same_prompts(args)
     leaks = find_leaks(problem_checks(args, problems, tuned), args.allow_leaks)
@@ -189,13 +190,27 @@ def check_sources(args: EvaluateArguments, tuned: dict[str, list[str]]) -> None:
             check_tuned(name, value, "name it in `adapters`")
 
 
-def check_thresholds(args: EvaluateArguments, policies: list[Policy], selectors: Selectors) -> None:
-    """Raises a ValueError where a trigger was never calibrated for the rate of a policy."""
+def check_thresholds(args: EvaluateArguments, policies: list[Policy], selectors: Selectors) -> list[Policy]:
+    """The policies whose triggers were calibrated for their rates. The default table goes without the others, and a
+    printed line names them.
+
+    Raises:
+        ValueError: for a policy that was asked for by name and has no threshold.
+    """
+    kept, left_out = [], []
     for policy in policies:
-        if policy.trigger is not None:
-            own = [config.thresholds for config in selectors.configs] if policy.is_local else [selectors.thresholds]
-            for thresholds in own:
+        tables = [config.thresholds for config in selectors.configs] if policy.is_local else [selectors.thresholds]
+        try:
+            for thresholds in tables if policy.trigger is not None else ():
                 policy.decoding_config(args).resolve_threshold(thresholds)
+            kept.append(policy)
+        except ValueError:
+            if args.policies is not None:
+                raise
+            left_out.append(policy.label)
+    if left_out:
+        print(f"left out, no threshold was calibrated for them (s2t calibrate): {', '.join(left_out)}")
+    return kept
 
 
 def read_problems(args: EvaluateArguments) -> list[Problem]:

@@ -175,7 +175,7 @@ def choose_policies(args: EvaluateArguments, has_thresholds: bool, has_router: b
         if policy.needs_thresholds and not policy.is_local and not has_thresholds:
             return "`thresholds_from` (or `adapters`)"
         if policy.trigger == "router" and not has_router:
-            return "a router in every adapter (recipes/train_router.py)"
+            return "a router in every adapter (s2t route)"
         return None
 
     tuned = parse_tuned(args.tuned)

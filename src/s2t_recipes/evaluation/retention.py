@@ -7,11 +7,11 @@ Per token, in nats: KL(base || model), and the model's own loss, on three kinds 
 
     generated    what the base model itself wrote, in the trajectories of the labels
     prompts      the prompts of these
-    text         anything that has nothing to do with the task: problems as recipes/eval.py reads them (their
+    text         anything that has nothing to do with the task: problems as `s2t eval` reads them (their
                  prompts), or a .txt file with one document per line
 
 Measured are the base model itself (loaded once more, so its zeros are measured too), adapters that write text
-themselves (recipes/train_baseline.py), and S2T-Local selectors in the state in which they write text. With
+themselves (s2t imitate), and S2T-Local selectors in the state in which they write text. With
 proposals="base" the base model writes it, and nothing may differ; that is not assumed, the text goes through the model
 that holds the adapter. Reserved tokens are left out of every distribution, and not counted in a text. Problems that an
 adapter has seen are refused.
@@ -140,7 +140,7 @@ def read_label_documents(args: RetentionArguments) -> tuple[list[Document], Traj
     """
     labels, header = read_held_out_labels(args.labels)
     if header is None:
-        raise ValueError(f"`labels` {args.labels!r} have no header: make them with recipes/label.py.")
+        raise ValueError(f"`labels` {args.labels!r} have no header: make them with `s2t label`.")
     if header.rollout in CORRECTED_ROLLOUTS:
         raise ValueError(
             f"`labels` {args.labels!r} hold text that a selector corrected (rollout {header.rollout!r}), not the base "

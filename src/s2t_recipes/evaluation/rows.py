@@ -199,7 +199,7 @@ def make_example(tokenizer, problem: Problem, greedy: dict, record: dict, policy
 
 
 def pick_examples(tokenizer, problems: list[Problem], results: dict, num_examples: int) -> list[dict]:
-    """Problems that greedy has wrong and S2T-Local right, of the first LLM-free local policy if there is one."""
+    """Problems that greedy has wrong and S2T-Local right, of a local policy without a teacher if there is one."""
     greedy = results.get(Policy("greedy"))
     local = sorted((policy for policy in results if policy.is_local), key=lambda policy: policy.needs_teacher)
     always = [policy for policy in local if policy.trigger == "always" and policy.name == "s2t-local"]
@@ -277,7 +277,7 @@ def format_table(report: dict) -> str:
     def number(value, form: str, scale: float = 1.0) -> str:
         return "-" if value is None else format(value * scale, form)
 
-    titles = ("policy", "trigger", "rate", "fired", "flips", "LLM", "accuracy", "95% interval")
+    titles = ("policy", "trigger", "rate", "fired", "flips", "teacher", "accuracy", "95% interval")
     titles += ("helped", "hurt", "p", "time")
     lines = [titles]
     for row in report["rows"]:
@@ -301,10 +301,11 @@ def format_table(report: dict) -> str:
         )
     text = align(lines, left=2)
     meta = report["meta"]
+    teacher = "; no teacher" if meta["teacher_model"] is None else f", teacher {meta['teacher_model']}"
     notes = [
-        f"{meta['num_problems']} problems of {meta['dataset']}; model {meta['model']}, "
-        f"teacher {meta['teacher_model']}.",
-        "rate, fired, flips: per cent of generated tokens. LLM: the teacher runs at inference. (xN): mean of N seeds.",
+        f"{meta['num_problems']} problems of {meta['dataset']}; model {meta['model']}{teacher}.",
+        "rate, fired, flips: per cent of generated tokens. teacher: the large model runs at inference. (xN): mean of "
+        "N seeds.",
     ]
     red, plain = ("\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for leak in meta["leaks"]:

@@ -1,12 +1,12 @@
 """Compares ways of decoding on the same problems with the same settings, and prints one table with intervals.
 
-    python recipes/eval.py --model M --teacher_model T --adapters RUN/adapter-seed0 RUN/adapter-seed1 \
+    s2t eval --model M --teacher_model T --adapters RUN/adapter-seed0 RUN/adapter-seed1 \
         --dataset test.jsonl --output_dir RUN
 
 An evaluation is read from top to bottom in arguments.py, policies.py (how a policy is written), plan.py (what is read
 and decided before a model is loaded), here, bench.py (how one policy is run) and rows.py (figures and the report).
 Every finished policy is kept in OUTPUT_DIR/records; running again with the same settings only runs what is missing.
-With --eval_labels the adapters are compared with the teacher at labelled points too (fidelity.py). recipes/report.py
+With --eval_labels the adapters are compared with the teacher at labelled points too (fidelity.py). `s2t report`
 makes a page of OUTPUT_DIR.
 """
 

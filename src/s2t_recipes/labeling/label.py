@@ -8,7 +8,7 @@ and config in `--teacher_model` (no weights are loaded). A key, where one is nee
 A teacher with another tokenizer needs `--cross_tokenizer true` and compares texts (docs/labeling.md).
 
 The same command resumes an interrupted run. `s2t label --num_processes 4 ...` shares the problems among processes, as
-`accelerate launch recipes/label.py` does. `--dry_run true` labels a sample, keeps nothing and says what the rest will
+`accelerate launch` does. `--dry_run true` labels a sample, keeps nothing and says what the rest will
 cost. Label training problems only: calibrate on other ones, evaluate on yet others.
 Everything is checked before weights are loaded and before anything is written.
 """
@@ -45,7 +45,7 @@ from transformers.hf_argparser import HfArg
 
 import transformers_s2t
 from s2t_recipes.adapters import check_model
-from s2t_recipes.commands import CommandFailed, one_line_errors, say, work
+from s2t_recipes.commands import CommandFailed, kept, one_line_errors, say, work
 from s2t_recipes.models import DTYPES, check_quantization, load_pretrained, make_quantization_config, padding_token_id
 from s2t_recipes.options import Parser, check_least
 from s2t_recipes.problems import (
@@ -640,7 +640,8 @@ def main(argv: list[str] | None = None) -> None:
         say("`cross_tokenizer` is not needed: both models have one tokenizer.")
     try:
         if args.dry_run:
-            print(report_cost(estimate(args, plan)))
+            with kept(lambda: False):
+                print(report_cost(estimate(args, plan)))
             return
         with work():
             stats = label(args, plan)

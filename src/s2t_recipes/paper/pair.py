@@ -32,14 +32,14 @@ class Pair:
         data_seed: seed of the division into parts.
         has_answers: whether answers can be checked; where not, only agreement can be measured.
         label, train, router, calibrate, evaluate, baseline: further arguments of the recipes.
-        selector_label: further arguments of recipes/label.py for the texts that selectors learn from; without any,
+        selector_label: further arguments of `s2t label` for the texts that selectors learn from; without any,
             they learn from the labels that everything else learns from.
         learning_rates: method -> rates tried first on the tuning problems (see `Sweep`).
         further_rates: how often such a sweep goes beyond them, see `MAX_FURTHER_RATES`.
         learning_rates_by_problems: number of label problems -> method -> the same, where the best are other ones.
         system_prompt: with one, prompts go through the tokenizer's chat template.
         chat_template_kwargs: variables of the template; with some, prompts go through it too.
-        zero_shot_text: see recipes/eval.py.
+        zero_shot_text: see `s2t eval`.
         other_text: arguments of recipes/retention.py that name text of another kind; by default the part `words` of
             the generated problems.
     """

@@ -97,7 +97,7 @@ class Pipeline:
         Args:
             part: "label" or another part of the pair.
             limit: number of problems; by default the pair's `label_problems` for "label", all for other parts.
-            options: further arguments of recipes/label.py; `adapter` may be a job.
+            options: further arguments of `s2t label`; `adapter` may be a job.
         """
         if part == "label" and limit is None:
             limit = self.pair.label_problems
@@ -146,7 +146,7 @@ class Pipeline:
                 without a trigger.
             rate: learning rate, or the sweep that finds it; by default the pair's.
             only_if: condition on which it is trained; by default it always is.
-            options: further arguments of recipes/train.py.
+            options: further arguments of `s2t train`.
         """
         pair = self.pair
         extra = ("" if route else "-unrouted") + ("" if decode else "-undecoded")
@@ -192,7 +192,7 @@ class Pipeline:
         return self.add(f"calibrate-{name}", output, lambda: [*command, "--adapter", str(best.path)], needs, folder)
 
     def _calibrate(self, calibration: Job, settings: Mapping[str, Any]) -> list[str]:
-        """Command of recipes/calibrate.py, all but the adapter."""
+        """Command of `s2t calibrate`, all but the adapter."""
         shared = {"batch_size": self.pair.batch_size, "dtype": self.pair.dtype} | self.pair.calibrate
         command = [recipe("calibrate.py"), "--model", self.model, "--labels", str(calibration.path)]
         return command + as_arguments(shared | settings)
@@ -213,7 +213,7 @@ class Pipeline:
             method: "sft", "kd" or one of SAMPLED.
             labels: labels of the problems to train on; for "kd-sampled" those of sampled texts.
             seed, rate, only_if: see `selector`.
-            options: further arguments of recipes/train_baseline.py.
+            options: further arguments of `s2t imitate`.
         """
         name = f"{method}-{labels.path.name}{tag_with_rate(options, rate)}-seed{seed}"
         output = self.folder / "baselines" / name
@@ -240,7 +240,7 @@ class Pipeline:
         only_if: Condition | None = None,
         **options,
     ) -> Job:
-        """A report.json of recipes/eval.py.
+        """A report.json of `s2t eval`.
 
         Args:
             name, part: name of the output folder, and part of the pair whose problems are answered.
@@ -248,7 +248,7 @@ class Pipeline:
             adapters: selectors, one for each seed.
             tuned: label and training of each imitation. A second-best training that turns out not to be there is left
                 out, and its policy with it.
-            needs, options: further arguments of recipes/eval.py, and further jobs whose output they name.
+            needs, options: further arguments of `s2t eval`, and further jobs whose output they name.
             only_if: see `selector`.
         """
         data = self.data(part)

@@ -1,6 +1,6 @@
 """Learning-rate sweeps: which rates are tried, with which seeds, and which of them is the best.
 
-Reads the accuracy on the tuning problems from reports of recipes/eval.py. Knows no recipes: the caller plans the jobs
+Reads the accuracy on the tuning problems from reports of `s2t eval`. Knows no recipes: the caller plans the jobs
 of one rate and one seed.
 """
 

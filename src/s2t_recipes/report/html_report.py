@@ -1,6 +1,6 @@
 """One page of one evaluation that needs nothing but a browser: tables, charts, and every problem token by token.
 
-Reads a folder that recipes/eval.py wrote: report.json, records/, texts.json, and the labels that the report names.
+Reads a folder that `s2t eval` wrote: report.json, records/, texts.json, and the labels that the report names.
 What is missing is left out of the page, which says so. The same folder gives the same bytes. Knows no models; of the
 page's looks and manners (report_page/) it knows only the names that they share.
 """
@@ -70,13 +70,13 @@ def read_report(path: Path) -> tuple[Path, dict]:
     """
     file = path / "report.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"`report`: {file} does not exist; recipes/eval.py writes it.")
+        raise FileNotFoundError(f"`report`: {file} does not exist; `s2t eval` writes it.")
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"`report`: {file} is not JSON ({error}).") from None
     if not isinstance(report, dict) or not isinstance(report.get("meta"), dict) or not report.get("rows"):
-        raise ValueError(f"`report`: {file} has no rows: it is not a report of recipes/eval.py.")
+        raise ValueError(f"`report`: {file} has no rows: it is not a report of `s2t eval`.")
     return file, report
 
 
@@ -125,7 +125,7 @@ def read_record_file(file: Path) -> tuple[dict, list[dict]]:
                 raise ValueError(f"`report`: line {number} of {file} is not JSON ({error}).") from None
     fine = all(isinstance(line, dict) and {"id", "answer", "correct"} <= line.keys() for line in lines[1:])
     if len(lines) < 2 or not fine:
-        raise ValueError(f"`report`: {file} does not hold records of recipes/eval.py.")
+        raise ValueError(f"`report`: {file} does not hold records of `s2t eval`.")
     return lines[0], lines[1:]
 
 

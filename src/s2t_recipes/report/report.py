@@ -1,8 +1,8 @@
 """One picture of one evaluation: accuracy by policy, Hit@K, and two generations token by token. And a page of it all.
 
-    python recipes/report.py runs/demo
+    s2t report runs/demo
 
-writes report.png, report.html and a PNG of each chart into the folder that recipes/eval.py wrote. The picture
+writes report.png, report.html and a PNG of each chart into the folder that `s2t eval` wrote. The picture
 needs `report.json` and nothing else; the page is html_report.py's. Knows no models.
 """
 

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from s2t_recipes.adapters import check_model, check_same_tokenizer, open_adapter
+from s2t_recipes.adapters import base_model_of, check_model, check_same_tokenizer, open_adapter, still_calibrated
 from s2t_recipes.commands import typed_command
 from s2t_recipes.models import default_device, load_model, padding_token_id
 from s2t_recipes.options import Parser, check_least
@@ -39,7 +39,7 @@ from transformers_s2t.calibration.scored_points import (
     read_router,
     score_labels,
 )
-from transformers_s2t.calibration.thresholds import Deployment, calibrate_by_decoding
+from transformers_s2t.calibration.thresholds import MAX_RUNS, Deployment, calibrate_by_decoding
 from transformers_s2t.config import CALIBRATION_NAME, DEFAULT_WARMUP_TOKENS, S2T_CONFIG_NAME
 from transformers_s2t.files import atomic_write, write_json
 from transformers_s2t.labels.folder import read_held_out_labels, share_of
@@ -51,6 +51,8 @@ from transformers_s2t.selector_files import push_selector
 
 
 TRIGGERS = ("entropy", "margin", "router", "kl")
+#: Fewer problems, or fewer decision points, are worth a warning.
+LEAST_PROBLEMS, LEAST_POINTS = 20, 200
 
 
 @dataclass
@@ -136,7 +138,7 @@ def choose_triggers(args: CalibrateArguments, config: SelectorConfig) -> list[st
         possible.append("kl")
     wrong = [trigger for trigger in args.triggers or () if trigger not in possible]
     if wrong == ["router"]:
-        raise ValueError(f"`triggers`: {args.adapter!r} has no router; recipes/train_router.py trains one.")
+        raise ValueError(f"`triggers`: {args.adapter!r} has no router; `s2t route` trains one.")
     if wrong or not possible:
         raise ValueError(
             f"`triggers` can be {', '.join(possible) or 'none'} here, got {', '.join(wrong) or 'none'}: with "
@@ -181,8 +183,10 @@ def run_deployed(
 ) -> dict[str, dict[float, dict[str, Any]]]:
     """Trigger -> target rate -> threshold and achieved rates, by decoding."""
     table: dict[str, dict[float, dict[str, Any]]] = {}
-    with tqdm(total=len(triggers) * len(args.target_rates), unit="rate") as bar:
-        for trigger in triggers:
+    most = len(fit) * (1 + MAX_RUNS * len(args.target_rates)) + len(check) * len(args.target_rates)
+    with tqdm(total=len(triggers) * most, unit="problem") as bar:
+        deployment = dataclasses.replace(deployment, on_texts=bar.update)
+        for number, trigger in enumerate(triggers, 1):
             bar.set_description(f"Decoding: {trigger}")
 
             def tell(rate: float, run) -> None:
@@ -195,7 +199,8 @@ def run_deployed(
                     checked = deployment.run(check, trigger, run.threshold)
                     entry |= {"achieved": checked.rate, "interval": checked.interval()}
                 table[trigger][rate] = entry
-                bar.update()
+            bar.total = bar.n + (len(triggers) - number) * most  # thresholds are often found in fewer runs
+            bar.refresh()
     return table
 
 
@@ -209,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     check_same_tokenizer(args.labels, header, config)
     check_unseen(args.adapter, labels["problem_id"], ("training",), "labels")
     fit, check = divide(labels, args.check_share, args.limit)
-    name = args.model or config.base_model
+    name = base_model_of(args.adapter, config, args.model)
     check_model("model", name)
     if args.teacher_model is not None:
         check_model("teacher_model", args.teacher_model, may_be_tuned=True)
@@ -255,23 +260,12 @@ def main(argv: list[str] | None = None) -> None:
     }
     write_json(Path(folder) / CALIBRATION_NAME, report)
     print_report(report, table, len(labels))
+    for warning in warnings_of(len(fit), None if points is None else len(points.target_N), fusion):
+        print(f"  warning: {warning}")
     print(f"\nwritten to {Path(folder) / S2T_CONFIG_NAME}")
     if args.push_to_hub is not None:
         push_selector(folder, args.push_to_hub, commit_message="Calibrated S2T selector")
         print(f"pushed to {args.push_to_hub}")
-
-
-def still_calibrated(
-    policy: S2TDecodingConfig | None, thresholds: dict[str, dict[float, float]]
-) -> S2TDecodingConfig | None:
-    """The stored policy, `None` where these thresholds have none for it."""
-    if policy is not None:
-        try:
-            policy.resolve_threshold(thresholds)
-        except ValueError:
-            print(f"The stored policy, {policy.trigger} at {policy.target_rate}, has no threshold any more: removed.")
-            return None
-    return policy
 
 
 def make_deployment(
@@ -338,6 +332,29 @@ def write_card(file: Path, section: str) -> None:
     card = file.read_text(encoding="utf-8") if file.is_file() else ""
     with atomic_write(file) as out:
         out.write(with_calibration(card, section).encode())
+
+
+def warnings_of(num_problems: int, num_points: int | None, fusion: FusionWeights | None) -> list[str]:
+    """Sentences about a calibration that will not hold on other problems.
+
+    Args:
+        num_problems: problems that thresholds were taken from.
+        num_points: decision points that weights were fitted on; `None` where none were fitted.
+        fusion: fitted weights.
+    """
+    found = []
+    if num_problems < LEAST_PROBLEMS or (num_points is not None and num_points < LEAST_POINTS):
+        seen = f"{num_problems} problems" + ("" if num_points is None else f" and {num_points} decision points")
+        found.append(
+            f"{seen} are too few (at least {LEAST_PROBLEMS} and {LEAST_POINTS}): label more problems (s2t label) and "
+            "calibrate again, or other problems will get other rates."
+        )
+    if fusion is not None and fusion.logprob < 0:
+        found.append(
+            f"the weight of the student's log-probability is negative ({fusion.logprob:.3f}), so what the student "
+            "finds likely counts against a candidate: label more problems (s2t label), or train longer (s2t train)."
+        )
+    return found
 
 
 def print_report(report: dict[str, Any], table, num_labels: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from s2t_recipes.adapters import check_model, check_trained_on, merge_adapter
+from s2t_recipes.adapters import base_model_of, check_model, check_trained_on, merge_adapter
 from s2t_recipes.options import SmallParser
 from s2t_recipes.training.merge import check_new, load_tokenizer, save_checkpoint
 from transformers_s2t import SelectorConfig
@@ -42,7 +42,7 @@ def main() -> None:
     check_new(args.output_dir)
     config = SelectorConfig.from_pretrained(args.adapter)
     check_exportable(args.adapter, config)
-    name = args.model or config.base_model
+    name = base_model_of(args.adapter, config, args.model)
     check_model("model", name)
     tokenizer = load_tokenizer(args.adapter, name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype)

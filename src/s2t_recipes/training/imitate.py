@@ -15,6 +15,7 @@ seeds. `s2t eval` measures what was trained (`--tuned sft=FOLDER kd=FOLDER`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,9 @@ from s2t_recipes.adapters import BASELINE_NAME, check_model
 from s2t_recipes.models import default_device, load_model, padding_token_id
 from s2t_recipes.options import Parser, check_least
 from s2t_recipes.records import fingerprint, hash_of, read_records, write_records
-from s2t_recipes.training.lora_arguments import LoraArguments, quantization_of
+from s2t_recipes.training.lora_arguments import LoraArguments, quantization_of, without_pinned_memory
 from transformers_s2t.config import check_choice
-from transformers_s2t.files import write_json
+from transformers_s2t.files import give_plain_mode, write_json
 from transformers_s2t.labeling.rollout import rollout
 from transformers_s2t.labels.folder import read_labels
 from transformers_s2t.labels.schema import TrajectoryHeader
@@ -227,8 +228,17 @@ def write_texts(
     return [texts[text] for text in wanted]
 
 
+def ignore_old_names() -> None:
+    """Silences the FutureWarnings for two names of transformers that TRL and PEFT still use, which no user can change;
+    what a user says with `--gradient_checkpointing` is done all the same."""
+    for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
+        warnings.filterwarnings("ignore", message=f"`{name}` is deprecated", category=FutureWarning)
+
+
 def main(argv: list[str] | None = None) -> None:
+    ignore_old_names()
     args, config = Parser(BaselineArguments, SFTConfig).parse_args_and_config(argv)
+    without_pinned_memory(config)
     if (Path(config.output_dir) / BASELINE_NAME).is_file() and not args.overwrite:
         print(f"{config.output_dir} already holds a trained adapter; pass --overwrite true to train it again.")
         return
@@ -265,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     trainer.train()
     trainer.save_model(config.output_dir)
+    if trainer.args.should_save:
+        give_plain_mode(Path(config.output_dir))
     write_seen_problems(config.output_dir, "training", labels["problem_id"])
     trained = sum(len(ids) - start for ids, start in texts)
     found = {name: getattr(args, name) for name in ("method", "model", "teacher_model")}

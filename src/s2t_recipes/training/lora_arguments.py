@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+import torch
 from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.hf_argparser import HfArg
 from trl import ModelConfig, get_quantization_config
@@ -56,6 +57,12 @@ class LoraArguments(ModelConfig):
         if targets not in (None, "all-linear"):  # one name as text would be a pattern to PEFT
             text = targets if isinstance(targets, str) else ",".join(targets)
             self.lora_target_modules = [name.strip() for name in text.split(",")]
+
+
+def without_pinned_memory(args: TrainingArguments) -> None:
+    """Leaves out what speeds up copies to an accelerator where there is none: torch warns of it in every run."""
+    if not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False
 
 
 def quantization_of(args: LoraArguments, training_args: TrainingArguments) -> BitsAndBytesConfig | None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from s2t_recipes.adapters import check_model, check_tuned, find_file, merge_adapter
 from s2t_recipes.options import SmallParser
+from transformers_s2t.files import give_plain_mode
 
 
 def check_new(output_dir: Path) -> None:
@@ -34,6 +35,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Writes both into a new folder, which is not there before it is whole."""
     temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     model.save_pretrained(temporary)
+    give_plain_mode(temporary)
     tokenizer.save_pretrained(temporary)
     temporary.replace(output_dir)
 

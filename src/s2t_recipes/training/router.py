@@ -28,7 +28,14 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers.hf_argparser import HfArg
 
-from s2t_recipes.adapters import check_model, check_same_tokenizer, check_trained_on, open_adapter
+from s2t_recipes.adapters import (
+    base_model_of,
+    check_model,
+    check_same_tokenizer,
+    check_trained_on,
+    open_adapter,
+    still_calibrated,
+)
 from s2t_recipes.models import default_device, load_model
 from s2t_recipes.options import Parser, check_least
 from transformers_s2t import SelectorConfig
@@ -39,6 +46,7 @@ from transformers_s2t.fingerprints import same_weights, weights_name
 from transformers_s2t.labels.folder import label_splits, read_labels, share_of
 from transformers_s2t.labels.seen_problems import read_seen_problems, write_seen_problems
 from transformers_s2t.router import ROUTER_TARGETS, RouterConfig, num_layers
+from transformers_s2t.selector_card import CARD_NAME, without_calibration
 
 
 #: Settings of an adapter that training a router reads.
@@ -135,7 +143,7 @@ def read_both(args: RouterArguments):
     return labels, held_out, header
 
 
-def write_router(adapter: str, config: SelectorConfig, problem_ids: Iterable[str], save: Callable[[str], str]) -> None:
+def write_router(adapter: str, config: SelectorConfig, problem_ids: Iterable[str], save: Callable[[str], str]) -> str:
     """Puts a router beside an adapter, and takes away what was calibrated with another one.
 
     Args:
@@ -143,6 +151,9 @@ def write_router(adapter: str, config: SelectorConfig, problem_ids: Iterable[str
         config: config of the adapter, as it was.
         problem_ids: ids of the problems that the router has seen.
         save: writes the router into a folder and returns its fingerprint, as `Router.save_pretrained` does.
+
+    Returns:
+        The end of the sentence that tells the user what was taken away, and what to do next.
     """
     (Path(adapter) / CALIBRATION_NAME).unlink(missing_ok=True)
     write_seen_problems(adapter, "router", problem_ids)
@@ -151,7 +162,17 @@ def write_router(adapter: str, config: SelectorConfig, problem_ids: Iterable[str
     depends = config.fusion is not None and config.fusion.router != 0
     thresholds = {} if depends else {name: by for name, by in config.thresholds.items() if name != "router"}
     fusion = None if depends else config.fusion
-    dataclasses.replace(config, router=fingerprint, thresholds=thresholds, fusion=fusion).save_pretrained(adapter)
+    gone = ["the fusion weights"] if depends else []
+    if names := [name for name in config.thresholds if name not in thresholds]:
+        gone.insert(0, f"the thresholds of {', '.join(names)}")
+    settings = {"thresholds": thresholds, "fusion": fusion, "decoding": still_calibrated(config.decoding, thresholds)}
+    dataclasses.replace(config, router=fingerprint, **settings).save_pretrained(adapter)
+    card = Path(adapter) / CARD_NAME
+    if gone and card.is_file():
+        with atomic_write(card) as out:
+            out.write(without_calibration(card.read_text(encoding="utf-8")).encode())
+    removed = f" Removed, because it was calibrated with the router before: {' and '.join(gone)}." if gone else ""
+    return f".{removed} Calibrate next (s2t calibrate)."
 
 
 def take_router(args: RouterArguments, config: SelectorConfig) -> None:
@@ -192,10 +213,10 @@ def take_router(args: RouterArguments, config: SelectorConfig) -> None:
             out.write(data)
         return other.router
 
-    write_router(args.adapter, config, problem_ids, save)
+    ending = write_router(args.adapter, config, problem_ids, save)
     print(
         f"taken from {args.router_of}: router {other.router} (target {router.target!r}, layer {router.layer}, "
-        f"{len(problem_ids)} problems seen), written to {args.adapter}. Calibrate next (s2t calibrate)."
+        f"{len(problem_ids)} problems seen), written to {args.adapter}{ending}"
     )
 
 
@@ -215,8 +236,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     labels, held_out, header = read_both(args)
     check_same_tokenizer(args.labels, header, config)
-    check_model("model", args.model or config.base_model)
-    model = load_model(args.model or config.base_model, args.dtype, default_device())
+    name = base_model_of(args.adapter, config, args.model)
+    check_model("model", name)
+    model = load_model(name, args.dtype, default_device())
     own_hash = check_trained_on(model, config)
     layers = args.layers or default_layers(model)
     wrong = [layer for layer in layers if not 1 <= layer <= num_layers(model)]
@@ -233,7 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     router_config = RouterConfig(hidden_size=hidden_size, layer=max(layers), model_hash=own_hash, **head)
     settings = {name: getattr(args, name) for name in ("seed", "learning_rate", "num_epochs", "max_steps")}
     router, losses = fit_router(model, train, tuning, router_config, batch_size=args.head_batch_size, **settings)
-    write_router(args.adapter, config, [*labels["problem_id"], *held_out["problem_id"]], router.save_pretrained)
+    ending = write_router(
+        args.adapter, config, [*labels["problem_id"], *held_out["problem_id"]], router.save_pretrained
+    )
 
     print(f"\n{len(train.gain_N)} positions of {len(labels)} trajectories, {len(tuning.gain_N)} held out")
     print("held-out loss by layer: " + ", ".join(f"{layer}: {loss:.4f}" for layer, loss in losses.items()))
@@ -250,4 +274,4 @@ def main(argv: list[str] | None = None) -> None:
         "differs: the teacher's best candidate above the floor is not the first; gain: and gains more than "
         f"{args.min_gain:g} nats;\n_choice: among positions with two or more candidates above the floor"
     )
-    print(f"\nwritten to {Path(args.adapter)}; {S2T_CONFIG_NAME} names it. Calibrate next (s2t calibrate).")
+    print(f"\nwritten to {Path(args.adapter)}; {S2T_CONFIG_NAME} names it{ending}")

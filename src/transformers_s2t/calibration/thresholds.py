@@ -76,6 +76,7 @@ class Deployment:
         batch_size: prompts per `generate` call.
         warmup_tokens: number of first new tokens that never trigger, but count in the rate.
         teacher_model: the teacher of the "kl" trigger.
+        on_texts: called after every batch with the number of its texts.
     """
 
     model: PreTrainedModel
@@ -86,6 +87,7 @@ class Deployment:
     batch_size: int = 32
     warmup_tokens: int = 3
     teacher_model: PreTrainedModel | None = None
+    on_texts: Callable[[int], Any] | None = None
 
     def run(self, prompts: Sequence[Sequence[int]], trigger: str, threshold: float) -> TriggerRun:
         """Decodes the prompts and returns the trigger's values.
@@ -117,6 +119,8 @@ class Deployment:
             values_BS[:, : self.warmup_tokens] = -math.inf
             for b, i in enumerate(rows):
                 values[i] = values_BS[b, : len(texts[b])]
+            if self.on_texts is not None:
+                self.on_texts(len(rows))
         return TriggerRun([values[i] for i in range(len(prompts))], threshold)
 
 

@@ -30,7 +30,7 @@ from transformers_s2t.config import (
     SelectorConfig,
 )
 from transformers_s2t.decoding.selectors import NextStep, Scores, Selector, name_of
-from transformers_s2t.files import atomic_write
+from transformers_s2t.files import atomic_write, give_plain_mode
 from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
 from transformers_s2t.model_checks import (
     check_causal_lm,
@@ -279,6 +279,7 @@ class LocalSelector(Selector):
         state = {f"{_PEFT_PREFIX}{name}": tensor.contiguous().cpu() for name, tensor in state.items()}
         if include_base:
             self.model.save_pretrained(folder)
+            give_plain_mode(folder)
         adapter = folder / ADAPTER_FOLDER
         with atomic_write(adapter / ADAPTER_WEIGHTS_NAME) as out:
             out.write(save(state, metadata={"format": "pt"}))

@@ -118,7 +118,7 @@ class Selector:
         if self.router is None:
             what = "trigger='router'" if config.trigger == "router" else f"`fusion.router`={fusion.router:g}"
             raise ValueError(
-                f"{what} needs a router, and this selector has none. Train one with `python recipes/train_router.py "
+                f"{what} needs a router, and this selector has none. Train one with `s2t route "
                 "--adapter DIR --labels LABELS`, which puts it beside the adapter; a TeacherSelector takes `router=`."
             )
         return self.router

@@ -158,8 +158,8 @@ def read_labels(path_or_hub_id: str | os.PathLike, split: str = "train") -> tupl
     """Labels and their header.
 
     Args:
-        path_or_hub_id: a folder that recipes/label.py wrote, or a data set on the Hub.
-        split: "train", "validation" (problems held out by `recipes/label.py --validation_share`) or "all".
+        path_or_hub_id: a folder that `s2t label` wrote, or a data set on the Hub.
+        split: "train", "validation" (problems held out by `s2t label --validation_share`) or "all".
 
     Returns:
         the rows, and the header (`None` where a data set on the Hub or a folder has none).
@@ -173,7 +173,7 @@ def read_labels(path_or_hub_id: str | os.PathLike, split: str = "train") -> tupl
     if folder.is_dir():
         return _read_folder(folder, split)
     if folder.exists() or not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"There is no folder of labels {name!r} (recipes/label.py makes one).")
+        raise FileNotFoundError(f"There is no folder of labels {name!r} (s2t label makes one).")
     return _read_hub(name, split)
 
 
@@ -195,7 +195,7 @@ def read_held_out_labels(path_or_hub_id: str | os.PathLike) -> tuple[Dataset, Tr
 
 def _read_folder(folder: Path, split: str) -> tuple[Dataset, TrajectoryHeader | None]:
     if not shard_files(folder):
-        raise ValueError(f"{folder} holds no train-*.parquet: it is not a folder of labels (recipes/label.py).")
+        raise ValueError(f"{folder} holds no train-*.parquet: it is not a folder of labels (s2t label).")
     check_choice("split", split, (*label_splits(folder), "all"))
     files = shard_files(folder, None if split == "all" else split)
     header = read_header(folder)
@@ -205,7 +205,7 @@ def _read_folder(folder: Path, split: str) -> tuple[Dataset, TrajectoryHeader | 
     if header is not None and not header.complete:
         warnings.warn(
             f"{folder} is incomplete: {len(done_problem_ids(folder))} of {header.num_problems} problems; the same "
-            "recipes/label.py command goes on with the rest.",
+            "`s2t label` command goes on with the rest.",
             stacklevel=3,
         )
     return Dataset.from_parquet([str(file) for file in files], features=FEATURES), header

@@ -51,7 +51,7 @@ def cut_to_blocks(
     """
     missing = [column for column in _COLUMNS if column not in dataset.column_names]
     if missing:
-        raise ValueError(f"`{name}` lacks the columns {missing}, it has {dataset.column_names}; see recipes/label.py.")
+        raise ValueError(f"`{name}` lacks the columns {missing}, it has {dataset.column_names}; see `s2t label`.")
     num_dropped: list[int] = []
     settings = {
         "num_candidates": args.num_candidates,
@@ -155,7 +155,7 @@ def _check_row(row: dict[str, Any], num_candidates: int, vocab_size: int, reserv
         if len(ids) < num_candidates:
             raise ValueError(
                 f"the labels hold {len(ids)} candidates per point, num_candidates={num_candidates} asks for more "
-                f"{where}: label with more (recipes/label.py --num_candidates), or train with fewer."
+                f"{where}: label with more (s2t label --num_candidates), or train with fewer."
             )
         if not reserved.isdisjoint(ids):
             raise ValueError(

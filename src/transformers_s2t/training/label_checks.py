@@ -32,7 +32,7 @@ def load_labels(
     if not isinstance(source, Dataset):
         raise TypeError(f"`{name}` must be a datasets.Dataset, a folder of labels or a Hub id, got {type(source)}.")
     if len(source) == 0:
-        raise ValueError(f"`{name}` is empty: label some problems first (recipes/label.py).")
+        raise ValueError(f"`{name}` is empty: label some problems first (s2t label).")
     return source.with_format(None), header
 
 
@@ -68,7 +68,7 @@ def check_weights_fit(headers: dict[str, TrajectoryHeader | None], ours: str, ar
             raise ValueError(
                 f"The labels of `{name}` are trajectories of {header.model!r} (weights "
                 f"{weights_name(header.model_hash)}), but `model` has weights {weights_name(ours)}: its own proposals "
-                "differ. Label with this model (recipes/label.py --model), or pass `allow_labels_of_other_model=True`."
+                "differ. Label with this model (s2t label --model), or pass `allow_labels_of_other_model=True`."
             )
 
 
@@ -82,5 +82,5 @@ def check_labels_fit(
             raise ValueError(
                 f"The labels of `{name}` were made with the tokenizer of {header.model!r} (vocabulary "
                 f"{header.vocab_hash}), but `model` {name_or_path!r} has vocabulary {ours}: label with this model "
-                "(recipes/label.py --model)."
+                "(s2t label --model)."
             )

@@ -45,6 +45,7 @@ from transformers_s2t.config import (
     SEEN_PROBLEMS_NAME,
     SelectorConfig,
 )
+from transformers_s2t.files import give_plain_mode
 from transformers_s2t.fingerprints import model_hash
 from transformers_s2t.fusion import cross_fitted_choice
 from transformers_s2t.labels.collator import TrajectoryCollator
@@ -88,7 +89,7 @@ class S2TTrainer(Trainer):
     Args:
         model: name or path, `PreTrainedModel`, or a `PeftModel` whose LoraConfig trains the reserved rows.
         args: [`S2TConfig`]; `None` for the defaults.
-        train_dataset: labelled trajectories: a `Dataset`, a folder written by recipes/label.py, or a Hub id.
+        train_dataset: labelled trajectories: a `Dataset`, a folder written by `s2t label`, or a Hub id.
         eval_dataset: held-out trajectories, or a dict of several sets. A folder or Hub id with a split "validation"
             gives that split, so that labels made with `--validation_share` can be passed as both.
         processing_class: the model's tokenizer; loaded from the model's name where not given.
@@ -146,7 +147,7 @@ class S2TTrainer(Trainer):
         if not isinstance(model, str) and (args.model_init_kwargs or quantization_config is not None):
             raise ValueError("`model_init_kwargs` and `quantization_config` need `model` as a name or path.")
         if train_dataset is None:
-            raise ValueError("`train_dataset` is required: a folder of labels (recipes/label.py) or a Dataset.")
+            raise ValueError("`train_dataset` is required: a folder of labels (s2t label) or a Dataset.")
         headers: dict[str, TrajectoryHeader | None] = {}
         train_dataset, headers["train_dataset"] = load_labels(train_dataset, "train_dataset", label_header)
         if isinstance(eval_dataset, dict):
@@ -172,7 +173,7 @@ class S2TTrainer(Trainer):
             if find_adapter_config_file(name_or_path, **{k: hub[k] for k in hub if k != "trust_remote_code"}):
                 raise ValueError(
                     f"`model` must be a base model, got the adapter {name_or_path!r}: pass the model that it was "
-                    "trained on, or one that it was merged into (recipes/merge.py); to train it further, load it with "
+                    "trained on, or one that it was merged into (s2t merge); to train it further, load it with "
                     "`PeftModel.from_pretrained(..., is_trainable=True)`."
                 )
             if processing_class is None:
@@ -193,6 +194,8 @@ class S2TTrainer(Trainer):
                 processing_class = AutoTokenizer.from_pretrained(name_or_path)
             check_labels_fit(headers, processing_class, name_or_path)
 
+        # now, and whole: a relative path means nothing in another working directory
+        self._base_name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
         check_causal_lm("model", model)
         check_without_virtual_tokens("model", model)
         self._model_hash = model_hash(model)  # now: later the weights may be spread over processes
@@ -607,7 +610,7 @@ class S2TTrainer(Trainer):
             score_head=self.args.score_head,
             num_candidates=min(self.args.num_candidates, DEFAULT_NUM_CANDIDATES),
             min_prob_ratio=self.args.min_prob_ratio,
-            base_model=self.base_model.config._name_or_path,
+            base_model=self._base_name,
             teacher_model=header.teacher_model if header else "",
             vocab_hash=vocab_hash(self.processing_class),
             model_hash=self._model_hash,
@@ -645,6 +648,7 @@ class S2TTrainer(Trainer):
         name = self.adapter_name
         inner = folder / ADAPTER_FOLDER
         model.save_pretrained(inner, state_dict=state_dict, save_embedding_layers=False, selected_adapters=[name])
+        give_plain_mode(inner)
         (inner / CARD_NAME).unlink(missing_ok=True)  # PEFT's card says how to load an ordinary adapter
         if name != "default":  # PEFT gives it a folder of its own
             for file in (inner / name).glob("adapter_*"):

@@ -31,7 +31,7 @@ def policies(pipeline: Pipeline, spec: dict) -> Collect:
     """Accuracy of policies on the same problems.
 
     Settings:
-        policies: labels of policies, see recipes/eval.py.
+        policies: labels of policies, see `s2t eval`.
         limit: number of test problems; by default all.
         num_candidates: values of K to run the policies with; [8] by default.
         at_other_sizes: policies to run at all but the first of these; by default all but greedy.

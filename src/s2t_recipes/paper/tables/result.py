@@ -58,7 +58,7 @@ def read_report(job: Job) -> dict:
 
 
 def row_of(row: dict, report: dict, **more) -> dict:
-    """The figures of a row of eval.py that tables show. `forwards` is batch forwards relative to greedy's."""
+    """The figures of a row of `s2t eval` that tables show. `forwards` is batch forwards relative to greedy's."""
     kept = ("accuracy", "accuracy_ci", "accuracy_sd", "gain", "gain_ci", "mcnemar_p", "num_seeds")
     kept += ("helped", "hurt", "achieved_rate", "asked_rate", "flip_rate", "student_tokens", "teacher_tokens")
     values = {name: row[name] for name in kept}

@@ -43,7 +43,7 @@ def variants(pipeline: Pipeline, spec: dict) -> Collect:
         policy: label of the policy that is compared.
         variants: list of mappings, the first one the reference: `name`, and what differs: `train`, `label` (arguments
             of the recipes), `router: false`, `rounds: 2` (the second one learns from one text of each problem, in as
-            many steps), `decoding` (arguments of eval.py), `policy`.
+            many steps), `decoding` (arguments of `s2t eval`), `policy`.
     """
     limit, calibration = spec.get("label_problems"), pipeline.labels("calibration")
     seeds = range(spec.get("seeds", pipeline.pair.num_seeds))
@@ -179,7 +179,7 @@ def stacking(pipeline: Pipeline, spec: dict) -> Collect:
 
     Settings:
         methods: imitations, among "sft" and "kd".
-        label: arguments of recipes/label.py for these labels.
+        label: arguments of `s2t label` for these labels.
         train: arguments that both trainings share.
         learning_rates: method -> rates tried first; by default those of the pair.
         seeds: number of students of each method; by default the pair's.
