@@ -182,7 +182,8 @@ def run(main: Callable[[], None] | str) -> None:
     except KeyboardInterrupt as stop:
         known = SCRIPTS | {command.module: command.resumes for command in COMMANDS.values()}
         resumes = getattr(stop, "resumes", known.get(module))
-        print("\nStopped.", {True: RESUMES, False: BEGINS_AGAIN, None: ""}[resumes], file=sys.stderr)
+        ending = "" if resumes is None else f" {RESUMES if resumes else BEGINS_AGAIN}"
+        print(f"\nStopped.{ending}", file=sys.stderr)
         sys.exit(130)
 
 
