@@ -95,13 +95,13 @@ def test_random_needs_a_rate_but_no_calibration():
 @pytest.mark.parametrize("table", [None, {}, {"other": {0.1: 3.0}}])
 def test_a_trigger_that_was_never_calibrated_names_the_command_that_does_it(trigger, table):
     for config in (S2TDecodingConfig(trigger=trigger), S2TDecodingConfig(trigger=trigger, target_rate=0.1)):
-        with pytest.raises(ValueError, match=rf"trigger='{trigger}'.*none.*recipes/calibrate\.py"):
+        with pytest.raises(ValueError, match=rf"trigger='{trigger}'.*none.*s2t calibrate"):
             config.resolve_threshold(table)
 
 
 def test_a_rate_that_was_not_calibrated_names_the_ones_that_were():
     config = S2TDecodingConfig(trigger="entropy", target_rate=0.2)
-    with pytest.raises(ValueError, match=r"target_rate=0\.2 \(calibrated: 0\.05, 0\.1\).*recipes/calibrate\.py"):
+    with pytest.raises(ValueError, match=r"target_rate=0\.2 \(calibrated: 0\.05, 0\.1\).*s2t calibrate"):
         config.resolve_threshold({"entropy": {0.1: 3.0, 0.05: 4.0}})
 
 

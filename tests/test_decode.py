@@ -1069,7 +1069,7 @@ def test_the_kl_trigger_without_a_teacher_is_refused(way, batch):
 @pytest.mark.parametrize("setup", ["teacher", ("candidate", "base")], ids=name_of)
 def test_an_uncalibrated_threshold_is_refused(setup, way, batch):
     model, selector = set_up(setup)
-    with CountForwards(model) as count, pytest.raises(ValueError, match=r"recipes/calibrate\.py"):
+    with CountForwards(model) as count, pytest.raises(ValueError, match=r"s2t calibrate"):
         generate(way, model, batch, selector, offer_all(trigger="entropy", target_rate=0.1))
     assert count.calls == 0
 

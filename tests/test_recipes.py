@@ -431,13 +431,17 @@ def test_labels_have_a_card_with_figures_and_a_picture_and_go_to_the_hub(run, mo
     arguments = ["--model", str(run["folder"] / "student"), "--teacher_model", str(run["folder"] / "teacher")]
     arguments += ["--dataset", str(run["folder"] / "held-out.jsonl"), "--output_dir", str(folder)]
     arguments += ["--max_new_tokens", "10", "--num_candidates", "8", "--dtype", "float32"]
-    run["label"].main([*arguments, "--push_to_hub", "you/labels", "--private", "true"])  # finished: nothing is run
+    run["label"].main([*arguments, "--push_to_hub", "you/labels", "--private", "true", "--license", "mit"])  # finished
     repo = {"repo_id": "you/labels", "repo_type": "dataset"}
     assert calls[0] == repo | {"private": True, "exist_ok": True}
-    assert calls[1] == repo | {"folder_path": str(folder), "ignore_patterns": ["s2t_labels.json"]}
+    assert calls[1] == repo | {"folder_path": str(folder), "ignore_patterns": ["s2t_labels.json", ".*"]}
     pushed = json.loads(calls[2]["path_or_fileobj"])
     assert str(run["folder"]) not in str(pushed) and str(run["folder"]) in (folder / "s2t_labels.json").read_text()
     assert pushed["model"] == "student" and pushed["prompt_source"]["dataset"] == "held-out.jsonl"
+    assert (
+        "license: mit" in (folder / "README.md").read_text()
+        and "- text-generation" in (folder / "README.md").read_text()
+    )
     card, stats = (folder / "README.md").read_text(), json.loads((folder / "label_stats.json").read_text())
     for value in stats["hit_at_k"].values():
         assert f"{value:.3f}" in card

@@ -676,7 +676,7 @@ def test_a_failed_s2t_leaves_no_hook():
     case = make_case("teacher", 1)
     before = num_hooks(case.model)
     for settings in ({"trigger": "router"}, {"trigger": "kl", "target_rate": 0.1}):
-        with pytest.raises(ValueError, match=r"recipes/calibrate\.py"):
+        with pytest.raises(ValueError, match=r"s2t calibrate"):
             S2T(case.selector, config=offer_all(**settings, fusion=FusionWeights(router=1.0)))
     assert num_hooks(case.model) == before
 
@@ -836,7 +836,7 @@ def test_a_router_that_is_not_there_is_refused(settings, what, setup, way, batch
     selector.router = None
     with (
         Count(case.model) as count,
-        pytest.raises(ValueError, match=re.escape(what) + r" needs a router.*train_router"),
+        pytest.raises(ValueError, match=re.escape(what) + r" needs a router.*s2t route"),
     ):
         generate(way, case.model, batch, selector, offer_all(**settings))
     assert count.calls == 0
@@ -855,7 +855,7 @@ def test_stored_fusion_weights_need_their_router(way, batch):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_router_without_a_threshold_is_refused_and_a_calibrated_one_is_found(way, batch):
     case = make_case("teacher", 1)
-    with Count(case.model) as count, pytest.raises(ValueError, match=r"recipes/calibrate\.py"):
+    with Count(case.model) as count, pytest.raises(ValueError, match=r"s2t calibrate"):
         generate(way, case.model, batch, case.selector, offer_all(trigger="router", target_rate=0.1))
     assert count.calls == 0
     threshold = middle_threshold(case, batch)
@@ -928,7 +928,7 @@ def without_hidden_size(folder):
 
 
 BROKEN = {
-    "missing": (lambda folder: (folder / ROUTER_WEIGHTS_NAME).unlink(), FileNotFoundError, "train_router"),
+    "missing": (lambda folder: (folder / ROUTER_WEIGHTS_NAME).unlink(), FileNotFoundError, "s2t route"),
     "cut-off": (cut_off, ValueError, "is no router"),
     "empty": (lambda folder: (folder / ROUTER_WEIGHTS_NAME).write_bytes(b""), ValueError, "is no router"),
     "no-config": (lambda folder: write_file(folder, metadata={}), ValueError, "is no router"),

@@ -167,7 +167,9 @@ def bed(tmp_path, recipes, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "model")
     for name in ("adapter", "other"):
         thresholds = {"margin": {0.1: -1.0}}
-        SelectorConfig(RESERVED, thresholds=thresholds, base_model="m").save_pretrained(tmp_path / name)
+        SelectorConfig(RESERVED, thresholds=thresholds, base_model=str(tmp_path / "model")).save_pretrained(
+            tmp_path / name
+        )
     ids = [sha256(prompt.encode()).hexdigest()[:16] for prompt in PROMPTS]
     rows = [row | {"problem_id": id} for row, id in zip(make_labels(), ids)]
     write_shard(tmp_path / "labels", 0, rows)
@@ -227,6 +229,7 @@ def test_calibration_notes_its_problems_once_it_is_done(bed, recipes, monkeypatc
     trainer.save_model()
     (folder / "out").rename(folder / "trained")
     arguments = ["--adapter", str(folder / "trained"), "--labels", str(folder / "labels"), "--deployed", "false"]
+    arguments += ["--model", str(folder / "model")]
     with pytest.raises(ModelLoaded):
         recipes["calibrate"].main(arguments)
     assert set(read_seen_problems(folder / "trained")) == {"training", "tuning"}
@@ -236,4 +239,4 @@ def test_calibration_notes_its_problems_once_it_is_done(bed, recipes, monkeypatc
         recipes["calibrate"].main(arguments)
     assert read_seen_problems(folder / "trained")["calibration"] == set(ids)
     with pytest.raises(ValueError, match=r"in calibration \(6\)"):
-        recipes["agreement"].main(["--adapters", str(folder / "trained"), "--labels", str(folder / "labels")])
+        recipes["agreement"].main(["--adapters", str(folder / "trained"), *arguments[2:4], *arguments[6:]])

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 from huggingface_hub import constants
+from transformers.utils import hub as transformers_hub
 
 
 class TinyHub:
@@ -41,6 +42,7 @@ class TinyHub:
         patch = self.patch.__enter__()
         patch.setattr(constants, "ENDPOINT", endpoint)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(transformers_hub, "_hf_api", None)  # made once, for the endpoint of that time
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_CACHE", self.cache.name)

@@ -183,6 +183,9 @@ class LabelArguments:
     )
     overwrite: bool = HfArg(default=False, help="Replace labels that are in `output_dir`.")
     push_to_hub: str | None = HfArg(default=None, help="Hub data set (you/name) for the finished labels.")
+    license: str | None = HfArg(
+        default=None, help="Licence of the labels, for the metadata of their card: apache-2.0 ..."
+    )
     private: bool = HfArg(default=False, help="Make that data set a private one.")
     dry_run: bool = HfArg(default=False, help="Label a sample, keep nothing, and print what the whole job will cost.")
 
@@ -525,7 +528,7 @@ def label(args: LabelArguments, plan: Plan) -> dict[str, Any] | None:
     for half_written in Path(args.output_dir).glob(f".{STATS_NAME}.*"):  # of a run that was killed here
         half_written.unlink()
     write_json(Path(args.output_dir) / STATS_NAME, stats)
-    write_data_card(args.output_dir, labels, header, stats)
+    write_data_card(args.output_dir, labels, header, stats, args.license)
     if args.push_to_hub is not None:
         push(args, header)
     return stats
@@ -538,7 +541,7 @@ def push(args: LabelArguments, header: TrajectoryHeader) -> None:
     public = json.dumps(replace(header, prompt_source=source, **names).to_dict(), indent=2) + "\n"
     hub, repo = HfApi(), {"repo_id": args.push_to_hub, "repo_type": "dataset"}
     hub.create_repo(**repo, private=args.private, exist_ok=True)
-    hub.upload_folder(**repo, folder_path=args.output_dir, ignore_patterns=[HEADER_NAME])
+    hub.upload_folder(**repo, folder_path=args.output_dir, ignore_patterns=[HEADER_NAME, ".*"])
     hub.upload_file(**repo, path_in_repo=HEADER_NAME, path_or_fileobj=public.encode())
 
 

@@ -56,7 +56,9 @@ def draw(file: Path, labels: Dataset, header: TrajectoryHeader, stats: dict[str,
     plt.close(figure)
 
 
-def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeader, stats: dict[str, Any]) -> None:
+def write_data_card(
+    folder: str | Path, labels: Dataset, header: TrajectoryHeader, stats: dict[str, Any], license: str | None = None
+) -> None:
     """Writes `divergence.png` and `README.md`, whose first lines point `datasets` to the rows."""
     folder = Path(folder)
     student, teacher = (Path(name).name for name in (header.model, header.teacher_model))
@@ -78,7 +80,7 @@ def write_data_card(folder: str | Path, labels: Dataset, header: TrajectoryHeade
     )
     parts = ", ".join(f"`{split}` {rows}" for split, rows in stats["splits"].items())
     card = f"""---
-{card_metadata(label_splits(folder))}---
+{card_metadata(label_splits(folder), license)}---
 
 # Select to Think labels: {student}, taught by {teacher}
 

@@ -275,6 +275,8 @@ class LocalSelector(Selector):
         tokenizer = processing_class or self._files.processing_class
         peft_config = copy.deepcopy(self.model.peft_config[self.adapter_name])
         peft_config.inference_mode = True
+        if isinstance(peft_config.target_modules, set):  # whose order would change from one process to the next
+            peft_config.target_modules = sorted(peft_config.target_modules)
         state = get_peft_model_state_dict(self.model, adapter_name=self.adapter_name, save_embedding_layers=False)
         state = {f"{_PEFT_PREFIX}{name}": tensor.contiguous().cpu() for name, tensor in state.items()}
         if include_base:
