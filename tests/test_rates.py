@@ -30,8 +30,14 @@ def deploy(scope=("candidate", "base"), **settings):
     return Deployment(model, selector, **settings)
 
 
-@pytest.mark.parametrize("scope", SCOPES, ids="/".join)
-@pytest.mark.parametrize("trigger", ["entropy", "margin"])
+@pytest.mark.parametrize(
+    ("scope", "trigger"),
+    [
+        pytest.param(scope, trigger, marks=pytest.mark.slow if (i + j) % 2 else (), id=f"{'/'.join(scope)}-{trigger}")
+        for i, scope in enumerate(SCOPES)
+        for j, trigger in enumerate(("margin", "entropy"))
+    ],
+)
 def test_a_run_reports_the_values_of_every_new_token_of_each_text(scope, trigger):
     deployment, prompts = deploy(scope), make_prompts()
     threshold = {"entropy": 2.0, "margin": -0.6}[trigger]
@@ -76,7 +82,7 @@ def test_without_a_threshold_that_can_be_reached_the_student_writes_alone():
     assert run.rate == 0
 
 
-@pytest.mark.parametrize("trigger", ["entropy", "margin"])
+@pytest.mark.parametrize("trigger", [pytest.param("entropy", marks=pytest.mark.slow), "margin"])
 def test_calibrated_rates_are_met_on_the_text_that_the_selector_writes(trigger):
     deployment, prompts = deploy(), make_prompts(30)
     seen = []
