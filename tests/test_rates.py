@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import EOS, PAD, RESERVED, SCOPES, disagreeing_pair, make_selector, tiny_model
+from tiny import EOS, PAD, RESERVED, SCOPES, disagreeing_pair, in_turn, make_selector, tiny_model
 
 from transformers_s2t import FusionWeights, S2TDecodingConfig, S2TTrace, TeacherSelector, s2t_generate
 from transformers_s2t.calibration import thresholds as thresholds_module
@@ -30,14 +30,7 @@ def deploy(scope=("candidate", "base"), **settings):
     return Deployment(model, selector, **settings)
 
 
-@pytest.mark.parametrize(
-    ("scope", "trigger"),
-    [
-        pytest.param(scope, trigger, marks=pytest.mark.slow if (i + j) % 2 else (), id=f"{'/'.join(scope)}-{trigger}")
-        for i, scope in enumerate(SCOPES)
-        for j, trigger in enumerate(("margin", "entropy"))
-    ],
-)
+@pytest.mark.parametrize(("scope", "trigger"), in_turn(SCOPES, ["margin", "entropy"]))
 def test_a_run_reports_the_values_of_every_new_token_of_each_text(scope, trigger):
     deployment, prompts = deploy(scope), make_prompts()
     threshold = {"entropy": 2.0, "margin": -0.6}[trigger]

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from test_s2t_trainer import make_trainer, randomise
-from tiny import RESERVED, VOCAB_SIZE
+from tiny import RESERVED, VOCAB_SIZE, in_turn
 from tiny_architectures import COMMON, FAMILIES, REFUSED, REPEATED, NaiveCausalLM, make_model
 from tiny_labels import make_labels, make_uneven_labels
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
@@ -145,14 +145,7 @@ def test_lora_dropout_is_on_in_training_and_off_in_evaluation_where_whole_texts_
     assert trainer.compute_loss(trainer.model, batch) == trainer.compute_loss(trainer.model, batch)
 
 
-@pytest.mark.parametrize(
-    ("name", "scope"),
-    [  # by day one of the scopes
-        pytest.param(name, scope, marks=pytest.mark.slow if (k + j) % 2 else ())
-        for k, name in enumerate(FAMILIES)
-        for j, scope in enumerate(PROPOSALS)
-    ],
-)
+@pytest.mark.parametrize(("name", "scope"), in_turn(FAMILIES, PROPOSALS))
 def test_a_saved_adapter_decodes_with_the_scores_of_training_and_evaluation(tmp_path, name, scope):
     """Each trajectory is written again, by a session whose student proposes the labelled candidates at each point."""
     attn = FAMILIES[name].impls[0]
