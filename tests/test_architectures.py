@@ -26,8 +26,8 @@ from transformers_s2t import (
 
 
 NEW_TOKENS, K = 8, 4
-LENGTHS = (7, 4, 5, 6, 3)  # of the prompts of a batch
-THRESHOLDS = {1: 0.5, 5: 0.75}  # of the "random" trigger, by rows: some steps ask rows, some ask none
+LENGTHS = (7, 4, 5)  # of the prompts of a batch
+THRESHOLDS = {1: 0.5, 3: 0.6}  # of the "random" trigger, by rows: some steps ask rows, some ask none
 FLATTENED = {"opt"}  # layers that see all tokens in one heap: candidates are scored and decoded in two forwards
 SHARE_THE_CACHE = (("candidate", "base"), ("sequence", "adapted"))
 
@@ -129,40 +129,37 @@ def naive_row(name, setup, row, num_rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-CASES = [
-    pytest.param(name, attn, setup, way, id=f"{name}-{attn}-{name_of(setup)}-{way}")
-    for name, family in FAMILIES.items()
-    for attn in family.impls
-    for setup in SETUPS
-    for way in WAYS
-    if way == "loop" or attn == family.impls[0]  # both ways score with the same functions
-]
+def cases():
+    """By day each family's cached loop with every setup; one of them, in turn, also as a processor and with the second
+    attention implementation. At night all: both ways score with the same functions."""
+    for turn, (name, family) in enumerate(FAMILIES.items()):
+        for number, setup in enumerate(SETUPS):
+            by_day = turn % len(SETUPS) == number
+            runs = {"loop": (family.impls[0], "loop"), "processor": (family.impls[0], "processor")}
+            runs |= {attn: (attn, "loop") for attn in family.impls[1:]}
+            for what, run in runs.items():
+                marks = () if by_day or what == "loop" else pytest.mark.slow
+                yield pytest.param(name, setup, *run, id=f"{name}-{name_of(setup)}-{what}", marks=marks)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_plain_greedy_of_a_left_padded_batch_equals_its_rows(name):
     """What the next test leans on; it holds for the recurrent models too."""
-    model, batch = make_model(name, FAMILIES[name].impls[0]), batch_of(5)
+    model, batch = make_model(name, FAMILIES[name].impls[0]), batch_of(3)
     together = plain(model, batch)[:, -NEW_TOKENS:].tolist()
-    assert together == [plain(model, single(batch, row))[0, -NEW_TOKENS:].tolist() for row in range(5)]
+    assert together == [plain(model, single(batch, row))[0, -NEW_TOKENS:].tolist() for row in range(3)]
 
 
 def test_the_triggers_are_such_that_caches_are_caught_up_over_several_tokens():
     steps = fires(1)[:, 0].nonzero()[:, 0]
     assert int(steps.diff().max()) >= 3
-    assert 0 < int((~fires(5).any(-1)).sum()) < NEW_TOKENS
+    assert 0 < int((~fires(3).any(-1)).sum()) < NEW_TOKENS
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=name_of)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_naive_decoder_selects_other_tokens_than_the_students_first(name, setup):
-    batched = [naive_row(name, setup, row, 5)[1] for row in range(5)]
-    assert max(batched) > 0 and naive_row(name, setup, 0, 1)[1] + sum(batched) >= 3
-
-
-@pytest.mark.parametrize(("name", "attn", "setup", "way"), CASES)
-def test_s2t_alone_and_in_a_left_padded_batch_equals_a_naive_decoder(name, attn, setup, way):
+@pytest.mark.parametrize(("name", "setup", "attn", "way"), cases())
+def test_s2t_alone_and_in_a_left_padded_batch_equals_a_naive_decoder(name, setup, attn, way):
     model, selector = set_up(name, attn, setup)
+    total = 0
     for num_rows, threshold in THRESHOLDS.items():
         config = S2TDecodingConfig(
             trigger="random", threshold=threshold, num_candidates=K, min_prob_ratio=0.0, warmup_tokens=0
@@ -172,10 +169,12 @@ def test_s2t_alone_and_in_a_left_padded_batch_equals_a_naive_decoder(name, attn,
         got = generate(way, model, batch_of(num_rows), selector, config, trace)[:, -NEW_TOKENS:]
         assert got.tolist() == list(expected)
         assert num_flipped(trace) == sum(flipped)
+        total += sum(flipped)
         if num_rows == 1 and way == "loop" and setup in SHARE_THE_CACHE:
             # one forward scores and decodes where a tree mask is exact; elsewhere cache rows are repeated
             in_one = name not in REPEATED and not (setup == SCOPES[0] and name in FLATTENED)
             assert set(trace.forwards) == {"tree" if in_one else "scorer"}
+    assert total >= 3 and sum(flipped) > 0, "the student's own tokens would have passed"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

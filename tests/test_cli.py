@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from tiny import EOS, PAD, RESERVED, disagreeing_pair, lora_model, make_selector, prompts, tiny_model
 from tiny_labels import tiny_tokenizer
+from tiny_processes import run_alone
 from transformers import AutoModelForCausalLM
 from trl import get_peft_config
 
@@ -398,12 +399,12 @@ def test_exit_statuses_pass_through_the_launcher(monkeypatch, capsys):
         (2, "env", [], 0, "- transformers-s2t: "),
     ],
 )
-def test_launched_processes_run_the_command(number, command, arguments, status, said):
+def test_launched_processes_run_the_command(number, command, arguments, status, said, capfd):
     flags = ["--num_processes", str(number), "--mixed_precision", "no", "--num_machines", "1"]
     flags += ["--dynamo_backend", "no", "--main_process_port", "0", *(["--multi_gpu"] if number > 1 else [])]
-    done = python(["-c", f"from s2t_recipes import cli; cli.launch({flags}, {command!r}, {arguments})"])
-    assert done.returncode == status and (done.stdout + done.stderr).count(said) == number
-    assert "Traceback" not in done.stderr
+    run_alone(cli.launch, flags, command, arguments, status=status)
+    out, error = capfd.readouterr()
+    assert (out + error).count(said) == number and "Traceback" not in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from tiny import (
     SETUPS,
     WAYS,
     NaiveModel,
+    in_turn,
     lora_model,
     make_selector,
     offer_all,
@@ -184,7 +185,8 @@ def until_end(new_tokens):
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+# the others by day in test_architectures.py
+@pytest.mark.parametrize("family", [FAMILIES[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])])
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
 def test_both_ways_equal_a_naive_decoder_without_caches(setup, family, attn, batch):
     model, selector = set_up(setup, family, attn)
@@ -199,14 +201,12 @@ def test_both_ways_equal_a_naive_decoder_without_caches(setup, family, attn, bat
     assert flips >= 5
 
 
-@pytest.mark.parametrize(
-    ("setup", "trigger"),
-    [("teacher", "entropy"), ("teacher", "margin"), ("teacher", "kl")]
-    + [(setup, trigger) for setup in SCOPES for trigger in ("entropy", "margin")],
-    ids=lambda value: name_of(value),
-)
-@pytest.mark.parametrize("ratio", [0.0, 0.3])
-def test_triggered_steps_equal_those_of_the_naive_decoder(setup, trigger, ratio, batch):
+TRIGGERED = [("teacher", "kl"), *((setup, trigger) for setup in SETUPS for trigger in ("entropy", "margin"))]
+
+
+@pytest.mark.parametrize(("asker", "ratio"), in_turn(TRIGGERED, [0.0, 0.3]))
+def test_triggered_steps_equal_those_of_the_naive_decoder(asker, ratio, batch):
+    setup, trigger = asker
     model, selector = set_up(setup)
     threshold = middle_threshold(model, batch, selector, trigger)
     config = offer_all(trigger=trigger, threshold=threshold, min_prob_ratio=ratio)

@@ -1,4 +1,4 @@
-"""Two processes on one machine (gloo), started by `accelerate launch`, train what one process trains."""
+"""Two processes on one machine (gloo) train what one trains. At night `accelerate launch` itself starts them."""
 
 import json
 import os
@@ -7,30 +7,41 @@ import sys
 from pathlib import Path
 
 import pytest
+import run_training
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from tiny import tiny_model
+from tiny_processes import launch, run_alone
 
 
 TESTS = Path(__file__).resolve().parent
 CONFIGS = TESTS.parent / "recipes" / "accelerate_configs"
 
 
-def run(folder, scope, config=None, *options):
+def start_anew(options, work, *args):
+    """As `tiny_processes.launch`, by the command itself."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, work.__code__.co_filename, *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+BY_DAY_AND_NIGHT = pytest.mark.parametrize("start", [launch, pytest.param(start_anew, marks=pytest.mark.slow)])
+
+
+def run(folder, scope, config=None, options=(), start=launch):
     """Figures and adapter of a run by one process, or by two that `config` starts, with the same steps."""
     folder = folder / (config or "alone")
     folder.mkdir()
     # tied, as small models are: sharding must keep the two together
     tiny_model(tie_word_embeddings=True).save_pretrained(folder / "model")
-    launch, num_processes = [], 1
+    num_processes = 2 if config else 1
+    arguments = scope, str(4 // num_processes), str(folder)
     if config:
-        num_processes = 2
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--num_processes", "2"]
-    batch_size = str(4 // num_processes)
-    command = [sys.executable, *launch, *options, str(TESTS / "run_training.py"), scope, batch_size, str(folder)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+        options = ["--config_file", str(CONFIGS / config), "--num_processes", "2", *options]
+        start(options, run_training.main, *arguments)
+    else:
+        run_alone(run_training.main, *arguments)
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["world_size"] == num_processes
     return figures, load_file(folder / "out" / "s2t" / "adapter_model.safetensors")
@@ -55,18 +66,20 @@ def assert_same(found, expected):
         assert (weight - expected_weights[name]).abs().max() < 5e-5, name
 
 
-def test_two_processes_give_the_loss_curve_and_the_adapter_of_one(tmp_path, alone):
+@BY_DAY_AND_NIGHT
+def test_two_processes_give_the_loss_curve_and_the_adapter_of_one(tmp_path, alone, start):
     """Steps hold the same trajectories, with different numbers of points in each half."""
     scope, expected = alone
-    found = run(tmp_path, scope, "cpu.yaml")
+    found = run(tmp_path, scope, "cpu.yaml", start=start)
     assert found[0]["kind"] == "MULTI_CPU"
     assert_same(found, expected)
 
 
-def test_a_model_sharded_by_fsdp_gives_the_loss_curve_and_the_adapter_of_one_process(tmp_path, alone):
+@BY_DAY_AND_NIGHT
+def test_a_model_sharded_by_fsdp_gives_the_loss_curve_and_the_adapter_of_one_process(tmp_path, alone, start):
     """Scores read weights that no forward has gathered, and whose gradients no hook averages."""
     scope, expected = alone
-    found = run(tmp_path, scope, "fsdp2.yaml", "--mixed_precision", "no")
+    found = run(tmp_path, scope, "fsdp2.yaml", ["--mixed_precision", "no"], start)
     assert found[0]["kind"] == "FSDP"
     assert_same(found, expected)
 
@@ -76,7 +89,7 @@ def test_deepspeed_gives_the_loss_curve_and_the_adapter_of_one_process(tmp_path,
     """Where it is installed; its first run on a machine compiles for minutes."""
     pytest.importorskip("deepspeed")
     scope, expected = alone
-    found = run(tmp_path, scope, config, "--mixed_precision", "no")
+    found = run(tmp_path, scope, config, ["--mixed_precision", "no"], start_anew)
     assert found[0]["kind"] == "DEEPSPEED"
     assert_same(found, expected)
 

@@ -48,7 +48,7 @@ def test_clean_solutions_are_right_and_stay_within_range():
 def test_every_misconception_at_its_rate(author):
     rng = random.Random(0)
     outcomes = defaultdict(Counter)
-    for problem in corpus.build_problems("pretrain", 6000, seed=1):
+    for problem in corpus.build_problems("pretrain", 3000, seed=1):
         for kind, outcome in corpus.write_solution(problem, rng, author).decisions:
             outcomes[kind][outcome] += 1
     assert set(outcomes) == set(corpus.AUTHORS[author])
@@ -108,9 +108,9 @@ def test_parse_answer_is_strict(text, answer):
 def test_splits_are_disjoint_and_free_of_duplicates():
     keys = {}
     for name in corpus.SPLIT_SHARES:
-        rows = [row for seed in (0, 1) for row in corpus.build_split(name, 400, seed)]
-        for half in (rows[:400], rows[400:]):
-            assert len({row["id"] for row in half}) == len({row["prompt"] for row in half}) == 400
+        rows = [row for seed in (0, 1) for row in corpus.build_split(name, 150, seed)]
+        for half in (rows[:150], rows[150:]):
+            assert len({row["id"] for row in half}) == len({row["prompt"] for row in half}) == 150
         assert all(corpus.split_of(row["prompt"]) == name for row in rows)
         keys[name] = {corpus.canonical_key(row["prompt"]) for row in rows}
     assert sum(map(len, keys.values())) == len(set().union(*keys.values()))
@@ -246,7 +246,7 @@ def test_authors_err_in_kinds_of_the_problem_only():
 
 @pytest.mark.parametrize("kind", corpus.KINDS)
 def test_filters_leave_problems_out_and_nothing_else(kind):
-    all_problems = corpus.build_problems("tuning", 200, seed=0)
+    all_problems = corpus.build_problems("tuning", 80, seed=0)
     has_kind = [kind in corpus.kinds_of(problem) for problem in all_problems]
     with_kind = [problem for problem, has in zip(all_problems, has_kind, strict=True) if has]
     without_kind = [problem for problem, has in zip(all_problems, has_kind, strict=True) if not has]
@@ -260,8 +260,8 @@ def test_filters_leave_problems_out_and_nothing_else(kind):
 
 def test_filters_of_several_kinds():
     kinds = frozenset({"dozen", "takes"})
-    seen = corpus.build_problems("label", 200, 0, corpus.KindFilter(without=kinds))
-    held_out = corpus.build_problems("test", 200, 0, corpus.KindFilter(only_with=kinds))
+    seen = corpus.build_problems("label", 60, 0, corpus.KindFilter(without=kinds))
+    held_out = corpus.build_problems("test", 60, 0, corpus.KindFilter(only_with=kinds))
     assert not any(corpus.kinds_of(problem) & kinds for problem in seen)
     found = {corpus.kinds_of(problem) & kinds for problem in held_out}
     assert found == {frozenset({"dozen"}), frozenset({"takes"}), kinds}
@@ -271,7 +271,7 @@ def test_filters_of_several_kinds():
 def test_every_kind_can_be_had_alone(kind):
     alone = frozenset({kind})
     kinds = corpus.KindFilter(without=frozenset(corpus.KINDS) - alone, only_with=alone)
-    assert all(corpus.kinds_of(problem) == alone for problem in corpus.build_problems("test", 5, 0, kinds))
+    assert all(corpus.kinds_of(problem) == alone for problem in corpus.build_problems("test", 2, 0, kinds))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from hashlib import sha256
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,8 @@ from tiny import lora_model, tiny_model
 from transformers import AutoTokenizer
 
 from s2t_recipes import demo, row_names, splits
+from s2t_recipes import jobs as jobs_module
+from s2t_recipes.commands import run
 from s2t_recipes.estimates import bootstrap_interval
 from s2t_recipes.evaluation.arguments import EvaluateArguments
 from s2t_recipes.evaluation.bench import Bench, count_tokens, majority_vote
@@ -686,6 +688,13 @@ def test_demo_puts_all_prompts_alike(tmp_path):
 
 
 def test_demo_checks_answers_and_template_before_it_labels(monkeypatch, tmp_path, bed):
+    def started(command, **streams):
+        process = get_context("fork").Process(target=jobs_module.run_command, args=(command[1:], os.devnull))
+        process.start()
+        return process
+
+    monkeypatch.setattr(jobs_module, "OwnProcess", started)  # spares an interpreter its imports
+
     def run(*flags):
         command = ["demo.py", "--model", str(bed / "student"), "--teacher_model", str(bed / "student")]
         command += ["--dataset", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path / "run"), *flags]
@@ -851,24 +860,23 @@ def test_a_demo_that_is_stopped_goes_on_where_it_was(tmp_path, plan_demo):
     jobs, stages = plan_demo()
     demo.run_stage(jobs, stages[0])
     (tmp_path / "fail").write_text("none, but wait")
-    code = f"import sys\nsys.path[:0] = {sys.path!r}\nfrom s2t_recipes import demo\nfrom s2t_recipes.jobs import *\n"
-    code += "from s2t_recipes.commands import run\n"
-    code += f"jobs = Jobs(Path({str(tmp_path / 'run')!r}), 2, {jobs.env!r}, forks=False, keep=True)\n"
-    for job in stages[1].jobs:
-        code += f"jobs.add({job.name!r}, Path({str(job.output)!r}), {job.command!r})\n"
-    code += "def main():\n    demo.run_stages(jobs, [demo.Stage('x', list(jobs.all.values()))], 0.0)\n"
-    (tmp_path / "demo_script.py").write_text(code + "if __name__ == '__main__':\n    run(main)\n")
-    process = subprocess.Popen([sys.executable, str(tmp_path / "demo_script.py")], start_new_session=True)
+
+    def stage():
+        os.setsid()
+        run(lambda: demo.run_stages(jobs, stages[1:2], began=time.monotonic()))
+
+    process = get_context("fork").Process(target=stage)
+    process.start()
     try:
         for _ in range(3000):
             if len(outputs_of(tmp_path / "order")) == 3:
                 break
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(180) == 130
+        process.join(180)
+        assert process.exitcode == 130
     finally:
-        if process.poll() is None:
-            process.kill()
+        process.kill()
     (tmp_path / "fail").unlink()
     assert not list((tmp_path / "run" / "done").glob("labels*"))
     demo.run_stages(jobs, stages, began=time.monotonic())

@@ -69,7 +69,7 @@ def test_a_checkpoint_has_one_fingerprint_whatever_it_is_loaded_as(family, tied)
     found.append(model_hash(fresh().to(torch.bfloat16).float()))
     assert all(same_weights(one, other) for one in found for other in found)
     assert min(known(found[0])) > 100
-    others = [model_hash(fresh(seed).to(dtype)) for seed in range(1, 4) for dtype in DTYPES]
+    others = [model_hash(fresh(seed).to(dtype)) for seed in (1, 2) for dtype in DTYPES[:2]]
     assert not any(same_weights(one, other) for one in found for other in others)
 
 

@@ -179,7 +179,7 @@ def test_an_interrupted_loading_changes_no_text(setup, files, tmp_path, tries):
     expected = text(fresh, load(fresh))
     allowed.append(logits_of(fresh, INPUTS))
     faults, refused = [], 0
-    numbers = spread(moments, tries(8))
+    numbers = spread(moments, tries(4))
     for index in numbers:
         model = tiny_model()
         place = interrupted_at(partial(load, model), moments, index, files=files)
@@ -225,7 +225,7 @@ def test_an_interrupted_loss_leaves_the_adapter_as_it_was(scope, opcodes, tmp_pa
     moments = moments_of(training.call, opcodes=opcodes)
     check(
         training,
-        spread(moments, tries(12)),
+        spread(moments, tries(6)),
         lambda index: interrupted_at(training.call, moments, index, opcodes=opcodes),
     )
 

@@ -5,6 +5,7 @@ Runs are children forked from this process, so that imports and models cost noth
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -21,7 +22,6 @@ from transformers_s2t.labels.schema import HEADER_NAME, TrajectoryHeader
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-NUM_KILLS = 20
 FILE_OPERATIONS = {"open", "os.mkdir", "os.chmod", "os.rename", "os.remove"}
 
 
@@ -100,14 +100,15 @@ def assert_as_if_never_killed(folder, whole):
     assert read_header(folder).complete
 
 
-def test_twenty_kills_at_random_moments_change_no_byte(job, tmp_path):
-    """Labeling is killed and resumed until the folder is complete; then a new one begins, until twenty have struck."""
+@pytest.mark.parametrize("num_kills", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_no_byte(job, tmp_path, num_kills):
+    """Labeling is killed and resumed until the folder is complete; then a new one begins, until all have struck."""
     began = time.perf_counter()
     label(job, tmp_path / "whole")
     seconds = time.perf_counter() - began
     chance, kills, folder = random.Random(7), 0, tmp_path / "0"
     shards_found = set()
-    while kills < NUM_KILLS:
+    while kills < num_kills:
         child = fork(label, job, folder)
         time.sleep(chance.uniform(0.0, 0.4 + 0.1 * kills) * seconds)  # more and more: the machine may have slowed down
         os.kill(child, signal.SIGKILL)  # of a child that has ended, this is nothing
@@ -148,6 +149,7 @@ def test_a_kill_while_labels_are_replaced_leaves_what_can_be_replaced(job, tmp_p
     before, after = make_header(max_new_tokens=3), make_header()
     settings = {"pad_token_id": PAD, "batch_size": 2, "shard_size": 2, "show_progress": False}
     label_problems(model, teacher, prompts, tmp_path / "whole", after, **settings)
+    label_problems(model, teacher, prompts, tmp_path / "before", before, **settings)
 
     def run(folder, number):
         die_at_operation(folder, number)
@@ -156,7 +158,7 @@ def test_a_kill_while_labels_are_replaced_leaves_what_can_be_replaced(job, tmp_p
     number, killed = 0, True
     while killed:
         folder = tmp_path / str(number)
-        label_problems(model, teacher, prompts, folder, before, **settings)
+        shutil.copytree(tmp_path / "before", folder)
         killed = wait(fork(run, folder, number))
         label_problems(model, teacher, prompts, folder, after, overwrite=True, **settings)
         assert_as_if_never_killed(folder, tmp_path / "whole")

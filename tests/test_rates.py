@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import EOS, PAD, RESERVED, SCOPES, disagreeing_pair, make_selector, tiny_model
+from tiny import EOS, PAD, RESERVED, SCOPES, disagreeing_pair, in_turn, make_selector, tiny_model
 from tqdm import tqdm
 
 from s2t_recipes.training import calibrate
@@ -34,8 +34,7 @@ def deploy(scope=("candidate", "base"), **settings):
     return Deployment(model, selector, **settings)
 
 
-@pytest.mark.parametrize("scope", SCOPES, ids="/".join)
-@pytest.mark.parametrize("trigger", ["entropy", "margin"])
+@pytest.mark.parametrize(("scope", "trigger"), in_turn(SCOPES, ["margin", "entropy"]))
 def test_a_run_reports_the_values_of_every_new_token_of_each_text(scope, trigger):
     deployment, prompts = deploy(scope), make_prompts()
     threshold = {"entropy": 2.0, "margin": -0.6}[trigger]
@@ -118,7 +117,7 @@ def test_a_calibration_on_too_little_is_said_to_be_one(seen, words):
     assert all("s2t label" in text for text in found)
 
 
-@pytest.mark.parametrize("trigger", ["entropy", "margin"])
+@pytest.mark.parametrize("trigger", [pytest.param("entropy", marks=pytest.mark.slow), "margin"])
 def test_calibrated_rates_are_met_on_the_text_that_the_selector_writes(trigger):
     deployment, prompts = deploy(), make_prompts(30)
     seen = []

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +12,7 @@ from datasets import load_dataset
 from tiny import RESERVED, prompts, tiny_model
 from tiny_hub import TinyHub
 from tiny_labels import tiny_tokenizer
+from tiny_processes import launch
 
 from s2t_recipes.evaluation import agreement
 from s2t_recipes.labeling import label
@@ -397,21 +395,16 @@ def test_a_second_round_is_written_by_the_trained_selector(run, capsys):
     assert not (folder / "rounds" / "bad").exists()
 
 
-def test_two_processes_write_the_labels_of_one(run):
-    """Each takes every second shard; the threshold comes from what both have seen."""
+def test_two_processes_write_the_labels_of_one(run, capfd):
+    """Each takes every second shard; the threshold comes from what both saw. One process made the labels of `run`."""
     folder = run["folder"]
-    arguments = ["--model", "student", "--teacher_model", "teacher", "--dataset", "train.jsonl", "--dtype", "float32"]
-    arguments += ["--max_new_tokens", "10", "--num_candidates", "8", "--shard_size", "7", "--output_dir"]
+    arguments = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher"), "--dtype", "float32"]
+    arguments += ["--dataset", str(folder / "train.jsonl"), "--max_new_tokens", "10", "--num_candidates", "8"]
+    arguments += ["--shard_size", "7", "--output_dir", str(folder / "two")]
     config = RECIPES / "accelerate_configs" / "cpu.yaml"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-    for name, start in (("one", []), ("two", launch)):
-        command = [sys.executable, *start, str(RECIPES / "label.py"), *arguments, name]
-        done = subprocess.run(
-            command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("trajectories") == 1
-    (one, header), (two, other) = read_labels(folder / "one"), read_labels(folder / "two")
+    launch(["--config_file", config, "--num_processes", "2"], run["label"].main, arguments)
+    assert capfd.readouterr().out.count("trajectories") == 1
+    (one, header), (two, other) = read_labels(folder / "labels" / "train"), read_labels(folder / "two")
     assert header == other and header.complete and len(shard_files(folder / "two")) == 6
     assert one["problem_id"] == two["problem_id"]
     for column in ("input_ids", "positions", "candidate_ids", "teacher_top_id"):

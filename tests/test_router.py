@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_architectures import make_local
-from tiny import RESERVED, SCOPES, SETUPS, WAYS, lora_model, make_selector, prompts, single, tiny_model
+from tiny import RESERVED, SCOPES, SETUPS, WAYS, in_turn, lora_model, make_selector, prompts, single, tiny_model
 from tiny_architectures import FAMILIES, NaiveCausalLM, make_model
 from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessor
 
@@ -247,8 +247,7 @@ def check_against_naive(case, inputs, config, ways=WAYS, guide=None, **kwargs):
 # Both ways equal a naive decoder
 
 
-@pytest.mark.parametrize("layer", [1, "last"])
-@pytest.mark.parametrize("trigger", TRIGGERS)
+@pytest.mark.parametrize(("trigger", "layer"), in_turn(TRIGGERS, [1, "last"]))
 @pytest.mark.parametrize("setup", SETUPS, ids=name_of)
 def test_both_ways_equal_a_naive_decoder_without_caches_and_hooks(setup, trigger, layer, batch):
     case = make_case(setup, layer)
@@ -295,9 +294,9 @@ def test_the_tap_sees_what_the_library_calls_hidden_states(name, batch):
 ARCHITECTURES = ("gpt2", "mistral", "gemma2", "lfm2", "mamba2", "jamba", "opt", "bloom", "llama4_text")
 
 
-@pytest.mark.parametrize(("layer", "setup"), [("last", SCOPES[2]), (1, SCOPES[0])], ids=name_of)
-@pytest.mark.parametrize("family", ARCHITECTURES)
-def test_other_architectures_equal_their_naive_decoders(family, layer, setup, batch):
+@pytest.mark.parametrize(("family", "tapped"), in_turn(ARCHITECTURES, [("last", SCOPES[2]), (1, SCOPES[0])]))
+def test_other_architectures_equal_their_naive_decoders(family, tapped, batch):
+    layer, setup = tapped
     case = make_case(setup, layer, family)
     traces = check_against_naive(case, batch, config_of(case, "router", batch))
     assert not any("router" in trace.forwards for trace in traces)

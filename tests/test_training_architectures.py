@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from test_s2t_trainer import make_trainer, randomise
-from tiny import RESERVED, VOCAB_SIZE
+from tiny import RESERVED, VOCAB_SIZE, in_turn
 from tiny_architectures import COMMON, FAMILIES, REFUSED, REPEATED, NaiveCausalLM, make_model
 from tiny_labels import make_labels, make_uneven_labels
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
@@ -28,17 +28,19 @@ from transformers_s2t.scoring.packing import warn_without_tree
 
 FLOOR = 0.05
 PROPOSALS = {"candidate": "base", "sequence": "adapted"}  # each scope with who can write the text
-CASES = [
-    pytest.param(name, attn, scope, id=f"{name}-{attn}-{scope}")
-    for name, family in FAMILIES.items()
-    for attn in family.impls[: 1 if name in REPEATED else 2]  # what takes no tree masks does not tell them apart
-    for scope in PROPOSALS
+CASES = [  # by day the second attention implementation with one of the scopes
+    pytest.param(
+        name, attn, scope, id=f"{name}-{attn}-{scope}", marks=pytest.mark.slow if i and (i + j + k) % 2 else ()
+    )
+    for k, (name, family) in enumerate(FAMILIES.items())
+    for i, attn in enumerate(family.impls[: 1 if name in REPEATED else 2])  # without tree masks they are one
+    for j, scope in enumerate(PROPOSALS)
 ]
 
 
 @cache
-def make_ragged_labels(num_rows=4):
-    """Trajectories of different lengths with three points or one; the first point has two candidates above FLOOR."""
+def make_ragged_labels(num_rows=2):
+    """Trajectories of different lengths with three points and one; the first point has two candidates above FLOOR."""
     rows = make_uneven_labels(num_rows).to_list()
     return Dataset.from_list(
         [row | {"student_logprobs": [[-0.1, -3.0, -5.0, -9.0], *row["student_logprobs"][1:]]} for row in rows]
@@ -143,8 +145,7 @@ def test_lora_dropout_is_on_in_training_and_off_in_evaluation_where_whole_texts_
     assert trainer.compute_loss(trainer.model, batch) == trainer.compute_loss(trainer.model, batch)
 
 
-@pytest.mark.parametrize("scope", PROPOSALS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "scope"), in_turn(FAMILIES, PROPOSALS))
 def test_a_saved_adapter_decodes_with_the_scores_of_training_and_evaluation(tmp_path, name, scope):
     """Each trajectory is written again, by a session whose student proposes the labelled candidates at each point."""
     attn = FAMILIES[name].impls[0]
@@ -233,7 +234,14 @@ def test_adapters_that_cannot_be_split_are_refused_in_recurrent_models_with_what
         trainer.train()
 
 
-@pytest.mark.parametrize(("name", "scope"), [("jamba", "candidate"), ("lfm2", "sequence"), ("gpt_neo", "candidate")])
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [
+        pytest.param("jamba", "candidate", marks=pytest.mark.slow),
+        ("lfm2", "sequence"),
+        pytest.param("gpt_neo", "candidate", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_without_a_tree_learns(tmp_path, name, scope):
     model = make_model(name, FAMILIES[name].impls[0])
     settings = {"labels": make_labels(8), "max_steps": 30, "logging_steps": 1, "learning_rate": 2e-2}

@@ -223,7 +223,7 @@ def test_the_saved_weights_are_an_adapter_of_peft(tmp_path):
     ids=str,
 )
 def test_lora_settings_of_every_kind_train_save_and_leave_the_text_alone(tmp_path, config):
-    trainer = make_trainer(tmp_path, peft_config=lora(**config), max_steps=4)
+    trainer = make_trainer(tmp_path, peft_config=lora(**config), **TWO_STEPS)
     trainer.train()
     assert trainer.model.generate(**PROMPT).tolist() == tiny_model().generate(**PROMPT).tolist()
     assert_scores_survive(trainer)
@@ -359,29 +359,29 @@ def test_a_setting_of_transformers_acts_or_is_refused(tmp_path, setting):
     assert any(not torch.equal(value, changed[name]) for name, value in plain.items())
 
 
+CONSTANT = {"lr_scheduler_type": "constant"} | TWO_STEPS
+
+
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory):
+    return trained(make_trainer(tmp_path_factory.mktemp("plain"), **CONSTANT))
+
+
 @pytest.mark.parametrize(
-    "setting",
+    "settings",
     [
-        {"dataloader_num_workers": 1},
-        {"dataloader_drop_last": True},
-        {"auto_find_batch_size": True},
-        {"torch_empty_cache_steps": 1},
-        {"average_tokens_across_devices": False},
-        {"include_num_input_tokens_seen": "all"},
+        {"dataloader_num_workers": 1, "torch_empty_cache_steps": 1, "average_tokens_across_devices": False},
+        {"dataloader_drop_last": True, "auto_find_batch_size": True, "include_num_input_tokens_seen": "all"},
         {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1, "eval_accumulation_steps": 1},
         {"include_for_metrics": ["loss", "inputs"], "batch_eval_metrics": True, "eval_strategy": "epoch"},
         {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1},
         {"accelerator_config": {"dispatch_batches": True}},
     ],
-    ids=lambda setting: next(iter(setting)),
+    ids="+".join,
 )
-def test_settings_that_are_not_to_matter_do_not(tmp_path, setting):
-    base = {"lr_scheduler_type": "constant"} | TWO_STEPS
-    plain, changed = (
-        trained(make_trainer(tmp_path / "a", **base)),
-        trained(make_trainer(tmp_path / "b", **base | setting)),
-    )
-    assert all(torch.equal(value, changed[name]) for name, value in plain.items())
+def test_settings_that_are_not_to_matter_do_not(tmp_path, plain_weights, settings):
+    changed = trained(make_trainer(tmp_path, **CONSTANT | settings))
+    assert all(torch.equal(value, changed[name]) for name, value in plain_weights.items())
 
 
 @pytest.mark.parametrize("name, value", [("temperature", "0.1"), ("hinge_weight", "1"), ("temperature", None)])

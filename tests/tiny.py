@@ -3,6 +3,7 @@
 Legend: B rows, T columns, R reserved tokens.
 """
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,6 +22,18 @@ SETUPS = ("teacher", *SCOPES)
 #: The two ways into `generate`: the logits processor, and `s2t_generate`.
 WAYS = ("processor", "loop")
 NEVER_FINISHES = {"eos_token_id": None}
+
+
+def in_turn(firsts, seconds):
+    """Two parameters of a test: by day each of `firsts` with one of `seconds`, in turn, and at night with all."""
+
+    def words(value):
+        return [word for one in value for word in words(one)] if isinstance(value, tuple) else [str(value)]
+
+    for i, first in enumerate(firsts):
+        for j, second in enumerate(seconds):
+            marks = () if i % len(seconds) == j else pytest.mark.slow
+            yield pytest.param(first, second, id="-".join(words((first, second))), marks=marks)
 
 
 #: Of every tiny model, where a test says nothing else.
