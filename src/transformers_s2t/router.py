@@ -22,13 +22,13 @@ from safetensors.torch import save
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from transformers_s2t import triggers
 from transformers_s2t.config import ROUTER_WEIGHTS_NAME, check_choice, check_range
 from transformers_s2t.files import atomic_write
 from transformers_s2t.fingerprints import model_hash, same_weights, weights_name
 from transformers_s2t.models.views import innermost_decoder, tell
+from transformers_s2t.selector_files import find_file
 
 
 ROUTER_TARGETS = ("gain", "differs", "kl")
@@ -300,7 +300,7 @@ class Router:
             FileNotFoundError: where there is no router.
             ValueError: where the file is not the expected one, not a router, or was trained on another model.
         """
-        file = cached_file(str(path), ROUTER_WEIGHTS_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
+        file = find_file(path, ROUTER_WEIGHTS_NAME, **hub_kwargs)
         if file is None:
             raise FileNotFoundError(f"{str(path)!r} holds no {ROUTER_WEIGHTS_NAME}: `s2t route` makes one.")
         found = _fingerprint(Path(file).read_bytes())

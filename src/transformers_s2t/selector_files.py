@@ -8,7 +8,6 @@ place lies an `adapter_config.json` that describes no adapter: whoever loads it 
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 from concurrent.futures import Future
@@ -206,8 +205,3 @@ def guard(folder: str | os.PathLike) -> None:
     """Makes everything but [`LocalSelector`] refuse the local folder of a selector, whose adapter lies in `s2t/`."""
     (Path(folder) / ADAPTER_WEIGHTS_NAME).unlink(missing_ok=True)  # of a version that kept it here
     write_json(Path(folder) / ADAPTER_CONFIG_NAME, _NO_ADAPTER)
-
-
-def is_guard(file: str | os.PathLike) -> bool:
-    """Whether an `adapter_config.json` is the one of [`guard`]."""
-    return json.loads(Path(file).read_text(encoding="utf-8")).get("peft_type") == HOW_TO_LOAD
